@@ -1,0 +1,61 @@
+"""Packaging of megatron_cpo. `make setup` installs it; `constraints.txt` pins what tests run with.
+
+Lower bounds are the oldest versions we mean to support, upper bounds the first we have not seen.
+torch has no upper bound: containers bring their own build, and a cap here would replace it.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).with_name("README.md")
+
+PLOT = ["matplotlib>=3.9,<4"]
+
+setup(
+    name="megatron-cpo",
+    version="0.1.0",
+    description=(
+        "Sequence-level Contrastive Preference Optimization (arXiv:2502.16433) for Megatron-Core"
+    ),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=find_packages(include=["megatron_cpo", "megatron_cpo.*"]),
+    python_requires=">=3.12",
+    install_requires=[
+        # 0.18 moved the argument parser and reordered `pretrain`; the wheel has `megatron.training`
+        # from 0.17. The extra brings what that imports: tokenizers, omegaconf, wandb.
+        "megatron-core[training]>=0.18.0,<0.20",
+        "torch>=2.6",
+        "numpy>=1.26,<3",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        # Candidates ranked by the sentence embeddings of a real model instead of the built-in one.
+        "rank": ["sentence-transformers>=5,<7"],
+        # The MAUVE score in the evaluation report.
+        "eval": ["mauve-text>=0.4,<0.5"],
+        # Curves. The quickstart draws one.
+        "plot": PLOT,
+        # Only needed for `--transformer-impl transformer_engine`. Compiles against the local CUDA.
+        "gpu": ["transformer-engine[pytorch]>=2.9,<3"],
+        # What `make test` runs.
+        "dev": [
+            *PLOT,
+            "mypy>=2.4,<3",
+            "pytest>=9,<10",
+            "ruff>=0.17,<0.18",
+            "sentencepiece>=0.2,<0.3",
+            "tensorboard>=2.18,<3",
+        ],
+    },
+)

@@ -1,0 +1,112 @@
+"""Sequence-level objectives over K candidates of one prefix, on plain [groups, K] tensors.
+
+CPO here is Feng et al., "Sequence-level Large Language Model Training with Contrastive Preference
+Optimization" (Findings of NAACL 2025, arXiv:2502.16433), not the CPO of TRL and Liger-Kernel
+(arXiv:2401.08417). With a prefix x, the true continuation y_1 and negatives y_2..y_K, each objective
+works on the rewards
+
+    s_k = beta * (log pi_theta(y_k | x) - log pi_ref(y_k | x)),
+
+where a log pi is the SUM over the tokens of y_k (end of sequence included), in nats.
+
+Shapes: G groups, K candidates, the true continuation in column 0. Everything is computed in float32
+(float64 stays float64). A new objective is one function here and one line in `OBJECTIVES`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
+    """s_k, [G, K]: the implicit reward of each candidate, beta times its log-ratio in nats."""
+    dtype = torch.promote_types(policy_logps.dtype, torch.float32)
+    return beta * (policy_logps.to(dtype) - reference_logps.to(dtype))
+
+
+def best_of_k(
+    policy_logps: Tensor, reference_logps: Tensor, beta: float, mask: Tensor | None = None
+) -> Tensor:
+    """Loss per group, [G], in nats: -log( exp(s_1) / sum_j exp(s_j) ), eq. 1 of arXiv:2502.16433.
+
+    With K = 2 this is exactly DPO's -log sigmoid(s_1 - s_2). At theta = ref it is log K.
+
+    Args:
+        policy_logps: [G, K] summed log-probs under the policy, in nats; carries the gradient.
+        reference_logps: [G, K] summed log-probs under the frozen reference, in nats.
+        beta: inverse temperature of the reward; the paper uses 5.
+        mask: [G, K] bool, True where a candidate exists. Column 0 decides whether the group exists:
+            a group without a true continuation has loss 0. None means all exist.
+
+    Duplicates count once for each copy. A negative equal to y_1 competes with it at the same reward.
+    """
+    scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
+    loss = torch.logsumexp(scores, dim=1) - scores[:, 0]
+    return torch.where(mask[:, 0], loss, torch.zeros_like(loss))
+
+
+def ranked(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    ranks: Tensor,
+    beta: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Loss per group, [G], in nats: Plackett-Luce over the given order, eq. 2 of arXiv:2502.16433.
+
+        loss = -sum_k log( exp(s_tau(k)) / sum_{j >= k} exp(s_tau(j)) ),   tau = order by `ranks`
+
+    At theta = ref it is log K!. d loss / d s_k lies in [-1, K-1], so it must not be rounded to bf16
+    before it is multiplied by beta.
+
+    Args:
+        ranks: [G, K] with 0 the best (y_1). Only the order matters; equal ranks are taken in
+            candidate order.
+        policy_logps, reference_logps, beta, mask: as in `best_of_k`; masked candidates take no part.
+    """
+    scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
+    last = torch.iinfo(torch.long).max
+    order = torch.where(mask, ranks.long(), last).argsort(dim=1, stable=True)
+    scores, mask = scores.gather(1, order), mask.gather(1, order)
+    remaining = scores.flip(1).logcumsumexp(1).flip(1)
+    return torch.where(mask, remaining - scores, torch.zeros_like(scores)).sum(1)
+
+
+def _masked_rewards(
+    policy_logps: Tensor, reference_logps: Tensor, beta: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Rewards with missing candidates at a score that no softmax sees, and the mask itself."""
+    if mask is None:
+        mask = torch.ones_like(policy_logps, dtype=torch.bool)
+    # Finite, not -inf: the backward of logcumsumexp turns (-inf) - (-inf) into NaN. The reference of
+    # a missing candidate may be NaN (never scored), so it is replaced before the subtraction.
+    reference_logps = torch.where(mask, reference_logps, torch.zeros_like(reference_logps))
+    scores = rewards(policy_logps, reference_logps, beta)
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4), mask
+
+
+Objective = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""(policy_logps, reference_logps, ranks, beta, mask) -> loss per group, [G]."""
+
+
+def _best(
+    policy: Tensor, reference: Tensor, _ranks: Tensor, beta: float, mask: Tensor | None
+) -> Tensor:
+    return best_of_k(policy, reference, beta, mask)
+
+
+OBJECTIVES: dict[str, Objective] = {"best": _best, "ranked": ranked}
+
+
+def loss_at_reference(objective: str, candidates: Tensor) -> Tensor:
+    """What `objective` must give when theta = ref, for groups of `candidates` [G] candidates each.
+
+    log K for best-of-K, log K! for ranked. This step-0 gate catches almost every wiring fault, and it
+    needs no table: it is the objective itself at rewards of zero.
+    """
+    width = max(int(candidates.max()), 1) if candidates.numel() else 1
+    zeros = torch.zeros(candidates.numel(), width, dtype=torch.float64)
+    ranks = torch.arange(width).expand_as(zeros)
+    mask = ranks < candidates.reshape(-1, 1).cpu()
+    return OBJECTIVES[objective](zeros, zeros, ranks, 1.0, mask)

@@ -1,0 +1,162 @@
+"""Rows of groups as a Megatron dataset: map-style, random access, the same on every rank.
+
+Every rank reads the rows it needs itself, so there is no broadcast in the data path: a row is a pure
+function of its index. The batch sampler is Megatron's own `single` one, which walks the rows in order
+from `consumed_train_samples`; that order is already shuffled by the plan, and it makes a resumed run
+continue exactly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from numpy.typing import NDArray
+
+from megatron_cpo.groups.plan import Plan, cached_pack
+from megatron_cpo.groups.rows import Row, RowShape, document_row, group_row
+from megatron_cpo.groups.store import GroupReader
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How rows are made of groups."""
+
+    row_tokens: int
+    """Tokens of a row, `--seq-length`."""
+    k: int
+    """Candidate slots of a group, `--cpo-k`."""
+    lm_prefix: bool = False
+    """The MLE term covers the whole sequence, not only the continuation."""
+    seed: int = 0
+    """Of the packing plan."""
+    cache: str | None = None
+    """Folder for the packing plan, `--data-cache-path`."""
+
+
+class GroupDataset(torch.utils.data.Dataset[Row]):
+    """Rows of packed groups, in training order.
+
+    Args:
+        reader: the store.
+        config: shape and seed.
+        rows: rows wanted over all epochs; None is one epoch.
+        span: part of the store to use, [first, last) group.
+        shuffle: False keeps the store's order and one epoch (scoring).
+    """
+
+    def __init__(
+        self,
+        reader: GroupReader,
+        config: RowConfig,
+        rows: int | None,
+        span: tuple[int, int] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        first, last = span or (0, len(reader))
+        self.reader, self.config, self.first = reader, config, first
+        sizes, queries = (values[first:last] for values in reader.tree_sizes())
+        self.plan: Plan = cached_pack(
+            config.cache, sizes, config.row_tokens, rows, config.seed, shuffle
+        )
+        self.too_long = int((sizes > config.row_tokens).sum())
+        """Groups whose tree is longer than a row; they are left out and reported."""
+        prefix, truth = (lengths[first:last] for lengths in reader.prefix_and_truth_lengths())
+        lm_queries = truth + (prefix - 1 if config.lm_prefix else 0)
+        wanted = queries + (prefix - 1 if config.lm_prefix else 0)
+        self.groups_per_row = np.diff(self.plan.starts)
+        self.tokens_per_row = self.plan.totals(sizes)
+        self.lm_tokens_per_row = self.plan.totals(lm_queries)
+        self.shape = RowShape(
+            tokens=config.row_tokens,
+            queries=int(self.plan.totals(wanted).max()),
+            groups=int(self.groups_per_row.max()),
+            candidates=config.k,
+        )
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def group_indices(self, row: int) -> NDArray[np.int64]:
+        """Indices in the store of the groups in a row, in the order of the row's group slots."""
+        return self.plan[row] + self.first
+
+    def __getitem__(self, row: int) -> Row:
+        groups = [self.reader[int(i)] for i in self.group_indices(row)]
+        return group_row(groups, self.shape, self.config.lm_prefix)
+
+
+class MixedDataset(torch.utils.data.Dataset[Row]):
+    """Group rows and plain LM rows in one stream, evenly interleaved.
+
+    Args:
+        groups: the group rows.
+        documents: a Megatron `GPTDataset` (or blend) whose samples have `tokens`, `labels`, `loss_mask`.
+        fraction: the share of rows that are group rows, in (0, 1); row r is one when the whole part of
+            (r + 1) * fraction exceeds that of r * fraction.
+        rows: length of the stream.
+    """
+
+    def __init__(self, groups: GroupDataset, documents: Any, fraction: float, rows: int) -> None:
+        self.groups, self.documents = groups, documents
+        self._groups_before = np.floor(np.arange(rows + 1) * fraction + 1e-9).astype(np.int64)
+        shape = groups.shape
+        self.shape = RowShape(
+            shape.tokens, max(shape.queries, shape.tokens), shape.groups, shape.candidates
+        )
+        groups.shape = self.shape
+        is_group = np.diff(self._groups_before) > 0
+        used = int(self._groups_before[-1])
+        self.groups_per_row = np.zeros(rows, dtype=np.int64)
+        self.groups_per_row[is_group] = groups.groups_per_row[:used]
+        self.tokens_per_row = np.full(rows, shape.tokens)
+        self.tokens_per_row[is_group] = groups.tokens_per_row[:used]
+        self.lm_tokens_per_row = np.full(rows, shape.tokens)
+        self.lm_tokens_per_row[is_group] = groups.lm_tokens_per_row[:used]
+
+    def __len__(self) -> int:
+        return len(self.groups_per_row)
+
+    def __getitem__(self, row: int) -> Row:
+        group_rows = int(self._groups_before[row])
+        if self.groups_per_row[row]:
+            return self.groups[group_rows]
+        sample = self.documents[row - group_rows]
+        arrays = (np.asarray(sample[name]) for name in ("tokens", "labels", "loss_mask"))
+        return document_row(*arrays, shape=self.shape)
+
+
+class BatchTotals(torch.utils.data.Dataset[Row]):
+    """Rows with the totals of their global batch: what the loss is divided by.
+
+    Every group and every supervised token of a global batch has the same weight, whatever the
+    micro-batch size, packing and layout; so a micro-batch must know how many there are in the whole
+    batch. The plan knows it without a collective: a batch is `batch_rows` consecutive rows from
+    `origin`.
+
+    Args:
+        rows: the rows.
+        batch_rows: `--global-batch-size`.
+        origin: the first row this run reads, `consumed_train_samples`.
+    """
+
+    def __init__(self, rows: GroupDataset | MixedDataset, batch_rows: int, origin: int = 0) -> None:
+        self.rows, self.batch_rows, self.origin = rows, batch_rows, origin
+        self.shape = rows.shape
+        self._groups = np.concatenate([[0], np.cumsum(rows.groups_per_row)])
+        self._lm_tokens = np.concatenate([[0], np.cumsum(rows.lm_tokens_per_row)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Row:
+        batch = (row - self.origin) // self.batch_rows
+        first = max(self.origin + batch * self.batch_rows, 0)
+        last = min(first + self.batch_rows, len(self))
+        return {
+            **self.rows[row],
+            "batch_groups": np.asarray(self._groups[last] - self._groups[first], dtype=np.float32),
+            "batch_lm_tokens": np.asarray(
+                self._lm_tokens[last] - self._lm_tokens[first], dtype=np.float32
+            ),
+        }

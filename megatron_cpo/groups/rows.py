@@ -1,0 +1,141 @@
+"""A row: whole groups (or one plain LM document) laid out at a fixed shape for the data loader.
+
+Legend: S tokens of a row, Q query slots, G group slots, K candidate slots of a group. Everything that
+is not there is padding: a padding token attends to itself alone, a padding query has target -1, a
+padding candidate has `candidate_mask` False. The shapes are the same for every row of a run, so that
+Megatron's own collate stacks them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_cpo.groups.store import Group
+from megatron_cpo.tree import Tree, build_tree
+
+Row = dict[str, NDArray[Any]]
+"""Arrays of one row, all of fixed shape:
+
+tokens, position_ids, subtree_end   [S] int64; the mask rule is in `tree.py`
+query_positions                     [Q] int64; index of the token that predicts the target
+query_targets                       [Q] int64; -1 is padding. Sorted by position, then by target
+query_first_slot, query_last_slot   [Q] int64; candidate slots g * K + j that pass through the query
+query_lm                            [Q] bool; counts in the MLE (language-modelling) term
+candidate_mask                      [G, K] bool; column 0 is y_1
+reference_logps                     [G, K] float32, nats, summed
+ranks, kinds                        [G, K] int64
+"""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The fixed sizes of a run's rows."""
+
+    tokens: int
+    """S, `--seq-length`."""
+    queries: int
+    """Q, the most queries any row of the run has."""
+    groups: int
+    """G, the most groups any row has."""
+    candidates: int
+    """K, `--cpo-k`."""
+
+
+def group_row(groups: list[Group], shape: RowShape, lm_prefix: bool, pad_token: int = 0) -> Row:
+    """Lay groups out one after the other in one row.
+
+    Args:
+        groups: whole groups whose trees fit `shape.tokens` together.
+        lm_prefix: also ask for the log-probs of the prefix tokens, for an MLE term over the whole
+            sequence rather than the continuation.
+        pad_token: the token id at padding positions (any valid one).
+    """
+    row = _empty_row(shape, pad_token)
+    queries: list[NDArray[np.int64]] = []  # [5, q]: position, target, first slot, last slot, lm
+    start = 0
+    for g, group in enumerate(groups):
+        tree = build_tree(group.prefix, group.candidates)
+        end = start + len(tree.tokens)
+        row["tokens"][start:end] = tree.tokens
+        row["position_ids"][start:end] = tree.position_ids
+        row["subtree_end"][start:end] = tree.subtree_end + start
+        queries.append(_tree_queries(tree, start, g * shape.candidates))
+        if lm_prefix:
+            queries.append(_prefix_queries(group, start))
+        _fill_candidates(row, g, group, tree)
+        start = end
+    _fill_queries(row, np.concatenate(queries, axis=1))
+    return row
+
+
+def document_row(
+    tokens: NDArray[Any], labels: NDArray[Any], loss_mask: NDArray[Any], shape: RowShape
+) -> Row:
+    """A plain LM sample as a chain with no candidates; `loss_mask` picks the supervised labels.
+
+    Args:
+        tokens, labels, loss_mask: [S] as Megatron's `GPTDataset` gives them.
+    """
+    row = _empty_row(shape, pad_token=0)
+    row["tokens"][:] = tokens
+    row["position_ids"][:] = np.arange(shape.tokens)
+    row["subtree_end"][:] = shape.tokens
+    at = np.flatnonzero(loss_mask)
+    zeros = np.zeros_like(at)
+    _fill_queries(row, np.stack([at, labels[at], zeros, zeros, zeros + 1]))
+    return row
+
+
+def _empty_row(shape: RowShape, pad_token: int) -> Row:
+    s, q, candidates = shape.tokens, shape.queries, (shape.groups, shape.candidates)
+    return {
+        "tokens": np.full(s, pad_token, dtype=np.int64),
+        "position_ids": np.zeros(s, dtype=np.int64),
+        "subtree_end": np.arange(1, s + 1, dtype=np.int64),
+        "query_positions": np.zeros(q, dtype=np.int64),
+        "query_targets": np.full(q, -1, dtype=np.int64),
+        "query_first_slot": np.zeros(q, dtype=np.int64),
+        "query_last_slot": np.zeros(q, dtype=np.int64),
+        "query_lm": np.zeros(q, dtype=bool),
+        "candidate_mask": np.zeros(candidates, dtype=bool),
+        "reference_logps": np.zeros(candidates, dtype=np.float32),
+        "ranks": np.zeros(candidates, dtype=np.int64),
+        "kinds": np.zeros(candidates, dtype=np.int64),
+    }
+
+
+def _tree_queries(tree: Tree, start: int, slot: int) -> NDArray[np.int64]:
+    """[5, q] queries of a tree at `start`; those on the path of y_1 (slot 0) count in the MLE term."""
+    first, last = tree.query_first_slot, tree.query_last_slot
+    on_truth = first == 0
+    rows = [tree.query_positions + start, tree.query_targets, first + slot, last + slot, on_truth]
+    return np.stack(rows).astype(np.int64)
+
+
+def _prefix_queries(group: Group, start: int) -> NDArray[np.int64]:
+    """[5, p - 1] queries of the prefix tokens after the first; no candidate passes through them."""
+    at = np.arange(len(group.prefix) - 1) + start
+    zeros = np.zeros_like(at)
+    return np.stack([at, group.prefix[1:], zeros, zeros, zeros + 1])
+
+
+def _fill_queries(row: Row, queries: NDArray[np.int64]) -> None:
+    # By position: queries on one token share a row of logits, and every chunk of logit rows then has
+    # its queries side by side.
+    position, target, first, last, lm = queries[:, np.lexsort((queries[1], queries[0]))]
+    n = len(position)
+    row["query_positions"][:n] = position
+    row["query_targets"][:n] = target
+    row["query_first_slot"][:n] = first
+    row["query_last_slot"][:n] = last
+    row["query_lm"][:n] = lm.astype(bool)
+
+
+def _fill_candidates(row: Row, g: int, group: Group, tree: Tree) -> None:
+    order, k = tree.candidate_order, len(group.candidates)
+    row["candidate_mask"][g, :k] = True
+    row["reference_logps"][g, :k] = group.reference_logps[order]
+    row["ranks"][g, :k] = group.ranks[order]
+    row["kinds"][g, :k] = group.kinds[order]

@@ -1,0 +1,143 @@
+"""Tree attention: a drop-in for Megatron's `core_attention`, masked by one vector per row.
+
+Token i attends to j exactly when `j <= i < subtree_end[j]` (see `tree.py`). The vector arrives as the
+model's `attention_mask`, so Megatron hands it to every layer, through every pipeline stage and through
+activation recomputation, without knowing what it is.
+
+On a CPU the row is cut into blocks of queries. A block needs only its *live* keys, the ancestors of its
+tokens; they are gathered, and scaled-dot-product attention runs on a small dense mask. Keys of other
+groups and of other branches cost nothing. On a GPU it is FlexAttention with the same rule as `mask_mod`
+and block masks built from the vector. Both work out the blocks once per micro-batch, for all layers.
+
+Legend: S row tokens, B micro-batch rows, H heads of this tensor-parallel rank, G key/value heads
+(query groups) of this rank, D channels of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+QUERY_BLOCK = 64
+"""Queries of a block on a CPU: larger gathers more dead keys, smaller calls more kernels."""
+
+
+def tree_mask(subtree_end: Tensor) -> Tensor:
+    """The rule itself: [..., S, S] bool, True where query i (row) may attend to key j (column)."""
+    index = torch.arange(subtree_end.shape[-1], device=subtree_end.device)
+    query, key = index[:, None], index[None, :]
+    return (key <= query) & (query < subtree_end[..., None, :])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries [first, last) of one row and the keys they can see."""
+
+    first: int
+    last: int
+    keys: Tensor
+    """[k] indices of live keys, increasing."""
+    mask: Tensor
+    """[last - first, k] bool."""
+
+
+def live_blocks(subtree_end: Tensor, block: int = QUERY_BLOCK) -> list[_Block]:
+    """Cut one row's queries into blocks with their live keys. `subtree_end` is [S] on the CPU."""
+    size = len(subtree_end)
+    index = torch.arange(size)
+    blocks = []
+    for first in range(0, size, block):
+        last = min(first + block, size)
+        keys = index[:last][subtree_end[:last] > first]
+        queries = index[first:last, None]
+        mask = (keys <= queries) & (queries < subtree_end[keys])
+        blocks.append(_Block(first, last, keys, mask))
+    return blocks
+
+
+class TreeMaskCache:
+    """What attention derives from the last mask vector, shared by all layers of a model chunk."""
+
+    def __init__(self) -> None:
+        self._vector: Tensor | None = None
+        self._derived: Any = None
+
+    def get(self, subtree_end: Tensor, derive: Any) -> Any:
+        """`derive(subtree_end)`, worked out once per mask tensor."""
+        if self._vector is not subtree_end:
+            self._vector, self._derived = subtree_end, derive(subtree_end)
+        return self._derived
+
+
+class TreeAttention(nn.Module):
+    """`core_attention` for rows of token trees; no parameters.
+
+    Args:
+        softmax_scale: factor on the scores, usually 1 / sqrt(D).
+        cache: shared by the layers of a model chunk.
+    """
+
+    def __init__(self, softmax_scale: float, cache: TreeMaskCache) -> None:
+        super().__init__()
+        self.softmax_scale, self._cache = softmax_scale, cache
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        """Attend within each row's trees.
+
+        Args:
+            query: [S, B, H, D]; key, value: [S, B, G, D], H a multiple of G.
+            attention_mask: `subtree_end`, [B, S] integers.
+
+        Returns:
+            [S, B, H * D], as Megatron's own core attention.
+        """
+        if attention_mask is None or attention_mask.dim() != 2:
+            raise ValueError(
+                "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; the rows of "
+                "the CPO data loader carry it, another forward step does not"
+            )
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [B, heads, S, D]
+        run = self._flex if query.is_cuda else self._blocked
+        context = run(query, key, value, attention_mask)
+        return context.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _blocked(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:
+        rows = self._cache.get(subtree_end, lambda ends: [live_blocks(end) for end in ends])
+        return torch.stack(
+            [
+                self._one_row(q, k, v, row)
+                for q, k, v, row in zip(query, key, value, rows, strict=True)
+            ]
+        )
+
+    def _one_row(self, query: Tensor, key: Tensor, value: Tensor, blocks: list[_Block]) -> Tensor:
+        out = []
+        for block in blocks:
+            attended = scaled_dot_product_attention(
+                query[None, :, block.first : block.last],
+                key[None, :, block.keys],
+                value[None, :, block.keys],
+                attn_mask=block.mask,
+                scale=self.softmax_scale,
+                enable_gqa=key.shape[0] != query.shape[0],
+            )
+            out.append(attended[0])
+        return torch.cat(out, dim=1)
+
+    def _flex(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:
+        from megatron_cpo.model.flex import flex_attend, tree_block_mask
+
+        block_mask = self._cache.get(subtree_end, tree_block_mask)
+        return flex_attend(query, key, value, block_mask, self.softmax_scale)

@@ -1,0 +1,58 @@
+"""FlexAttention over token trees: the GPU side of `attention.py`.
+
+The block mask is built from `subtree_end` in O(S) for the vector plus one [S/128]^2 comparison of block
+bounds, never from an [S, S] mask. A block is listed when its bounds cannot rule it out; inside it
+`mask_mod` applies the exact rule.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+
+
+def tree_block_mask(subtree_end: Tensor) -> BlockMask:
+    """The block mask of a micro-batch of rows, from `subtree_end` [B, S]."""
+    rows, size = subtree_end.shape
+    blocks = -(-size // BLOCK)
+    reach = torch.zeros(rows, blocks * BLOCK, dtype=subtree_end.dtype, device=subtree_end.device)
+    reach[:, :size] = subtree_end
+    furthest = reach.view(rows, blocks, BLOCK).amax(
+        -1
+    )  # one past the last token any key here serves
+    at = torch.arange(blocks, device=subtree_end.device)
+    # Key block c can serve query block r when it does not lie after it and reaches into it.
+    live = (at[None, :] <= at[:, None]) & (furthest[:, None, :] > (at * BLOCK)[None, :, None])
+    counts = live.sum(-1, dtype=torch.int32)
+    indices = live.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def mask_mod(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[b, key])
+
+    return BlockMask.from_kv_blocks(
+        counts[:, None],
+        indices[:, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(size, size),
+    )
+
+
+def flex_attend(
+    query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float
+) -> Tensor:
+    """[B, H, S, D] attention under a block mask; compiled once on a GPU, eager on a CPU."""
+    attend = _compiled() if query.is_cuda else flex_attention
+    gqa = query.shape[1] != key.shape[1]
+    result: Tensor = attend(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+    return result
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    # Row length and heads are fixed for a run, so one static compilation serves every micro-batch.
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,88 @@
+"""From collated rows to log-probs: the one forward path that training and reference scoring share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpo.model.logprobs import Queries, query_logps
+
+Batch = dict[str, Tensor]
+"""Collated rows: the arrays of `groups.rows.Row` with a leading dimension B, and the batch totals."""
+
+
+def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots: int) -> Tensor:
+    """Sum of the queries' log-probs over each candidate slot, [slots] float32, nats.
+
+    Args:
+        logps: [Q] log-prob of each query.
+        first_slot, last_slot: [Q] the slots [first, last) whose candidate passes through the query.
+
+    A query opens at its first slot and closes at its last, so a running sum over the slots gives all
+    candidates in O(Q + slots). In float64, because what is opened is subtracted again.
+    """
+    edges = torch.zeros(slots + 1, dtype=torch.float64, device=logps.device)
+    wide = logps.double()
+    edges = edges.index_add(0, first_slot, wide).index_add(0, last_slot, -wide)
+    return edges.cumsum(0)[:-1].float()
+
+
+class RowForward:
+    """Runs a Megatron model with tree attention on rows.
+
+    Args:
+        vocab_size: the tokenizer's, without padding rows.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, batch: Batch, model: Any) -> tuple[Tensor, Batch]:
+        """Run the model on collated rows.
+
+        Args:
+            batch: collated rows on the CPU, [B, ...] each (`groups.rows.Row`).
+
+        Returns:
+            On the last pipeline stage the log-probs of the queries, [Q] float32; elsewhere the hidden
+            states for the next stage. And the batch on the device, with its queries flattened to [Q].
+        """
+        device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+        # Counted on the CPU, where the loader left it: compacting on a GPU would wait for the device.
+        queries = Queries.of(batch["query_positions"], batch["query_targets"], device)
+        real = batch["query_targets"] >= 0
+        slots = batch["candidate_mask"][0].numel()
+        offset = slots * torch.arange(len(real))[:, None]
+        batch = {**batch, "first_slot": (batch["query_first_slot"] + offset)[real]}
+        batch |= {
+            "last_slot": (batch["query_last_slot"] + offset)[real],
+            "lm": batch["query_lm"][real],
+        }
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["subtree_end"],
+            output_processor=self._head,
+            output_processor_context=queries,
+        )
+        return output, batch
+
+    def _head(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: Queries,
+        **_: Any,
+    ) -> Tensor:
+        """Megatron's `output_processor`: log-probs instead of logits."""
+        return query_logps(
+            hidden_states,
+            output_layer.weight if output_weight is None else output_weight,
+            context,
+            self.vocab_size,
+            output_layer.tp_group,
+            output_layer.sequence_parallel,
+        )

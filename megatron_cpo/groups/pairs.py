@@ -1,0 +1,181 @@
+"""Tokenised records on disk: pairs for building groups, and documents for MLE training.
+
+Both come from one reader, so that the reference model is trained on exactly the tokens that the
+groups compare. Records stream; what grows with their number is only the index of a dataset.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cpo.groups.records import BadRecord, Dropped, read_records
+from megatron_cpo.groups.source import Source, indexed_prefix
+from megatron_cpo.groups.tokenizing import Encoder, Pair, chat_renderer
+from megatron_cpo.tree import Ints
+
+
+def read_pairs(
+    source: Source, tokenizer: Any, dropped: Dropped, rejected: int = 0
+) -> Iterator[Pair]:
+    """The pairs of all inputs, in order, streaming.
+
+    Args:
+        dropped: counts what is left out, and why.
+        rejected: how many rejected continuations a record must have; more are left off.
+
+    Raises:
+        ValueError: an input is missing or from another tokenizer, a bad record is refused, or no
+            record is usable.
+    """
+    encoder, usable = Encoder(tokenizer), 0
+    records = [path for path in source.inputs if not indexed_prefix(path)]
+    indexed = [path for path in map(indexed_prefix, source.inputs) if path]
+    if records and indexed:
+        raise ValueError(
+            f"--input mixes JSON Lines ({records[0]}) and a Megatron indexed dataset "
+            f"({indexed[0]}); build a store of each"
+        )
+    for pair, where in (
+        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped)
+        if indexed
+        else _pairs_of_records(source, tokenizer, encoder, dropped)
+    ):
+        if len(pair.rejected) < rejected:
+            dropped.skip(f"fewer than {rejected} rejected continuations", where)
+            continue
+        pair = Pair(pair.prefix, pair.continuation, pair.rejected[:rejected])
+        longest = max(map(len, (pair.continuation, *pair.rejected)))
+        if source.max_length and len(pair.prefix) + longest > source.max_length:
+            dropped.skip(f"longer than {source.max_length} tokens", where)
+            continue
+        usable += 1
+        yield pair
+    if not usable:
+        raise ValueError(
+            f"--input {' '.join(source.inputs)}: no usable record (dropped: {dropped.describe()}); "
+            "raise --max-length, or give other data"
+        )
+
+
+def _pairs_of_records(
+    source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+) -> Iterator[tuple[Pair, str]]:
+    render = chat_renderer(tokenizer)
+    for record in read_records(source.inputs, dropped, source.shape, source.template, render):
+        try:
+            yield encoder.pair(record, source.prefix_fraction), record.source
+        except BadRecord as error:
+            dropped.bad(str(error), record.source)
+
+
+def _pairs_of_datasets(
+    prefixes: list[str], source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+) -> Iterator[tuple[Pair, str]]:
+    """Each document in pieces of at most `max_length` tokens.
+
+    Only the last piece of a document ends in EOD: where a piece was cut, the text goes on.
+    """
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in prefixes:
+        dataset = IndexedDataset(prefix)
+        bounds = dataset.document_indices
+        for document in range(len(bounds) - 1):
+            where = f"{prefix}:document {document}"
+            sequences = dataset[int(bounds[document]) : int(bounds[document + 1])]
+            tokens = np.concatenate([*sequences, []]).astype(np.int32)
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
+                    f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
+                    "was made with"
+                )
+            while len(tokens) and tokens[-1] == encoder.eod:
+                tokens = tokens[:-1]
+            tokens = np.append(tokens, np.int32(encoder.eod))
+            size = source.max_length or len(tokens)
+            for start in range(0, len(tokens), size):
+                try:
+                    yield encoder.split(tokens[start : start + size], source.prefix_fraction), where
+                except BadRecord as error:
+                    dropped.skip(str(error), where)  # the short end of a document is not an error
+
+
+class PairReader:
+    """Reads the pairs that `write_pairs` wrote; memory mapped."""
+
+    def __init__(self, path_prefix: str) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        self._dataset = IndexedDataset(path_prefix)
+        self._bounds = self._dataset.document_indices
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def prefix(self, index: int) -> Ints:
+        """[p] token ids of the prefix."""
+        return self._sequence(self._bounds[index])
+
+    def continuation(self, index: int) -> Ints:
+        """[t] token ids of y_1."""
+        return self._sequence(self._bounds[index] + 1)
+
+    def rejected(self, index: int) -> list[Ints]:
+        """Token ids of each rejected continuation."""
+        first, last = self._bounds[index : index + 2]
+        return [self._sequence(i) for i in range(first + 2, last)]
+
+    def _sequence(self, index: int) -> Ints:
+        return self._dataset[int(index)].astype(np.int32)
+
+
+def write_pairs(pairs: Iterator[Pair], path_prefix: str, vocab_size: int) -> PairReader:
+    """Write pairs to an indexed dataset, document = [prefix, continuation, rejected ...]."""
+    _write_documents(
+        ([p.prefix, p.continuation, *p.rejected] for p in pairs), path_prefix, vocab_size
+    )
+    return PairReader(path_prefix)
+
+
+def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tuple[int, Dropped]:
+    """Write the dataset of MLE training: a document is prefix + continuation, EOD included.
+
+    Its tokens are exactly those of the groups that are built from the same source, so a reference
+    trained on it has seen what CPO compares. The files appear under `output_prefix` when whole.
+
+    Returns:
+        Documents written, and what was left out.
+
+    Raises:
+        ValueError: as `read_pairs`.
+    """
+    dropped = Dropped(refuse=source.on_bad_record == "refuse")
+    aside = f"{output_prefix}.writing-{os.getpid()}"
+    Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    documents = (
+        [np.concatenate([p.prefix, p.continuation])] for p in read_pairs(source, tokenizer, dropped)
+    )
+    try:
+        written = _write_documents(documents, aside, tokenizer.vocab_size)
+        for suffix in (".bin", ".idx"):  # the index last: without it Megatron sees no dataset
+            os.replace(aside + suffix, output_prefix + suffix)
+    finally:
+        for suffix in (".bin", ".idx"):
+            Path(aside + suffix).unlink(missing_ok=True)
+    return written, dropped
+
+
+def _write_documents(documents: Iterator[list[Ints]], path_prefix: str, vocab_size: int) -> int:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(path_prefix + ".bin", dtype=DType.optimal_dtype(vocab_size))
+    count = 0
+    with builder.data_file:
+        for count, sequences in enumerate(documents, 1):  # noqa: B007
+            builder.add_document(np.concatenate(sequences), [len(s) for s in sequences])
+    builder.finalize(path_prefix + ".idx")
+    return count

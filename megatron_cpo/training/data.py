@@ -1,0 +1,176 @@
+"""Megatron's datasets provider for CPO, and the checks of a group store against the run."""
+
+import argparse
+import math
+from dataclasses import fields
+from typing import Any
+
+from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
+from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.training.config import CPOConfig
+
+
+def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any) -> None:
+    """Refuse a store that does not belong to this run; both values are shown.
+
+    Raises:
+        ValueError: another K, another tokenizer, or no reference log-probs.
+    """
+    from megatron_cpo.groups.tokenizing import tokenizer_identity
+
+    path, manifest = reader.path_prefix, reader.manifest
+    if manifest["k"] != config.k:
+        raise ValueError(
+            f"--cpo-k {config.k}: {path} has groups of K={manifest['k']} candidates; pass "
+            f"--cpo-k {manifest['k']} or rebuild the store with --k {config.k}"
+        )
+    ours = tokenizer_identity(tokenizer)
+    if manifest["tokenizer"] != ours:
+        raise ValueError(
+            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: their token ids mean "
+            "different text; pass the tokenizer flags the store was built with, or rebuild it"
+        )
+    if manifest["reference"] is None:
+        raise ValueError(
+            f"{path} has no reference log-probs; score it with tools/build_negatives.py --score-only "
+            f"--output-prefix {path} --load CHECKPOINT and the model's flags"
+        )
+
+
+class CPODatasets:
+    """`train_valid_test_dataset_provider` of a CPO run: rows of groups, the same on every rank."""
+
+    is_distributed = True  # Megatron: build on every rank, not on tensor-parallel rank 0 alone
+
+    def __init__(self, config: CPOConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self, samples: tuple[int, int | None, int], vp_stage: int | None = None
+    ) -> tuple[Any, ...]:
+        """Train, valid and test datasets of at least the wanted numbers of rows.
+
+        Test is always None: evaluate another store with --skip-train and --cpo-valid-data-path.
+        """
+        from megatron.training import get_args
+
+        args = get_args()
+        train_rows, valid_rows, _ = samples
+        reader = GroupReader(self.config.data_path)
+        train_span, valid_span = _split(args.split, len(reader))
+        valid_reader = reader
+        if self.config.valid_data_path:
+            valid_reader = GroupReader(self.config.valid_data_path)
+            train_span, valid_span = (0, len(reader)), (0, len(valid_reader))
+        train = self._rows(args, reader, train_span, train_rows, mixed=self.config.fraction < 1)
+        batch = args.global_batch_size
+        _report("train", train, batch)
+        train = BatchTotals(train, batch, args.consumed_train_samples % batch)
+        if valid_span[0] == valid_span[1] or valid_rows == 0:
+            return train, None, None
+        valid = self._rows(args, valid_reader, valid_span, valid_rows)
+        _report("valid", valid, batch)
+        return (
+            train,
+            _mark_valid(BatchTotals(valid, getattr(args, "eval_global_batch_size", batch))),
+            None,
+        )
+
+    def _rows(
+        self,
+        args: argparse.Namespace,
+        reader: GroupReader,
+        span: tuple[int, int],
+        rows: int | None,
+        mixed: bool = False,
+    ) -> Any:
+        config = RowConfig(
+            row_tokens=args.seq_length,
+            k=self.config.k,
+            lm_prefix=self.config.mle_tokens == "sequence",
+            seed=args.seed,
+            cache=args.data_cache_path,
+        )
+        if not mixed or rows is None:
+            return GroupDataset(reader, config, rows, span)
+        group_rows = math.floor(rows * self.config.fraction) + 1
+        groups = GroupDataset(reader, config, group_rows, span)
+        documents = _documents(args, rows - group_rows + 2)
+        return MixedDataset(groups, documents, self.config.fraction, rows)
+
+
+def _documents(args: argparse.Namespace, rows: int) -> Any:
+    """Megatron's own GPT dataset over --data-path: `rows` plain LM rows, on every rank."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+    config = gpt_dataset_config(args)
+    if config.blend is None and config.blend_per_split is None:
+        raise ValueError(
+            f"--cpo-fraction {args.cpo_fraction}: the other rows are plain text, so it needs --data-path (or "
+            "--train-data-path) as well; pass it, or --cpo-fraction 1"
+        )
+    return BlendedMegatronDatasetBuilder(GPTDataset, [rows, 0, 0], lambda: True, config).build()[0]
+
+
+def gpt_dataset_config(args: argparse.Namespace) -> Any:
+    """Megatron's `GPTDatasetConfig` for plain LM rows, from its own flags."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    values = {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "path_to_cache": args.data_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": get_tokenizer(),
+        "reset_position_ids": args.reset_position_ids,
+        "reset_attention_mask": args.reset_attention_mask,
+        "eod_mask_loss": args.eod_mask_loss,
+        "create_attention_mask": False,
+    }
+    known = {f.name for f in fields(GPTDatasetConfig)}
+    return GPTDatasetConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _split(split: str | None, groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Spans of the train and valid groups: Megatron's --split, contiguous, test left unused."""
+    weights = [float(w) for w in (split or "969,30,1").replace("/", ",").split(",")]
+    weights = (weights + [0.0, 0.0])[:2] + [sum(weights[2:])]
+    train = round(groups * weights[0] / sum(weights))
+    valid = round(groups * (weights[0] + weights[1]) / sum(weights))
+    return (0, max(train, 1)), (max(train, 1), max(valid, 1))
+
+
+def _mark_valid(dataset: BatchTotals) -> BatchTotals:
+    from megatron.core.datasets.utils import Split
+
+    dataset.split = Split.valid  # Megatron's loader takes the evaluation batch size then
+    return dataset
+
+
+def _report(name: str, rows: Any, batch_rows: int) -> None:
+    """One line on rank 0: rows, groups, epochs, padding, and what was left out."""
+    from megatron.training import print_rank_0
+
+    groups = getattr(rows, "groups", rows)
+    epochs = len(groups) / groups.plan.rows_per_epoch
+    used = int(rows.groups_per_row.sum())
+    padding = 1 - rows.tokens_per_row.sum() / (len(rows) * rows.shape.tokens)
+    print_rank_0(
+        f" > cpo {name} data: {len(rows)} rows of {rows.shape.tokens} tokens with {used} groups "
+        f"({used / len(rows):.1f} a row, {used / len(rows) * batch_rows:.0f} a global batch), "
+        f"{epochs:.2f} epochs of {groups.plan.rows_per_epoch} rows, {padding:.1%} padding"
+    )
+    if groups.too_long:
+        print_rank_0(
+            f" > cpo {name} data: {groups.too_long} groups have more than --seq-length "
+            f"{rows.shape.tokens} tokens in their tree and are left out; raise --seq-length to use them"
+        )

@@ -1,0 +1,153 @@
+"""The seam to Megatron: a few functions wrapped once, bound by parameter name.
+
+`install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain` (data,
+step and attention) and `training_log` (one line of metrics). A host script that imports Megatron afterwards runs unchanged; without
+`--cpo-aux-loss` all of them only pass through. On a machine without CUDA the CPU host is enabled too.
+"""
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import torch
+
+from megatron_cpo.training import compat
+from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.log import MetricLog
+from megatron_cpo.training.support import check_supported
+
+_MARK = "_megatron_cpo"
+
+
+def install() -> None:
+    """Teach Megatron the `--cpo-*` flags. Call it before the script imports Megatron's functions.
+
+    Twice is once. Every replacement keeps `__wrapped__`.
+
+    Raises:
+        ImportError: this Megatron lacks a name we bind to; the message has the versions.
+    """
+    if not torch.cuda.is_available():
+        from megatron_cpo.training import cpu_host
+
+        cpu_host.enable()
+    compat.check_host()
+    _replace("megatron.training.arguments", "parse_and_validate_args", _parse_and_validate_args)
+    _replace("megatron.training.arguments", "validate_args", _validate_args)
+    _replace("megatron.training.training", "pretrain", _pretrain)
+    _replace("megatron.training.training", "training_log", MetricLog())
+
+
+def _replace(module: str, name: str, wrap: Any) -> None:
+    """Wrap a function where it is defined and wherever Megatron's own modules imported it."""
+    original = compat.load(module, name)
+    if getattr(original, _MARK, False):
+        return
+    wrapper = functools.wraps(original)(functools.partial(wrap, original))
+    setattr(wrapper, _MARK, True)
+    for loaded_name, loaded in list(sys.modules.items()):
+        if loaded_name.startswith("megatron.") and vars(loaded).get(name) is original:
+            setattr(loaded, name, wrapper)
+
+
+def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's parser with our flags, and a check of the stores before anything is set up."""
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    theirs = bound.arguments.get("extra_args_provider")
+
+    def provider(parser: Any) -> Any:
+        parser = theirs(parser) if theirs is not None else parser
+        if not torch.cuda.is_available():
+            from megatron_cpo.training import cpu_host
+
+            cpu_host.set_parser_defaults(parser)
+        return add_cpo_args(parser)
+
+    bound.arguments["extra_args_provider"] = provider
+    parsed = original(*bound.args, **bound.kwargs)
+    config = cpo_config(parsed)
+    if config is not None:
+        from megatron.training import get_tokenizer
+
+        from megatron_cpo.groups.store import GroupReader
+        from megatron_cpo.training.data import check_store
+
+        for path in filter(None, (config.data_path, config.valid_data_path)):
+            check_store(GroupReader(path), config, get_tokenizer())
+    return parsed
+
+
+def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Megatron's validation, with rows allowed to be longer than the longest sequence."""
+    if not torch.cuda.is_available():
+        from megatron_cpo.training import cpu_host
+
+        cpu_host.check_args(args)
+    if cpo_config(args) is None:
+        return original(args, *rest, **kwargs)
+    # Megatron asserts that a row's indices have position embeddings; in a row of trees positions are
+    # depths, so only the longest prefix + candidate must.
+    positions = args.max_position_embeddings
+    if positions is not None and args.seq_length is not None:
+        args.max_position_embeddings = max(positions, args.seq_length)
+    args = original(args, *rest, **kwargs)
+    args.max_position_embeddings = positions
+    check_supported(args)
+    return args
+
+
+def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Megatron's `pretrain` with CPO's data, step and attention in place of the script's."""
+    from megatron.training import get_args
+
+    parsed = get_args()
+    config = cpo_config(parsed)
+    if config is None:
+        return original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    _bind(bound.arguments, config, parsed)
+    return original(*bound.args, **bound.kwargs)
+
+
+def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
+    """Replace, by name, what `pretrain` was called with."""
+    from megatron.training import get_tokenizer
+
+    from megatron_cpo.checkpoints.identity import checkpoint_identity
+    from megatron_cpo.groups.store import KINDS, read_manifest
+    from megatron_cpo.training.data import CPODatasets
+    from megatron_cpo.training.gate import StepZeroGate
+    from megatron_cpo.training.step import CPOStep
+
+    start = checkpoint_identity(args.load) or checkpoint_identity(args.pretrained_checkpoint)
+    manifest = read_manifest(config.data_path)
+    gate = StepZeroGate(config.objective, manifest["reference"], start)
+    kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
+    arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
+    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, gate, kinds)
+    attach_to_model(arguments)
+    if args.rank == 0:
+        print(
+            "megatron_cpo: CPO data, step and tree attention in place of the script's", flush=True
+        )
+        if (reason := gate.explain()) is not None:
+            print(reason, flush=True)
+
+
+def attach_to_model(arguments: dict[str, Any]) -> None:
+    """Add tree attention to the model that `pretrain`'s arguments describe (config or provider)."""
+    from megatron_cpo.model.attach import attach_tree_attention
+
+    container = next((v for v in arguments.values() if hasattr(v, "checkpoint")), None)
+    model = getattr(container, "model", None)
+    if model is not None:
+        model.pre_wrap_hooks.append(attach_tree_attention)
+        return
+    provider = arguments["model_provider"]
+
+    @functools.wraps(provider)
+    def with_trees(*args: Any, **kwargs: Any) -> Any:
+        return attach_tree_attention([provider(*args, **kwargs)])[0]
+
+    arguments["model_provider"] = with_trees

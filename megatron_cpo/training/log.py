@@ -1,0 +1,50 @@
+"""One log line of CPO metrics under each of Megatron's iteration lines.
+
+Megatron's own line leaves out every value that is not above zero, which rewards and log-probs mostly
+are; TensorBoard has them all. The line is for people and parsers:
+
+    [cpo] iteration 20: cpo_loss=1.234567e+00 lm_loss=... accuracy=... margin=-...
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+
+class MetricLog:
+    """Wraps Megatron's `training_log`: the means since the last line, on the last rank."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._iterations = 0
+
+    def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Log as Megatron does, then our line if an interval ends here."""
+        from megatron.training import get_args, print_rank_last
+
+        result = original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        losses = bound["loss_dict"]
+        if bound["skipped_iter"] == 0 and "cpo loss" in losses:
+            self._iterations += 1
+            for name, value in losses.items():
+                self._sums[name] = self._sums.get(name, 0) + value.detach()
+        if bound["iteration"] % get_args().log_interval == 0:
+            if self._sums:
+                means = {n: float(total) / self._iterations for n, total in self._sums.items()}
+                print_rank_last(format_line(bound["iteration"], means))
+            self._sums, self._iterations = {}, 0
+        return result
+
+
+def format_line(iteration: int, metrics: dict[str, float]) -> str:
+    """The log line of an iteration's metrics."""
+    values = (f"{_word(name)}={value:.6e}" for name, value in metrics.items())
+    return f" [cpo] iteration {iteration}: {' '.join(values)}"
+
+
+def _word(name: str) -> str:
+    """`cpo margin` -> `margin`, `cpo loss` -> `cpo_loss`: one word each, no two alike."""
+    short = name if name.endswith("loss") else name.removeprefix("cpo ")
+    return short.replace(" ", "_")

@@ -1,0 +1,89 @@
+"""What a CPO step reports: numerators and denominators that Megatron sums over the global batch.
+
+Each entry is a float32 [2] tensor (numerator, denominator). Megatron sums both over micro-batches and
+data-parallel ranks and logs the quotient, in the log, TensorBoard and evaluation alike. Here s_k is
+the reward beta * log(pi / pi_ref) of candidate k, summed over its tokens, in nats times beta.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_cpo.groups.store import KINDS
+
+EMPTY = 1e-9
+"""Added to denominators, so that a batch without such a candidate logs 0 and not NaN."""
+
+
+def group_metrics(
+    scores: Tensor,
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    ranks: Tensor,
+    kinds: Tensor,
+    mask: Tensor,
+    reported_kinds: Sequence[str] = KINDS,
+) -> dict[str, Tensor]:
+    """Metrics over the groups of a micro-batch; the tensors are [groups, K], detached.
+
+    - `cpo accuracy`: share of groups whose truth has strictly the highest reward (0 at theta = ref).
+    - `cpo margin`: s_1 minus the best negative's reward.
+    - `cpo truth logp`: log pi(y_1 | x), nats per sequence; `cpo truth logratio`: minus log pi_ref.
+    - `cpo rank tau`: Kendall's tau-a between rewards and the given order; ties count 0.
+    - `cpo reward <kind>`: mean reward of the candidates of each of `reported_kinds`.
+    """
+    groups = mask[:, 0]
+    contested = groups & mask[:, 1:].any(dim=1)
+    lowest = torch.finfo(scores.dtype).min
+    best_negative = scores[:, 1:].masked_fill(~mask[:, 1:], lowest)
+    best_negative = best_negative.amax(dim=1) if scores.shape[1] > 1 else scores[:, 0]
+    margin = torch.where(contested, scores[:, 0] - best_negative, 0.0)
+    log_ratio = policy_logps - reference_logps
+    metrics = {
+        "cpo accuracy": _ratio((margin > 0).float(), contested),
+        "cpo margin": _ratio(margin, contested),
+        "cpo truth logp": _ratio(policy_logps[:, 0], groups),
+        "cpo truth logratio": _ratio(log_ratio[:, 0], groups),
+        "cpo rank tau": _kendall_tau(scores, ranks, mask),
+    }
+    for kind in reported_kinds:
+        metrics[f"cpo reward {kind}"] = _ratio(scores, mask & (kinds == KINDS.index(kind)))
+    return metrics
+
+
+def packing_metrics(batch: dict[str, Tensor], groups: Tensor) -> dict[str, Tensor]:
+    """How full the rows are: `cpo groups per row`, and `cpo packing`, the share of real tokens.
+
+    Args:
+        batch: collated rows on the device, [B, S] tokens.
+        groups: number of groups in it.
+    """
+    index = torch.arange(1, batch["subtree_end"].shape[1] + 1, device=groups.device)
+    # Padding has position 0 and nothing below it.
+    real = ((batch["position_ids"] > 0) | (batch["subtree_end"] > index)).sum()
+    rows = torch.full_like(groups, len(batch["tokens"]))
+    per_row = torch.stack([groups, rows]).float()
+    return {
+        "cpo groups per row": per_row,
+        "cpo packing": torch.stack([real, rows * len(index)]).float(),
+    }
+
+
+def _ratio(values: Tensor, where: Tensor) -> Tensor:
+    """[2]: the sum of values where a condition holds, and how often it does."""
+    total = torch.where(where, values, 0.0).sum(dtype=torch.float32)
+    return torch.stack([total, where.sum(dtype=torch.float32) + EMPTY])
+
+
+def _kendall_tau(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+    """[2]: the sum over groups of tau-a, and the number of groups with at least one pair."""
+    above = torch.triu(torch.ones(scores.shape[1], scores.shape[1], device=scores.device), 1).bool()
+    pairs = mask[:, :, None] & mask[:, None, :] & above
+    # A better rank is a smaller number, so agreement is a reward difference of the opposite sign.
+    agree = torch.sign(scores[:, :, None] - scores[:, None, :]) * torch.sign(
+        (ranks[:, None, :] - ranks[:, :, None]).to(scores.dtype)
+    )
+    count = pairs.sum(dim=(1, 2))
+    tau = (agree * pairs).sum(dim=(1, 2)) / count.clamp(min=1)
+    return _ratio(tau, count > 0)

@@ -1,0 +1,115 @@
+"""The CPO training step: rows of groups in, the scaled loss and its metrics out.
+
+The loss scale contract, once: over a global batch with N groups and T supervised tokens (both known
+from the packing plan, see `groups.dataset.BatchTotals`),
+
+    loss = weight * sum_groups(CPO loss) / N + mle_weight * sum_tokens(-log pi) / T
+
+so every group has the same weight and every supervised token has the same weight, whatever the
+micro-batch size, the packing and the layout. What `loss` returns makes Megatron's own divisions come
+out at that; they are named beside the return statement.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_cpo.groups.store import KINDS
+from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
+from megatron_cpo.objective import OBJECTIVES, rewards
+from megatron_cpo.training.config import CPOConfig
+from megatron_cpo.training.gate import StepZeroGate
+from megatron_cpo.training.metrics import EMPTY, group_metrics, packing_metrics
+
+
+class CPOStep:
+    """Megatron's `forward_step_func` for CPO.
+
+    Args:
+        config: the `--cpo-*` settings.
+        vocab_size: the tokenizer's, without padding rows.
+        gate: compares the first loss with what it must be at theta = ref.
+        kinds: kinds of candidates to report the mean reward of; those of the store.
+    """
+
+    def __init__(
+        self,
+        config: CPOConfig,
+        vocab_size: int,
+        gate: StepZeroGate | None = None,
+        kinds: Sequence[str] = KINDS,
+    ) -> None:
+        self.config, self.gate, self.kinds = config, gate, kinds
+        self.forward = RowForward(vocab_size)
+
+    def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        """One micro-batch through the model; the second value is the loss function of its output."""
+        from megatron.training import get_timers
+
+        timer = get_timers()("batch-generator", log_level=2)
+        timer.start()
+        batch = next(data_iterator)
+        timer.stop()
+        output, batch = self.forward(batch, model)
+        return output, partial(self.loss, batch)
+
+    def loss(self, batch: Batch, logps: Tensor) -> tuple[Any, ...]:
+        """The scaled loss of a micro-batch and its report, from the log-probs of its queries."""
+        from megatron.core import mpu
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.training import get_args
+
+        config, args = self.config, get_args()
+        mask = batch["candidate_mask"].flatten(0, 1)
+        reference, ranks, kinds = (
+            batch[name].flatten(0, 1) for name in ("reference_logps", "ranks", "kinds")
+        )
+        policy = candidate_logps(logps, batch["first_slot"], batch["last_slot"], mask.numel())
+        policy = policy.view_as(mask)
+        losses = OBJECTIVES[config.objective](policy, reference, ranks, config.beta, mask)
+        nll = -(logps * batch["lm"]).sum()
+        groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
+        loss = config.weight * losses.sum() / batch["batch_groups"][0].clamp(
+            min=1
+        ) + config.mle_weight * nll / batch["batch_lm_tokens"][0].clamp(min=1)
+
+        with torch.no_grad():
+            report = {
+                "cpo loss": torch.stack([losses.sum(), groups + EMPTY]),
+                "lm loss": torch.stack([nll, lm_tokens + EMPTY]),
+            }
+            policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
+            report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
+            report |= packing_metrics(batch, groups)
+            if self.gate is not None and torch.is_grad_enabled():
+                self.gate.check(losses, mask)
+        _reject_bad_loss(args, loss)
+
+        # Megatron divides by the number of micro-batches and averages gradients over data-parallel
+        # ranks; the sum above is already over the whole batch, so both are undone here. It multiplies
+        # a 2-tuple's loss by the context-parallel size. With --calculate-per-token-loss it sums
+        # gradients and divides by the tokens reported over all ranks and micro-batches: one each.
+        scale = get_num_microbatches() * mpu.get_data_parallel_world_size()
+        if args.calculate_per_token_loss:
+            one = torch.ones((), dtype=torch.int, device=loss.device)
+            return loss * scale * args.context_parallel_size, one, report
+        return loss * scale, report
+
+
+def _reject_bad_loss(args: Any, loss: Tensor) -> None:
+    """Megatron's own check for NaN and infinity in the loss, with its re-run machinery."""
+    if not args.check_for_nan_in_loss_and_grad:
+        return
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        get_rerun_state_machine().validate_result(
+            result=loss.detach(),
+            rejection_func=rejected,
+            message=f"found {name} in the CPO loss of this rank",
+            tolerance=0.0,
+            fatal=True,
+        )

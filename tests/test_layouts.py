@@ -1,0 +1,147 @@
+"""The real training loop at every supported layout against one process, from one checkpoint.
+
+Each run is `examples/pretrain_gpt.py` with CPO flags, Megatron's own `pretrain()` on gloo ranks. The
+checkpoint is written by one process and resharded by torch_dist on loading.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_pretrain, run_ranks
+from tests.stores import TOKENIZER_FLAGS, write_store
+
+STEPS = 10
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 --seed 7"
+).split() + TOKENIZER_FLAGS
+# SGD at rate 1 without clipping: what a step takes from the weights is its gradient.
+TRAIN = (
+    "--seq-length 256 --global-batch-size 8 --optimizer sgd --sgd-momentum 0 --weight-decay 0 "
+    "--lr 0.1 --lr-decay-style constant --clip-grad 0 --log-interval 1 --eval-iters 1 "
+    "--eval-interval 1000 --save-interval 1 --ckpt-format torch_dist --no-load-optim --no-load-rng"
+).split()
+CPO = "--cpo-aux-loss --cpo-k 5 --cpo-objective ranked --cpo-beta 0.2".split()
+LAYOUTS = {
+    "TP=2": (2, "--tensor-model-parallel-size 2"),
+    "PP=2": (2, "--pipeline-model-parallel-size 2"),
+    "TP=2 x PP=2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "PP=2, VPP=2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "DP=2": (2, ""),
+    "DP=2, distributed optimizer": (2, "--use-distributed-optimizer --optimizer adam"),
+    "micro-batch 4": (1, "--micro-batch-size 4"),
+    "per-token loss, DP=2": (2, "--calculate-per-token-loss"),
+    "full recompute": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "untied, RoPE, GQA, TP=2": (2, "--tensor-model-parallel-size 2"),
+}
+
+
+def weights(folder: str, iteration: int) -> dict[str, torch.Tensor]:
+    """Model tensors of a torch_dist checkpoint, whole, whatever layout wrote them."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    torch.distributed.init_process_group("gloo")
+    tensors = load_plain_tensors(f"{folder}/iter_{iteration:07d}")
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and name.startswith(("decoder", "embedding", "output"))
+    }
+
+
+def cpo_curves(output: str) -> dict[str, list[float]]:
+    """The `[cpo]` lines of a training log: {name: [value per iteration]}."""
+    curves: dict[str, list[float]] = {}
+    for line in re.findall(r"\[cpo\] iteration \d+: (.*)", output):
+        for pair in line.split():
+            name, value = pair.split("=")
+            curves.setdefault(name, []).append(float(value))
+    return curves
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_store(tmp_path_factory.mktemp("store") / "groups", 400, 5, longest=16)
+
+
+class Start:
+    """A checkpoint of random weights written by one process, and runs that continue from it."""
+
+    def __init__(self, folder: Path, store: str, model_flags: list[str]) -> None:
+        self.folder, self.store, self.model_flags = folder, store, model_flags
+        self.start = str(folder / "start")
+        flags = ["--train-iters", "1", "--lr", "0", "--save", self.start]
+        self._run(1, [*TRAIN, *flags, "--micro-batch-size", "1"])
+
+    def train(self, name: str, world_size: int, flags: str, steps: int = STEPS) -> dict:
+        """Curves by name, and `step`: what the first step changed, by parameter."""
+        save = str(self.folder / name.replace(" ", "_"))
+        run = ["--train-iters", str(steps), "--save", save, "--load", self.start, "--finetune"]
+        output = self._run(world_size, [*TRAIN, "--micro-batch-size", "2", *run, *flags.split()])
+        curves = cpo_curves(output[-1])
+        [before] = run_ranks(weights, 1, self.start, 1)
+        [after] = run_ranks(weights, 1, save, 1)
+        assert before.keys() == after.keys() and len(before) > 8
+        curves["step"] = {key: after[key] - before[key] for key in before}
+        # A weight is rounded to float32 after the step: half a unit in its last place is no difference.
+        curves["rounding"] = {key: float(after[key].norm()) * 2.0**-24 for key in before}
+        return curves
+
+    def _run(self, world_size: int, flags: list[str]) -> list[str]:
+        return run_pretrain(
+            [*MODEL, *self.model_flags, *flags, *CPO, "--cpo-data-path", self.store], world_size
+        )
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, store: str) -> Start:
+    return Start(tmp_path_factory.mktemp("tied"), store, [])
+
+
+@pytest.fixture(scope="module")
+def rope_start(tmp_path_factory: pytest.TempPathFactory, store: str) -> Start:
+    flags = (
+        "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
+        "--untie-embeddings-and-output-weights"
+    )
+    return Start(tmp_path_factory.mktemp("rope"), store, flags.split())
+
+
+@pytest.fixture(scope="module")
+def one_process(start: Start, rope_start: Start) -> dict[str, dict]:
+    """The twins: one process with the same optimizer and architecture."""
+    return {
+        "sgd": start.train("one", 1, ""),
+        "adam": start.train("one-adam", 1, "--optimizer adam"),
+        "rope": rope_start.train("one", 1, ""),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(
+    layout: str, start: Start, rope_start: Start, one_process: dict[str, dict]
+) -> None:
+    """Losses over 10 steps and the gradient of the first step within 1e-5 relative, float32."""
+    world_size, flags = LAYOUTS[layout]
+    rope, adam = "RoPE" in layout, "adam" in flags
+    twin = one_process["rope" if rope else "adam" if adam else "sgd"]
+    found = (rope_start if rope else start).train(layout, world_size, flags)
+    for name in ("cpo_loss", "lm_loss", "margin", "truth_logp", "rank_tau"):
+        assert len(found[name]) == STEPS
+        assert found[name] == pytest.approx(twin[name], rel=1e-5, abs=1e-5), name
+    # Something is learnt, so equal curves mean equal updates.
+    assert twin["lm_loss"][-1] < twin["lm_loss"][0] - 0.1
+    if adam:
+        return  # Adam's first step is the gradient's sign: nothing to compare at 1e-5
+    for name, step in twin["step"].items():
+        off = float((found["step"][name] - step).norm()) - 2 * twin["rounding"][name]
+        assert off < 1e-5 * float(step.norm()), f"{name}: the first step differs by {off:.1e}"

@@ -65,19 +65,21 @@ def _pairs_of_records(
 ) -> Iterator[tuple[Pair, str]]:
     render = chat_renderer(tokenizer)
     for record in read_records(source.inputs, dropped, source.shape, source.template, render):
+        if record.prefix is None:
+            text = encoder.text(record.continuation)
+            yield from _pieces(text, record.source, source, encoder, dropped)
+            continue
         try:
-            yield encoder.pair(record, source.prefix_fraction), record.source
+            pair = encoder.pair(record.prefix, record.continuation, *record.rejected)
         except BadRecord as error:
             dropped.bad(str(error), record.source)
+        else:
+            yield pair, record.source
 
 
 def _pairs_of_datasets(
     prefixes: list[str], source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
 ) -> Iterator[tuple[Pair, str]]:
-    """Each document in pieces of at most `max_length` tokens.
-
-    Only the last piece of a document ends in EOD: where a piece was cut, the text goes on.
-    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     for prefix in prefixes:
@@ -96,12 +98,22 @@ def _pairs_of_datasets(
             while len(tokens) and tokens[-1] == encoder.eod:
                 tokens = tokens[:-1]
             tokens = np.append(tokens, np.int32(encoder.eod))
-            size = source.max_length or len(tokens)
-            for start in range(0, len(tokens), size):
-                try:
-                    yield encoder.split(tokens[start : start + size], source.prefix_fraction), where
-                except BadRecord as error:
-                    dropped.skip(str(error), where)  # the short end of a document is not an error
+            yield from _pieces(tokens, where, source, encoder, dropped)
+
+
+def _pieces(
+    tokens: Ints, where: str, source: Source, encoder: Encoder, dropped: Dropped
+) -> Iterator[tuple[Pair, str]]:
+    """A text in pieces of at most `max_length` tokens, each split into x and y_1.
+
+    Only the last piece of a text ends in EOD: where a piece was cut, the text goes on.
+    """
+    size = source.max_length or len(tokens)
+    for start in range(0, len(tokens), size):
+        try:
+            yield encoder.split(tokens[start : start + size], source.prefix_fraction), where
+        except BadRecord as error:
+            dropped.skip(str(error), where)  # not bad: the end of a text that was cut is short
 
 
 class PairReader:

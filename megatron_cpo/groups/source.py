@@ -22,16 +22,16 @@ class Source:
     prefix_fraction: float = 0.15
     """Share of the tokens of a whole text that is its prefix, in (0, 1)."""
     max_length: int | None = None
-    """Most tokens of prefix + continuation, EOD included. Longer records are skipped and counted,
-    longer documents of an indexed dataset are cut. None: no limit."""
+    """Most tokens of prefix + continuation, EOD included. Longer records are skipped and counted;
+    longer texts, and documents of an indexed dataset, are cut into pieces. None: no limit."""
     on_bad_record: str = "skip"
     """`skip` counts bad records, `refuse` stops at the first."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
             raise ValueError(
-                "--input is missing: give JSON Lines (.jsonl, .jsonl.gz) or the prefix of a Megatron "
-                "indexed dataset"
+                "--input is missing: give JSON Lines (.jsonl, .jsonl.gz) or the prefix of a "
+                "Megatron indexed dataset"
             )
         if self.shape not in ("auto", *SHAPES):
             raise ValueError(
@@ -94,7 +94,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="share of a text's tokens that is its prefix (default: 0.15)")  # fmt: skip
     add("--max-length", type=int, metavar="N",
         help="most tokens of prefix + candidate; longer records are skipped and counted, longer "
-        "documents of a dataset are cut (default: --max-position-embeddings, or 1024)")  # fmt: skip
+        "texts and documents are cut (default: --max-position-embeddings, or 1024)")  # fmt: skip
     add("--on-bad-record", default="skip", choices=["skip", "refuse"],
         help="skip and count bad records, or stop at the first (default: skip)")  # fmt: skip
     return parser

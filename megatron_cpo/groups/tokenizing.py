@@ -1,24 +1,24 @@
 """Records to token ids: once, prefix and continuation each on its own, and never together.
 
 The boundary between prefix and continuation is then a boundary between tokens, and MLE, CPO, the
-reference and decoding all see the same ids. A continuation ends in the tokenizer's end of document
-(EOD) exactly once.
+reference and decoding all see the same ids. A continuation ends in one end of document (EOD) of the
+tokenizer, unless it is a piece that was cut from a longer text and the text goes on.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_cpo.groups.records import BadRecord, Dropped, Message, Record, read_records
+from megatron_cpo.groups.records import BadRecord, Dropped, Message, read_records
 from megatron_cpo.groups.source import Source
 from megatron_cpo.tree import Ints
 
@@ -76,17 +76,18 @@ class Encoder:
             ids.pop()
         return ids
 
-    def pair(self, record: Record, prefix_fraction: float) -> Pair:
-        """A record as token ids; continuations end in EOD.
+    def text(self, text: str) -> Ints:
+        """Token ids of a whole text, EOD included, to be split."""
+        return _ints([*self.prefix(text), self.eod])
+
+    def pair(self, prefix_text: str, *continuation_texts: str) -> Pair:
+        """A prefix, y_1 and its rejected continuations as token ids; continuations end in EOD.
 
         Raises:
-            BadRecord: nothing is left of the prefix or of a continuation, or a text is too short
-                to be split.
+            BadRecord: nothing is left of the prefix or of a continuation.
         """
-        if record.prefix is None:
-            return self.split([*self.prefix(record.continuation), self.eod], prefix_fraction)
-        continuations = [self.continuation(t) for t in (record.continuation, *record.rejected)]
-        prefix = self.prefix(record.prefix)
+        continuations = [self.continuation(text) for text in continuation_texts]
+        prefix = self.prefix(prefix_text)
         if not prefix or not all(continuations):
             raise BadRecord("no tokens in the prefix or in a continuation")
         first, *rest = (_ints([*ids, self.eod]) for ids in continuations)
@@ -133,17 +134,19 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Dro
         ) from error
 
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    texts = (
-        text
-        for record in read_records(source.inputs, dropped, source.shape, source.template)
-        for text in (record.prefix, record.continuation, *record.rejected)
-        if text
-    )
-    next_text = next(texts)  # errors in the input arise here, not inside the C++ trainer
+    failed: list[ValueError] = []
+
+    def texts() -> Iterator[str]:
+        try:
+            for record in read_records(source.inputs, dropped, source.shape, source.template):
+                yield from filter(None, (record.prefix, record.continuation, *record.rejected))
+        except ValueError as error:  # the C++ trainer would turn it into a RuntimeError of its own
+            failed.append(error)
+
     model = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([next_text], texts),
+            sentence_iterator=texts(),
             model_writer=model,
             vocab_size=vocab_size,
             byte_fallback=True,
@@ -155,10 +158,14 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Dro
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         raise ValueError(
             f"--vocab-size {vocab_size}: SentencePiece cannot make that many pieces of these "
             f"records ({error}); give another number, at least 300"
         ) from error
+    if failed:
+        raise failed[0]
     Path(model_path).parent.mkdir(parents=True, exist_ok=True)
     aside = Path(f"{model_path}.writing-{os.getpid()}")
     aside.write_bytes(model.getvalue())

@@ -1,0 +1,313 @@
+"""Building a store, end to end: its content, its bytes, its messages, and what a failure leaves."""
+
+import gzip
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
+
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.store import KINDS, GroupReader
+from megatron_cpo.negatives import build
+from megatron_cpo.negatives.build import BuildConfig, build_groups
+
+ROOT = Path(__file__).parents[1]
+MAX_LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("build")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return dolly_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def built(folder, tokenizer):
+    """One build of the example data: its config, report and reader."""
+    source = Source((DOLLY,), max_length=MAX_LENGTH)
+    config = BuildConfig(source, str(folder / "groups"), negatives="bn=3,tn=8", k=12, seed=7)
+    report = build_groups(config, tokenizer)
+    return config, report, GroupReader(config.output_prefix)
+
+
+def toy_config(tmp_path, *records, **options):
+    """A config over a few records of numbers, for `ToyTokenizer`."""
+    records = records or [{"prompt": "1", "completion": f"{i} 3 4"} for i in range(5)]
+    path = write_jsonl(tmp_path / "r.jsonl", *records)
+    flags = {k: options.pop(k) for k in ("max_length", "on_bad_record") if k in options}
+    return BuildConfig(Source((path,), **flags), str(tmp_path / "out" / "store"), **options)
+
+
+def test_groups(built, tokenizer):
+    _, report, reader = built
+    assert report.groups == len(reader) == 400 - report.dropped.counts["longer than 256 tokens"]
+    expected = [KINDS.index(kind) for kind in ["gt", *["bn"] * 3, *["tn"] * 8]]
+    truths = [reader[i].candidates[0].tobytes() for i in range(len(reader))]
+    for index in range(len(reader)):
+        group = reader[index]
+        truth, *negatives = group.candidates
+        assert group.kinds.tolist() == expected
+        assert all(c[-1] == tokenizer.eod for c in group.candidates)
+        assert all(len(group.prefix) + len(c) <= MAX_LENGTH for c in group.candidates)
+        assert sorted(group.ranks) == list(range(12))
+        assert group.ranks[0] == 0
+        assert group.similarities[0] == 1
+        assert np.all(np.diff(group.similarities[np.argsort(group.ranks)]) <= 0)
+        assert np.isnan(group.reference_logps).all()
+        for bn in negatives[:3]:
+            assert bn.tobytes() != truth.tobytes()
+            assert bn.tobytes() in truths or len(group.prefix) + len(bn) == MAX_LENGTH
+        for tn in negatives[3:]:
+            assert len(tn) < len(truth) or len(truth) == 2
+            assert tn[:-1].tobytes() == truth[: len(tn) - 1].tobytes()
+    assert tokenizer.detokenize(reader[0].prefix.tolist()).endswith("Hanged\nResponse: ")
+
+
+def test_manifest(built, tokenizer):
+    config, report, reader = built
+    manifest = reader.manifest
+    expected = {
+        "k": 12,
+        "groups": report.groups,
+        "negatives": {"bn": 3, "tn": 8},
+        "seed": 7,
+        "ranker": "lexical",
+        "max_length": MAX_LENGTH,
+        "prefix_fraction": 0.15,
+        "format": "auto",
+        "prompt_template": "Instruction: {instruction}\nContext: {context}\nResponse: ",
+        "dropped": {"longer than 256 tokens": 400 - report.groups},
+        "eod": tokenizer.eod,
+        "reference": None,
+    }
+    assert {name: manifest[name] for name in expected} == expected
+    assert manifest["tokenizer"]["vocab_size"] == 1000
+    (source,) = manifest["source"]
+    assert source["name"] == "dolly-400.jsonl"
+    assert source["sha256"] in (ROOT / "examples" / "data" / "README.md").read_text()
+    assert str(ROOT) not in Path(config.output_prefix + ".json").read_text()
+
+
+def test_report(built):
+    _, report, reader = built
+    groups = [reader[i] for i in range(len(reader))]
+    assert report.candidates == {"gt": len(groups), "bn": 3 * len(groups), "tn": 8 * len(groups)}
+    assert report.prefix_tokens == sum(len(g.prefix) for g in groups)
+    assert report.truth_tokens == sum(len(g.candidates[0]) for g in groups)
+    assert report.negative_tokens == sum(len(c) for g in groups for c in g.candidates[1:])
+    assert report.tree_tokens == reader.manifest["tree_tokens"] > report.truth_tokens
+    truncated = np.concatenate([g.similarities[g.kinds == KINDS.index("tn")] for g in groups])
+    assert report.mean_similarity["tn"] == pytest.approx(truncated.mean(), rel=1e-5)
+    assert report.mean_similarity["tn"] > report.mean_similarity["bn"] > 0
+    repeats = sum(12 - len({c.tobytes() for c in g.candidates}) for g in groups)
+    assert report.duplicates == repeats > 0
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["groups", str(len(groups)), "of", "K", "=", "12"]
+    assert any(line.startswith("negatives: tn") for line in lines)
+    assert lines[-1].startswith("dropped: longer than 256 tokens")
+
+
+def test_rebuild_has_the_same_bytes_and_leaves_nothing_else(built, tokenizer, folder, tmp_path):
+    """Also from another folder and over an older store; another seed gives other bytes."""
+    config, _, _ = built
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    data = copy / "dolly-400.jsonl"
+    data.write_bytes(Path(DOLLY).read_bytes())
+    source = replace(config.source, inputs=(str(data),))
+    again = BuildConfig(source, str(copy / "groups"), seed=7)
+    other = replace(again, seed=8)
+    build_groups(other, tokenizer)
+    suffixes = (".bin", ".idx", ".values.bin", ".values.idx", ".json")
+    files = [Path(config.output_prefix + s).read_bytes() for s in suffixes]
+    seeded = [Path(again.output_prefix + s).read_bytes() for s in suffixes]
+    assert seeded[0] != files[0]
+    build_groups(again, tokenizer)
+    assert [Path(again.output_prefix + s).read_bytes() for s in suffixes] == files
+    assert sorted(os.listdir(copy)) == sorted(
+        ["dolly-400.jsonl", *(f"groups{s}" for s in suffixes)]
+    )
+
+
+def test_compressed_input_gives_the_same_groups(built, tokenizer, tmp_path):
+    config, _, reader = built
+    data = tmp_path / "d.jsonl.gz"
+    data.write_bytes(gzip.compress(Path(DOLLY).read_bytes()))
+    source = replace(config.source, inputs=(str(data),))
+    build_groups(BuildConfig(source, str(tmp_path / "groups"), seed=7), tokenizer)
+    theirs = GroupReader(str(tmp_path / "groups")).manifest
+    assert theirs["files"] == reader.manifest["files"]
+    assert theirs["source"] != reader.manifest["source"]
+
+
+def test_more_truncations_leave_the_batch_negatives_alone(tmp_path):
+    stores = []
+    for name, negatives in {"a": "bn=2", "b": "tn=2,bn=2"}.items():
+        config = toy_config(tmp_path, negatives=negatives)
+        config = replace(config, output_prefix=str(tmp_path / name))
+        build_groups(config, ToyTokenizer())
+        stores.append(GroupReader(config.output_prefix))
+    for index in range(5):
+        few, many = stores[0][index], stores[1][index]
+        assert [c.tolist() for c in few.candidates[1:]] == [c.tolist() for c in many.candidates[3:]]
+
+
+def test_given_negatives(tmp_path):
+    records = [{"prompt": "1", "chosen": "2", "rejected": [str(i), "8", "9"]} for i in (3, 4)]
+    config = toy_config(tmp_path, *records, {"prompt": "1", "chosen": "5"}, negatives="given=2")
+    report = build_groups(config, ToyTokenizer())
+    assert report.dropped.counts == {"fewer than 2 rejected continuations": 1}
+    group = GroupReader(config.output_prefix)[1]
+    assert [c.tolist() for c in group.candidates] == [[2, 99], [4, 99], [8, 99]]
+    assert group.kinds.tolist() == [0, KINDS.index("given"), KINDS.index("given")]
+
+
+def test_policy_samplers_join_the_mix(tmp_path):
+    """A sampler that needs a policy sees all records first, then is asked group by group."""
+    config = toy_config(tmp_path, negatives="an=1,bn=1")
+
+    def samplers(pairs):
+        assert len(pairs) == 5
+        return {"an": lambda context, count, rng: [context.truth[:1]] * count}
+
+    build_groups(config, ToyTokenizer(), samplers)
+    group = GroupReader(config.output_prefix)[3]
+    assert group.kinds.tolist() == [0, KINDS.index("an"), KINDS.index("bn")]
+    assert group.candidates[1].tolist() == [3]
+
+
+def failing_sampler(context, count, rng):
+    if context.index == 3:
+        raise RuntimeError("out of luck")
+    return [context.truth] * count
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_failure_leaves_nothing_but_an_older_store(tmp_path, monkeypatch, older):
+    config = toy_config(tmp_path, negatives="tn=2")
+    if older:
+        build_groups(config, ToyTokenizer())
+    output = Path(config.output_prefix).parent
+    before = {p.name: p.read_bytes() for p in output.glob("*")}
+    monkeypatch.setitem(build.NEGATIVES, "tn", failing_sampler)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        build_groups(config, ToyTokenizer())
+    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    assert len(before) == (5 if older else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"negatives": "bn=3", "k": 12}, r"--k 12: --negatives bn=3 makes K = 4 .*leave --k out"),
+        ({"negatives": "xn=3"}, r"--negatives xn=3: unknown kind 'xn'"),
+        ({"ranker": "bert"}, r"--ranker bert: unknown; give one of lexical, none"),
+        ({"seed": -1}, r"--seed -1: needs a number that is not negative"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_read(options, match):
+    with pytest.raises(ValueError, match=match):
+        BuildConfig(Source(("missing.jsonl",)), "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "match"),
+    [
+        ([], {"negatives": "bn=5"}, r"--negatives bn=5: .* of 5 usable records only 4 are others"),
+        ([], {"negatives": "MixN"}, r"--negatives mn=5: drawn from a policy, .* not available yet"),
+        ([b"x"], {}, r"r\.jsonl: no usable record .dropped: 1 not JSON"),
+        ([b"x"], {"on_bad_record": "refuse"}, r"r\.jsonl:1: not JSON; correct this record"),
+        ([], {"max_length": 4}, r"no usable record .dropped: 5 longer than 4 tokens"),
+        ([], {"negatives": "given=1"}, r"dropped: 5 fewer than 1 rejected continuations"),
+    ],
+)
+def test_data_that_cannot_be_built_from(tmp_path, records, options, match):
+    config = toy_config(tmp_path, *records, **options)
+    with pytest.raises(ValueError, match=match):
+        build_groups(config, ToyTokenizer())
+    output = Path(config.output_prefix).parent
+    assert not output.exists() or os.listdir(output) == []
+
+
+def run_tool(name, *flags):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *map(str, flags)],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_tools_build_what_the_library_builds(built, folder, tmp_path):
+    """The three tools in a row, as the README runs them; the model exists since `built`."""
+    _, _, reader = built
+    flags = ["--input", DOLLY, "--max-length", MAX_LENGTH]
+    model = tmp_path / "tokenizer.model"
+    done = run_tool("train_tokenizer.py", *flags, "--output", model, "--vocab-size", 1000)
+    assert done.returncode == 0, done.stderr
+    assert model.read_bytes() == (folder / "tokenizer.model").read_bytes()
+    flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+    done = run_tool("tokenize_lm.py", *flags, "--output-prefix", tmp_path / "mle")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(reader)} documents; dropped: {400 - len(reader)} longer" in done.stdout
+    done = run_tool(
+        "build_negatives.py", *flags, "--output-prefix", tmp_path / "groups", "--k", 12, "--seed", 7
+    )
+    assert done.returncode == 0, done.stderr
+    assert GroupReader(str(tmp_path / "groups")).manifest == reader.manifest
+    assert "of K = 12" in done.stdout
+
+
+def test_tools_say_what_is_wrong_without_a_traceback(tmp_path):
+    flags = ["--input", tmp_path / "missing.jsonl", "--output-prefix", tmp_path / "x"]
+    flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", 10]
+    done = run_tool("build_negatives.py", *flags, "--max-position-embeddings", 128)
+    assert done.returncode == 1
+    assert "build_negatives.py: --input" in done.stderr
+    assert "no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_max_length_is_bounded_by_the_positions_of_the_model():
+    import argparse
+
+    from megatron_cpo.groups.source import add_source_arguments, source_from_args
+
+    parser = add_source_arguments(argparse.ArgumentParser())
+    parser.add_argument("--max-position-embeddings", type=int)
+
+    def length(*flags):
+        return source_from_args(parser.parse_args(["--input", "x", *flags])).max_length
+
+    positions = ["--max-position-embeddings", "128"]
+    assert length() == 1024
+    assert length(*positions) == 128
+    assert length(*positions, "--max-length", "64") == 64
+    with pytest.raises(ValueError, match=r"--max-length 129: the model has .* 128; give at most"):
+        length(*positions, "--max-length", "129")
+
+
+@pytest.mark.parametrize("name", ["build_negatives.py", "tokenize_lm.py", "train_tokenizer.py"])
+def test_help_does_not_wait_for_megatron(name):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "tools" / name), "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert "instruction + response" in done.stdout
+    assert "megatron.core" not in done.stderr
+    assert " torch\n" not in done.stderr

@@ -1,0 +1,173 @@
+"""Records: every shape, every way to be bad, and the template."""
+
+import gzip
+import json
+
+import pytest
+from texts import write_jsonl
+
+from megatron_cpo.groups.records import (
+    DEFAULT_TEMPLATE,
+    BadRecord,
+    Dropped,
+    Record,
+    check_template,
+    fill_template,
+    plain_chat,
+    read_records,
+)
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "See you"},
+    {"role": "user", "content": "never answered"},
+]
+
+
+def read(tmp_path, *records, refuse=False, **options):
+    dropped = Dropped(refuse=refuse)
+    path = write_jsonl(tmp_path / "r.jsonl", *records)
+    return list(read_records([path], dropped, **options)), dropped
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "p", "completion": "c"}, Record("p", "c")),
+        ({"prompt": "p", "completion": "c", "rejected": "r"}, Record("p", "c", ("r",))),
+        ({"prompt": "p", "completion": "c", "rejected": ["r", "s"]}, Record("p", "c", ("r", "s"))),
+        ({"prompt": "p", "completion": "c", "rejected": None}, Record("p", "c")),
+        ({"prompt": "p", "completion": "c", "rejected": ""}, Record("p", "c")),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, Record("p", "c", ("r",))),
+        (
+            {"instruction": "i", "context": "c", "response": "r", "category": "x"},
+            Record("Instruction: i\nContext: c\nResponse: ", "r"),
+        ),
+        (
+            {"instruction": "i", "context": "", "response": "r"},
+            Record("Instruction: i\nResponse: ", "r"),
+        ),
+        ({"instruction": "i", "response": "r"}, Record("Instruction: i\nResponse: ", "r")),
+        (
+            {"instruction": "i", "input": "c", "output": "r", "text": "all of it"},
+            Record("Instruction: i\nContext: c\nResponse: ", "r"),
+        ),
+        ({"text": "t", "url": "u"}, Record(None, "t")),
+        (
+            {"messages": CHAT},
+            Record(
+                "system: Be brief.\nuser: Hi\nassistant: Hello\nuser: Bye\nassistant: ", "See you"
+            ),
+        ),
+    ],
+)
+def test_shapes_are_detected(tmp_path, fields, expected):
+    records, dropped = read(tmp_path, fields)
+    assert records == [expected]
+    assert records[0].source == f"{tmp_path}/r.jsonl:1"
+    assert not dropped.counts
+
+
+def test_shape_can_be_forced_and_chats_rendered_otherwise(tmp_path):
+    fields = {"messages": CHAT, "text": "t"}
+    assert read(tmp_path, fields, shape="text")[0] == [Record(None, "t")]
+    records, _ = read(tmp_path, fields, render_chat=lambda messages: f"{len(messages)} before")
+    assert records == [Record("4 before", "See you")]
+
+
+BAD = [
+    (b"\xff\xfe", "not UTF-8"),
+    (b'{"text": "\\ud800"}', "not UTF-8"),
+    (b'{"text": ', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (["text"], "not a JSON object"),
+    ({"content": "x"}, "no prompt"),
+    ({"prompt": "p"}, "no prompt"),
+    ({"prompt": 3, "completion": "c"}, "field 'prompt' is not a string"),
+    ({"prompt": "p", "completion": None}, "field 'completion' is not a string"),
+    ({"prompt": "p", "completion": " \n"}, "empty continuation"),
+    ({"prompt": " ", "completion": "c"}, "empty prefix"),
+    ({"prompt": "p", "completion": "c", "rejected": 5}, "field 'rejected' is neither"),
+    ({"prompt": "p", "completion": "c", "rejected": [5]}, "field 'rejected' is neither"),
+    ({"prompt": "p", "completion": "c", "rejected": [""]}, "empty rejected continuation"),
+    ({"instruction": "", "context": "c", "response": "r"}, "empty prefix"),
+    ({"instruction": "i", "context": 1, "response": "r"}, "field 'context' is not a string"),
+    ({"text": ""}, "empty continuation"),
+    ({"messages": "hi"}, "field 'messages' is not a list of objects"),
+    ({"messages": [{"role": "user"}]}, "field 'messages' is not a list of objects"),
+    ({"messages": CHAT[:2]}, "no assistant turn"),
+    ({"messages": CHAT[2:3]}, "empty prefix"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD)
+def test_bad_records_are_skipped_or_refused(tmp_path, bad, reason):
+    good = {"prompt": "p", "completion": "c"}
+    records, dropped = read(tmp_path, good, bad, bad, good)
+    assert len(records) == 2
+    ((name, count),) = dropped.counts.items()
+    assert name.startswith(reason)
+    assert count == 2
+    assert dropped.first[name].endswith("r.jsonl:2")
+    assert dropped.describe() == f"2 {name} (first: {tmp_path}/r.jsonl:2)"
+    with pytest.raises(ValueError, match=rf"r\.jsonl:2: {reason}.*--on-bad-record skip"):
+        read(tmp_path, good, bad, refuse=True)
+
+
+def test_forced_shape_names_the_missing_field(tmp_path):
+    with pytest.raises(ValueError, match=r"r.jsonl:1: missing field 'prompt'"):
+        read(tmp_path, {"text": "t", "completion": "c"}, shape="prompt", refuse=True)
+
+
+def test_blank_lines_marks_and_gzip(tmp_path):
+    """A byte order mark and blank lines are no records, yet lines keep their numbers."""
+    content = b'\xef\xbb\xbf\n{"text": "a"}\r\n\n{"text": "b"}'
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        records = list(read_records([str(tmp_path / name)], Dropped()))
+        assert [r.continuation for r in records] == ["a", "b"]
+        assert [r.source.rpartition(":")[2] for r in records] == ["2", "4"]
+
+
+def test_files_follow_each_other_and_stream(tmp_path):
+    """The first record is there before the second file is opened: nothing is read ahead."""
+    first = write_jsonl(tmp_path / "a.jsonl", {"text": "a"})
+    records = read_records([first, str(tmp_path / "missing.jsonl")], Dropped())
+    assert next(records).continuation == "a"
+    with pytest.raises(ValueError, match=r"--input .*missing\.jsonl: no such file; give JSON"):
+        next(records)
+
+
+def test_broken_gzip(tmp_path):
+    whole = gzip.compress(json.dumps({"text": "a" * 1000}).encode() * 100)
+    for name, content in {"cut": whole[:60], "plain": b'{"text": "a"}'}.items():
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz: not a whole gzip file"):
+            list(read_records([str(path)], Dropped()))
+
+
+@pytest.mark.parametrize("records", [[b"1", b"x", b"y"], []])
+def test_no_usable_record(tmp_path, records):
+    match = "no usable record .dropped: 1 not a JSON object .*2 not JSON" if records else "none"
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path, *records)
+
+
+def test_template():
+    """{name} is replaced, a line that names an empty field goes, other braces stay."""
+    fields = {"a": "1", "b": "", "c": "{a}"}
+    assert fill_template("{a}-{a}\n{b}: {a}\nx{} {c}", fields) == "1-1\nx{} {a}"
+    with pytest.raises(BadRecord, match=r"missing field 'd'"):
+        fill_template("{d}", fields)
+    check_template(DEFAULT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"--prompt-template 'Answer: \{\}' names no field"):
+        check_template("Answer: {}")
+
+
+def test_plain_chat_ends_where_the_assistant_speaks():
+    assert plain_chat(CHAT[:2]) == "system: Be brief.\nuser: Hi\nassistant: "

@@ -1,0 +1,275 @@
+"""Tokenising: boundaries, end of document, the 15% split, indexed datasets, tokenizer identity."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
+
+from megatron_cpo.groups.pairs import PairReader, read_pairs, write_lm_dataset, write_pairs
+from megatron_cpo.groups.records import BadRecord, Dropped
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.tokenizing import (
+    Encoder,
+    Pair,
+    chat_renderer,
+    tokenizer_identity,
+    train_sentencepiece,
+)
+
+EOD = ToyTokenizer.eod
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return dolly_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def listed(pair):
+    return [pair.prefix.tolist(), pair.continuation.tolist(), *(r.tolist() for r in pair.rejected)]
+
+
+def indexed(path, *documents):
+    """Write documents, each a list of sequences, as a Megatron indexed dataset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_document(np.concatenate(document), [len(s) for s in document])
+    builder.finalize(f"{path}.idx")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "prefix"),
+    [
+        ((), (), [1, 2]),
+        ((7,), (), [7, 1, 2]),  # a BOS before every text, as Llama's
+        ((), (EOD,), [1, 2]),  # an EOS behind every text, as T5's
+        ((7,), (EOD,), [7, 1, 2]),
+        ((EOD,), (), [EOD, 1, 2]),  # BOS and EOS are one token, before every text
+    ],
+)
+def test_continuation_has_no_bos_and_one_eod(head, tail, prefix):
+    encoder = Encoder(ToyTokenizer(head, tail))
+    pair = encoder.pair("1 2", "3 4", "5", "6 99")
+    assert listed(pair) == [prefix, [3, 4, EOD], [5, EOD], [6, EOD]]
+    assert pair.prefix.dtype == pair.continuation.dtype == np.int32
+
+
+def test_bos_that_a_chat_template_wrote_is_not_doubled():
+    assert Encoder(ToyTokenizer((7,))).prefix("7 1") == [7, 1]
+
+
+@pytest.mark.parametrize("texts", [("", "1"), ("1", " "), ("1", "2", "")])
+def test_nothing_left_after_tokenising(texts):
+    with pytest.raises(BadRecord, match=r"no tokens in the prefix or in a continuation"):
+        Encoder(ToyTokenizer()).pair(*texts)
+
+
+@pytest.mark.parametrize("eod", [None, -1])
+def test_tokenizer_without_eod(eod):
+    tokenizer = ToyTokenizer()
+    tokenizer.eod = eod
+    with pytest.raises(ValueError, match=r"ToyTokenizer has no end-of-document token .eod is"):
+        Encoder(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "cut"), [(20, 0.15, 3), (100, 0.29, 29), (2, 0.15, 1), (3, 0.99, 2)]
+)
+def test_split(n, fraction, cut):
+    """x has round(fraction * n) tokens, at least 1, at most n - 1; EOD is not counted."""
+    encoder = Encoder(ToyTokenizer())
+    text = list(range(n)) if n < EOD else [5] * n
+    for end in ([EOD], [EOD, EOD]):
+        pair = encoder.split([*text, *end], fraction)
+        assert listed(pair) == [text[:cut], [*text[cut:], EOD]]
+    assert listed(encoder.split(text, fraction)) == [text[:cut], text[cut:]]
+    with pytest.raises(BadRecord, match=r"fewer than 2 tokens"):
+        encoder.split([4, EOD], fraction)
+
+
+def test_too_long_records_are_counted(tmp_path):
+    """--max-length counts the prefix, the candidate and its EOD."""
+    records = [
+        {"prompt": "1 2", "completion": "3 4"},  # 5 tokens
+        {"prompt": "1 2", "completion": "3 4 5"},
+        {"prompt": "1 2", "completion": "3", "rejected": "3 4 5"},
+        {"text": "1 2 3 4"},
+    ]
+    source = Source((write_jsonl(tmp_path / "r.jsonl", *records),), max_length=5)
+    dropped = Dropped()
+    pairs = list(read_pairs(source, ToyTokenizer(), dropped))
+    assert [listed(p) for p in pairs] == [
+        [[1, 2], [3, 4, EOD]],
+        [[1, 2], [3, EOD]],  # its rejected answer is not asked for
+        [[1], [2, 3, 4, EOD]],
+    ]
+    assert dropped.counts == {"longer than 5 tokens": 1}
+    dropped = Dropped()
+    with pytest.raises(ValueError, match=r"no usable record .dropped: 3 fewer than 1 rejected"):
+        list(read_pairs(source, ToyTokenizer(), dropped, rejected=1))
+    assert dropped.counts == {
+        "fewer than 1 rejected continuations": 3,
+        "longer than 5 tokens": 1,
+    }
+
+
+def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):
+    """13 tokens in pieces of 5: the text goes on at a cut, so no EOD stands there."""
+    text = list(range(1, 14))
+    path = indexed(
+        tmp_path / "d", [text[:6], text[6:]], [[*text[:4], EOD]], [[8, 9, EOD, EOD]], [[EOD]]
+    )
+    source, dropped = Source((path,), prefix_fraction=0.2, max_length=5), Dropped()
+    pairs = list(read_pairs(source, ToyTokenizer(), dropped))
+    assert [listed(p) for p in pairs] == [
+        [[1], [2, 3, 4, 5]],
+        [[6], [7, 8, 9, 10]],
+        [[11], [12, 13, EOD]],
+        [[1], [2, 3, 4, EOD]],
+        [[8], [9, EOD]],
+    ]
+    assert dropped.counts == {"fewer than 2 tokens to split": 1}
+    assert dropped.first == {"fewer than 2 tokens to split": f"{path}:document 3"}
+    whole = Source((path + ".bin",), prefix_fraction=0.2)  # a suffix is fine; no limit, no cut
+    assert len(next(read_pairs(whole, ToyTokenizer(), Dropped())).continuation) == 11
+
+
+def test_texts_are_cut_like_documents(tmp_path):
+    """A BOS stands before the text, so before its first piece only."""
+    path = write_jsonl(tmp_path / "r.jsonl", {"text": "1 2 3 4 5 6"}, {"text": "8 9"})
+    pairs = read_pairs(Source((path,), max_length=5), ToyTokenizer((7,)), Dropped())
+    assert [listed(p) for p in pairs] == [
+        [[7], [1, 2, 3, 4]],
+        [[5], [6, EOD]],
+        [[7], [8, 9, EOD]],
+    ]
+
+
+def test_dataset_of_another_tokenizer_is_refused(tmp_path):
+    path = indexed(tmp_path / "d", [[1, 2, 3]], [[1, 700, 3]])
+    with pytest.raises(ValueError, match=r"document 1: token ids 1 to 700, .* has 100 tokens"):
+        list(read_pairs(Source((path,)), ToyTokenizer(), Dropped()))
+    mixed = Source((path, write_jsonl(tmp_path / "r.jsonl", {"text": "1 2"})))
+    with pytest.raises(ValueError, match=r"--input mixes JSON Lines .*r\.jsonl.* build a store of"):
+        list(read_pairs(mixed, ToyTokenizer(), Dropped()))
+
+
+def test_pairs_and_mle_documents_hold_the_same_tokens(tmp_path, tokenizer):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    source = Source((DOLLY,), max_length=256)
+    dropped = Dropped()
+    reader = write_pairs(
+        read_pairs(source, tokenizer, dropped), str(tmp_path / "pairs"), tokenizer.vocab_size
+    )
+    written, lm_dropped = write_lm_dataset(source, tokenizer, str(tmp_path / "new" / "mle"))
+    documents = IndexedDataset(str(tmp_path / "new" / "mle"))
+    assert (
+        written == len(documents) == len(reader) == 400 - dropped.counts["longer than 256 tokens"]
+    )
+    assert lm_dropped.counts == dropped.counts
+    for index in range(0, len(reader), 37):
+        prefix, continuation = reader.prefix(index), reader.continuation(index)
+        assert documents[index].tolist() == [*prefix, *continuation]
+        assert continuation[-1] == tokenizer.eod
+        assert tokenizer.eod not in continuation[:-1]
+    assert tokenizer.detokenize(reader.prefix(0).tolist()).startswith("Instruction: Write a review")
+    assert sorted(os.listdir(tmp_path / "new")) == ["mle.bin", "mle.idx"]
+
+
+def test_rejected_continuations_are_read_back(tmp_path):
+    ints = [np.array(x, dtype=np.int32) for x in ([1, 2], [3, 99], [4, 99], [5, 6, 99])]
+    pairs = [Pair(ints[0], ints[1], (ints[2], ints[3])), Pair(ints[0], ints[1])]
+    write_pairs(iter(pairs), str(tmp_path / "pairs"), 100)
+    reader = PairReader(str(tmp_path / "pairs"))
+    assert [r.tolist() for r in reader.rejected(0)] == [[4, 99], [5, 6, 99]]
+    assert reader.rejected(1) == []
+    assert reader.prefix(1).dtype == np.int32
+
+
+def test_mle_dataset_leaves_nothing_behind_on_failure(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "r.jsonl", *[{"text": "a b c"}] * 3, b"oops")
+    output = tmp_path / "out" / "mle"
+    with pytest.raises(ValueError, match=r"r.jsonl:4: not JSON"):
+        write_lm_dataset(Source((path,), on_bad_record="refuse"), tokenizer, str(output))
+    assert os.listdir(output.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"inputs": ()}, r"--input is missing: give JSON Lines"),
+        ({"shape": "csv"}, "--format csv: unknown; give one of auto, prompt"),
+        ({"on_bad_record": "fix"}, "--on-bad-record fix: give skip or refuse"),
+        ({"prefix_fraction": 1.0}, "--prefix-fraction 1.0: needs a number between 0 and 1"),
+        ({"max_length": 2}, "--max-length 2: needs at least 3 tokens"),
+        ({"template": "x"}, "--prompt-template 'x' names no field"),
+    ],
+)
+def test_flags_out_of_range(flags, match):
+    with pytest.raises(ValueError, match=match):
+        Source(**{"inputs": ("x",), **flags})
+
+
+def test_trained_tokenizer_keeps_text_and_is_reproducible(tmp_path, tokenizer):
+    for text in ("def f(x):\n\treturn  x", "naïve 漢字", "a\n\nb"):
+        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
+    train_sentencepiece(Source((DOLLY,)), str(tmp_path / "again.model"), 1000)
+    assert (tmp_path / "again.model").read_bytes() == Path(tokenizer.path).read_bytes()
+    with pytest.raises(ValueError, match=r"--vocab-size 100000: SentencePiece cannot make"):
+        train_sentencepiece(Source((DOLLY,)), str(tmp_path / "x.model"), 100_000)
+    with pytest.raises(ValueError, match=r"no such file"):
+        train_sentencepiece(Source(("missing.jsonl",)), str(tmp_path / "x.model"), 1000)
+    lines = Path(DOLLY).read_bytes().splitlines()
+    path = write_jsonl(tmp_path / "bad.jsonl", *lines, b"oops")
+    refusing = Source((path,), on_bad_record="refuse")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:401: not JSON; correct"):
+        train_sentencepiece(refusing, str(tmp_path / "x.model"), 1000)
+    assert sorted(os.listdir(tmp_path)) == ["again.model", "bad.jsonl"]
+
+
+def test_identity_depends_on_content_not_on_the_path(tmp_path, tokenizer):
+    ours = tokenizer_identity(tokenizer)
+    assert ours["library"] == "SentencePieceTokenizer"
+    assert (ours["vocab_size"], ours["eod"], len(ours["sha256"])) == (1000, 2, 64)
+    (tmp_path / "tokenizer.model").write_bytes(Path(tokenizer.path).read_bytes())
+    assert tokenizer_identity(dolly_tokenizer(tmp_path)) == ours
+    train_sentencepiece(Source((DOLLY,)), str(tmp_path / "other" / "tokenizer.model"), 900)
+    assert tokenizer_identity(dolly_tokenizer(tmp_path / "other"))["sha256"] != ours["sha256"]
+
+
+def test_identity_sees_merges_that_the_vocabulary_does_not_show():
+    """Same tokens, other segmentation: only the ids of a text differ."""
+    tokenizers = [ToyTokenizer(), ToyTokenizer(), ToyTokenizer()]
+    tokenizers[1].tokenize = lambda text: [1] * len(text)
+    digests = [tokenizer_identity(t)["sha256"] for t in tokenizers]
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_identity_of_null_tokenizers():
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    made = [
+        MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=n)
+        for n in (64, 65, 64)
+    ]
+    first, second, third = map(tokenizer_identity, made)
+    assert first == third != second
+    assert Encoder(made[0]).continuation("1 2 63") == [1, 2]
+
+
+def test_chat_template_of_the_tokenizer_is_used(tmp_path, tokenizer):
+    assert chat_renderer(tokenizer) is None
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    render = chat_renderer(dolly_tokenizer(tmp_path, template))
+    assert render([{"role": "user", "content": "Hi"}]) == "<user>Hi<assistant>"
+    with pytest.raises(BadRecord, match=r"the chat template refuses the messages .no system"):
+        render([{"role": "system", "content": "Hi"}])

@@ -1,0 +1,77 @@
+"""Records and tokenizers for tests of reading, tokenising and building."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.tokenizing import train_sentencepiece
+
+DOLLY = str(Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl")
+
+
+def write_jsonl(path: Path, *records: Any) -> str:
+    """Write one record a line: bytes as they are, anything else as JSON. Returns the path."""
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return str(path)
+
+
+def dolly_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """A SentencePiece tokenizer of 1000 pieces, trained on the example data, built by Megatron."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    model = folder / "tokenizer.model"
+    if not model.exists():
+        train_sentencepiece(Source((DOLLY,)), str(model), 1000)
+    args = SimpleNamespace(
+        tokenizer_type="SentencePieceTokenizer",
+        tokenizer_model=str(model),
+        chat_template=chat_template,
+        tokenizer_sentencepiece_ignore_extra_whitespaces=True,
+        tokenizer_sentencepiece_legacy=False,
+        special_tokens=None,
+        metadata_path=None,
+        pad_vocab_size=False,
+    )
+    return build_tokenizer(args)
+
+
+class ToyTokenizer:
+    """Words are numbers. Frames each text as asked, like tokenizers that add a BOS or an EOS.
+
+    Args:
+        head, tail: ids put before and behind every text.
+    """
+
+    vocab_size = 100
+    eod = 99
+
+    def __init__(self, head: tuple[int, ...] = (), tail: tuple[int, ...] = ()) -> None:
+        self._head, self._tail = head, tail
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of the words; one that is no number is id 50."""
+        ids = [int(word) if word.isdecimal() else 50 for word in text.split()]
+        return [*self._head, *ids, *self._tail]
+
+
+class ListedPairs:
+    """Stands in for `PairReader`: pairs from lists."""
+
+    def __init__(self, *continuations: list[int], rejected: tuple[list[int], ...] = ()) -> None:
+        self._continuations, self._rejected = continuations, rejected
+
+    def __len__(self) -> int:
+        return len(self._continuations)
+
+    def continuation(self, index: int) -> Any:
+        """y_1 of a record."""
+        return np.array(self._continuations[index], dtype=np.int32)
+
+    def rejected(self, index: int) -> list[Any]:
+        """The same rejected continuations for every record."""
+        return [np.array(r, dtype=np.int32) for r in self._rejected]

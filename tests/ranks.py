@@ -168,12 +168,8 @@ def _wait(ranks: list, timeout: float, folder: Path) -> None:
     running = {rank.sentinel: rank for rank in ranks}
     while running:
         ended = connection.wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
-        failed = [rank for sentinel in ended if (rank := running.pop(sentinel)).exitcode]
-        if failed:
-            # Ranks that lost their peer fail too, a little later: give them time to say so, then
-            # report the one that failed first.
-            time.sleep(0.1)
-            raise _failure(failed[0], folder, len(ranks))
+        if [sentinel for sentinel in ended if running.pop(sentinel).exitcode]:
+            raise _failure(ranks, folder)
         if not ended:
             for rank in running.values():
                 with suppress(ProcessLookupError):
@@ -184,22 +180,27 @@ def _wait(ranks: list, timeout: float, folder: Path) -> None:
             raise _with_outputs(error, folder, len(ranks))
 
 
-def _failure(dead: Any, folder: Path, world_size: int) -> BaseException:
-    """The exception of the rank that failed first, or an error for `dead`, which left none."""
-    reports = [pickle.loads(path.read_bytes()) for path in folder.glob("*.failure")]
-    if not reports:
-        error: BaseException = RuntimeError(f"{dead.name} died with exit code {dead.exitcode}")
-        return _with_outputs(error, folder, world_size)
-    _, rank, text, pickled = min(reports, key=lambda report: report[0])
-    try:
-        error = pickle.loads(pickled)
-    except Exception:
-        error = RuntimeError(text.strip().splitlines()[-1])
-    error.add_note(f"raised on rank {rank} of {world_size}:\n{text}")
-    return _with_outputs(error, folder, world_size)
+def _failure(ranks: list, folder: Path) -> Exception:
+    """The cause: a rank that died without a report, else the exception of the first that raised.
+
+    The others lose their peer and fail as well, but a little later.
+    """
+    time.sleep(0.1)  # the causing rank may not be the first whose end we see
+    reports = {path.stem: pickle.loads(path.read_bytes()) for path in folder.glob("*.failure")}
+    for number, rank in enumerate(ranks):
+        if rank.exitcode and str(number) not in reports:
+            died = RuntimeError(f"{rank.name} of {len(ranks)} died with exit code {rank.exitcode}")
+            return _with_outputs(died, folder, len(ranks))
+    _, number, text, pickled = min(reports.values(), key=lambda report: report[0])
+    error = RuntimeError(text.strip().splitlines()[-1])
+    with suppress(Exception):  # some exceptions cannot be pickled, some not unpickled
+        if isinstance(raised := pickle.loads(pickled), Exception):  # not SystemExit
+            error = raised
+    error.add_note(f"raised on rank {number} of {len(ranks)}:\n{text}")
+    return _with_outputs(error, folder, len(ranks))
 
 
-def _with_outputs(error: BaseException, folder: Path, world_size: int) -> BaseException:
+def _with_outputs(error: Exception, folder: Path, world_size: int) -> Exception:
     for rank in range(world_size):
         error.add_note(f"---- output of rank {rank}, end:\n{_output(folder, rank)[-TAIL:]}")
     return error
@@ -230,6 +231,8 @@ def _rank_main(folder: str, environment: dict[str, str], call: tuple) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     torch.set_num_threads(1)
+    # What a process outside this harness has, and what Megatron's data loaders expect.
+    multiprocessing.set_start_method("fork", force=True)
     function, args, kwargs = call
     try:
         from megatron_cpo.training import cpu_host

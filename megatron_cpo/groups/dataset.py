@@ -6,7 +6,7 @@ from `consumed_train_samples`; that order is already shuffled by the plan, and i
 continue exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.plan import Plan, cached_pack
-from megatron_cpo.groups.rows import Row, RowShape, document_row, group_row
+from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
 from megatron_cpo.groups.store import GroupReader
 
 
@@ -91,27 +91,34 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
 
     Args:
         groups: the group rows.
-        documents: a Megatron `GPTDataset` (or blend) whose samples have `tokens`, `labels`, `loss_mask`.
-        fraction: the share of rows that are group rows, in (0, 1); row r is one when the whole part of
-            (r + 1) * fraction exceeds that of r * fraction.
+        documents: a Megatron `GPTDataset` (or blend) of samples with `tokens`, `labels`, `loss_mask`.
+        document_tokens: tokens of a sample; as many whole ones as fit lie in a row.
+        fraction: the share of rows that are group rows, in (0, 1); row r is one when the whole part
+            of (r + 1) * fraction exceeds that of r * fraction.
         rows: length of the stream.
     """
 
-    def __init__(self, groups: GroupDataset, documents: Any, fraction: float, rows: int) -> None:
+    def __init__(
+        self,
+        groups: GroupDataset,
+        documents: Any,
+        document_tokens: int,
+        fraction: float,
+        rows: int,
+    ) -> None:
         self.groups, self.documents = groups, documents
+        self._samples = groups.shape.tokens // document_tokens
+        lm_tokens = self._samples * document_tokens
+        self.shape = replace(groups.shape, queries=max(groups.shape.queries, lm_tokens))
+        groups.shape = self.shape  # all rows of a run are padded alike
         self._groups_before = np.floor(np.arange(rows + 1) * fraction + 1e-9).astype(np.int64)
-        shape = groups.shape
-        self.shape = RowShape(
-            shape.tokens, max(shape.queries, shape.tokens), shape.groups, shape.candidates
-        )
-        groups.shape = self.shape
         is_group = np.diff(self._groups_before) > 0
         used = int(self._groups_before[-1])
         self.groups_per_row = np.zeros(rows, dtype=np.int64)
         self.groups_per_row[is_group] = groups.groups_per_row[:used]
-        self.tokens_per_row = np.full(rows, shape.tokens)
+        self.tokens_per_row = np.full(rows, lm_tokens)
         self.tokens_per_row[is_group] = groups.tokens_per_row[:used]
-        self.lm_tokens_per_row = np.full(rows, shape.tokens)
+        self.lm_tokens_per_row = np.full(rows, lm_tokens)
         self.lm_tokens_per_row[is_group] = groups.lm_tokens_per_row[:used]
 
     def __len__(self) -> int:
@@ -121,9 +128,8 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         group_rows = int(self._groups_before[row])
         if self.groups_per_row[row]:
             return self.groups[group_rows]
-        sample = self.documents[row - group_rows]
-        arrays = (np.asarray(sample[name]) for name in ("tokens", "labels", "loss_mask"))
-        return document_row(*arrays, shape=self.shape)
+        first = (row - group_rows) * self._samples
+        return documents_row([self.documents[first + i] for i in range(self._samples)], self.shape)
 
 
 class BatchTotals(torch.utils.data.Dataset[Row]):
@@ -151,8 +157,8 @@ class BatchTotals(torch.utils.data.Dataset[Row]):
 
     def __getitem__(self, row: int) -> Row:
         batch = (row - self.origin) // self.batch_rows
-        first = max(self.origin + batch * self.batch_rows, 0)
-        last = min(first + self.batch_rows, len(self))
+        first = self.origin + batch * self.batch_rows
+        first, last = max(first, 0), min(first + self.batch_rows, len(self))
         return {
             **self.rows[row],
             "batch_groups": np.asarray(self._groups[last] - self._groups[first], dtype=np.float32),

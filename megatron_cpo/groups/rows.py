@@ -1,4 +1,4 @@
-"""A row: whole groups (or one plain LM document) laid out at a fixed shape for the data loader.
+"""A row: whole groups (or plain LM documents) laid out at a fixed shape for the data loader.
 
 Legend: S tokens of a row, Q query slots, G group slots, K candidate slots of a group. Everything that
 is not there is padding: a padding token attends to itself alone, a padding query has target -1, a
@@ -6,6 +6,7 @@ padding candidate has `candidate_mask` False. The shapes are the same for every 
 Megatron's own collate stacks them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,21 +71,29 @@ def group_row(groups: list[Group], shape: RowShape, lm_prefix: bool, pad_token: 
     return row
 
 
-def document_row(
-    tokens: NDArray[Any], labels: NDArray[Any], loss_mask: NDArray[Any], shape: RowShape
-) -> Row:
-    """A plain LM sample as a chain with no candidates; `loss_mask` picks the supervised labels.
+def documents_row(samples: Sequence[dict[str, Any]], shape: RowShape) -> Row:
+    """Plain LM samples one after the other in one row, each a chain with no candidates.
 
     Args:
-        tokens, labels, loss_mask: [S] as Megatron's `GPTDataset` gives them.
+        samples: as Megatron's `GPTDataset` gives them: `tokens`, `labels` and `loss_mask`, which picks
+            the supervised labels, [t] each; together at most `shape.tokens` long.
     """
     row = _empty_row(shape, pad_token=0)
-    row["tokens"][:] = tokens
-    row["position_ids"][:] = np.arange(shape.tokens)
-    row["subtree_end"][:] = shape.tokens
-    at = np.flatnonzero(loss_mask)
-    zeros = np.zeros_like(at)
-    _fill_queries(row, np.stack([at, labels[at], zeros, zeros, zeros + 1]))
+    queries: list[NDArray[np.int64]] = []
+    start = 0
+    for sample in samples:
+        tokens, labels, loss_mask = (
+            np.asarray(sample[n]) for n in ("tokens", "labels", "loss_mask")
+        )
+        end = start + len(tokens)
+        row["tokens"][start:end] = tokens
+        row["position_ids"][start:end] = np.arange(len(tokens))
+        row["subtree_end"][start:end] = end
+        at = np.flatnonzero(loss_mask)
+        zeros = np.zeros_like(at)
+        queries.append(np.stack([at + start, labels[at], zeros, zeros, zeros + 1]))
+        start = end
+    _fill_queries(row, np.concatenate(queries, axis=1))
     return row
 
 

@@ -71,7 +71,9 @@ class GroupWriter:
             self._aside + ".bin", dtype=DType.optimal_dtype(vocab_size)
         )
         self._values = IndexedDatasetBuilder(self._aside + ".values.bin", dtype=np.float32)
-        self._counts = dict.fromkeys(("groups", "tree_tokens", "sequence_tokens"), 0)
+        self._counts = dict.fromkeys(
+            ("groups", "tree_tokens", "sequence_tokens", "longest_sequence"), 0
+        )
         self._kinds: Counter[str] = Counter()
         self._k = 0
 
@@ -92,6 +94,8 @@ class GroupWriter:
         self._counts["groups"] += 1
         self._counts["tree_tokens"] += len(tree.tokens)
         self._counts["sequence_tokens"] += k * len(group.prefix) + sum(map(len, group.candidates))
+        longest = len(group.prefix) + max(map(len, group.candidates))
+        self._counts["longest_sequence"] = max(self._counts["longest_sequence"], longest)
         self._kinds.update(KINDS[int(kind)] for kind in group.kinds)
         self._k = max(self._k, k)
 
@@ -163,13 +167,15 @@ class GroupReader:
     def __getitem__(self, index: int) -> Group:
         prefix, *candidates = self._document(self._tokens, index)
         kinds, similarities, ranks, reference_logps, _ = self._document(self._values, index)
+        # Everything is copied: Megatron unmaps its file when the dataset is collected, and a view of
+        # it that outlives the reader would crash the process.
         return Group(
             prefix=prefix.astype(np.int32),
             candidates=[c.astype(np.int32) for c in candidates],
             kinds=kinds.astype(np.int32),
-            similarities=similarities,
+            similarities=similarities.copy(),
             ranks=ranks.astype(np.int32),
-            reference_logps=reference_logps,
+            reference_logps=reference_logps.copy(),
         )
 
     def verify(self) -> None:

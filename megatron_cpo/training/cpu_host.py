@@ -12,6 +12,7 @@ changes torch for the whole process, on machines without CUDA only; it refuses t
 import argparse
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 from collections import Counter
@@ -45,7 +46,6 @@ CUDA_FLAGS: dict[str, str] = {
     "enable_cuda_graph": "--enable-cuda-graph",
     "external_cuda_graph": "--external-cuda-graph",
     "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
-    "fp16": "--fp16",  # Megatron's loss scaling needs it, and CPUs are slow at it: use --bf16
     "fp4": "--fp4-format",
     "fp8": "--fp8-format",
     "log_energy": "--log-energy",
@@ -281,9 +281,8 @@ def _load_torch_adam() -> None:
     ) -> Any:
         adam = isinstance(self.optimizer, (torch.optim.Adam, torch.optim.AdamW))
         if is_loading and adam and not self.optimizer.state:
-            for param in (
-                param for group in self.optimizer.param_groups for param in group["params"]
-            ):
+            params = [group["params"] for group in self.optimizer.param_groups]
+            for param in itertools.chain.from_iterable(params):
                 moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[param] = {"step": torch.zeros(()), **moments}
         return sharded_state_dict(self, model, is_loading, *args, **kwargs)

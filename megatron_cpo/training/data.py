@@ -10,11 +10,14 @@ from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.training.config import CPOConfig
 
 
-def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any) -> None:
+def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, positions: int) -> None:
     """Refuse a store that does not belong to this run; both values are shown.
 
+    Args:
+        positions: `--max-position-embeddings`.
+
     Raises:
-        ValueError: another K, another tokenizer, or no reference log-probs.
+        ValueError: another K, another tokenizer, longer sequences, or no reference log-probs.
     """
     from megatron_cpo.groups.tokenizing import tokenizer_identity
 
@@ -29,6 +32,12 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any) -> None:
         raise ValueError(
             f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: their token ids mean "
             "different text; pass the tokenizer flags the store was built with, or rebuild it"
+        )
+    if manifest["longest_sequence"] > positions:
+        raise ValueError(
+            f"--max-position-embeddings {positions}: the longest prefix + candidate of {path} has "
+            f"{manifest['longest_sequence']} tokens; raise it, or rebuild the store with --max-length "
+            f"{positions}"
         )
     if manifest["reference"] is None:
         raise ValueError(
@@ -66,8 +75,14 @@ class CPODatasets:
         batch = args.global_batch_size
         _report("train", train, batch)
         train = BatchTotals(train, batch, args.consumed_train_samples % batch)
-        if valid_span[0] == valid_span[1] or valid_rows == 0:
+        if valid_rows == 0:
             return train, None, None
+        if valid_span[0] == valid_span[1]:
+            raise ValueError(
+                f"--eval-iters {args.eval_iters}: --split {args.split} leaves no group of "
+                f"{self.config.data_path} ({len(reader)} groups) for evaluation; pass "
+                "--cpo-valid-data-path PREFIX, another --split, or --eval-iters 0"
+            )
         valid = self._rows(args, valid_reader, valid_span, valid_rows)
         _report("valid", valid, batch)
         return (
@@ -95,27 +110,32 @@ class CPODatasets:
             return GroupDataset(reader, config, rows, span)
         group_rows = math.floor(rows * self.config.fraction) + 1
         groups = GroupDataset(reader, config, group_rows, span)
-        documents = _documents(args, rows - group_rows + 2)
-        return MixedDataset(groups, documents, self.config.fraction, rows)
+        # A row may be longer than the longest sequence; a document may not.
+        tokens = min(args.seq_length, args.max_position_embeddings)
+        documents = _documents(args, tokens, (rows - group_rows + 2) * (args.seq_length // tokens))
+        return MixedDataset(groups, documents, tokens, self.config.fraction, rows)
 
 
-def _documents(args: argparse.Namespace, rows: int) -> Any:
-    """Megatron's own GPT dataset over --data-path: `rows` plain LM rows, on every rank."""
+def _documents(args: argparse.Namespace, tokens: int, samples: int) -> Any:
+    """Megatron's own GPT dataset over --data-path, samples of `tokens` tokens, on every rank."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
-    config = gpt_dataset_config(args)
+    config = gpt_dataset_config(args, tokens)
     if config.blend is None and config.blend_per_split is None:
         raise ValueError(
-            f"--cpo-fraction {args.cpo_fraction}: the other rows are plain text, so it needs --data-path (or "
-            "--train-data-path) as well; pass it, or --cpo-fraction 1"
+            f"--cpo-fraction {args.cpo_fraction}: the other rows are plain text, so it needs "
+            "--data-path (or --train-data-path) as well; pass it, or --cpo-fraction 1"
         )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [rows, 0, 0], lambda: True, config).build()[0]
+    if config.split_matrix is not None:  # plain rows are for training only: build no other split
+        config.split_matrix = [config.split_matrix[0], None, None]
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
+    return builder.build()[0]
 
 
-def gpt_dataset_config(args: argparse.Namespace) -> Any:
+def gpt_dataset_config(args: argparse.Namespace, tokens: int) -> Any:
     """Megatron's `GPTDatasetConfig` for plain LM rows, from its own flags."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
@@ -124,7 +144,7 @@ def gpt_dataset_config(args: argparse.Namespace) -> Any:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     values = {
         "random_seed": args.seed,
-        "sequence_length": args.seq_length,
+        "sequence_length": tokens,
         "blend": blend,
         "blend_per_split": blend_per_split,
         "split": args.split,

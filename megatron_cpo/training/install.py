@@ -28,9 +28,11 @@ def install() -> None:
     Raises:
         ImportError: this Megatron lacks a name we bind to; the message has the versions.
     """
-    if not torch.cuda.is_available():
-        from megatron_cpo.training import cpu_host
+    from megatron_cpo.training import cpu_host
 
+    if torch.cuda.is_available():
+        cpu_host.skip_compiled_helpers()
+    else:
         cpu_host.enable()
     compat.check_host()
     _replace("megatron.training.arguments", "parse_and_validate_args", _parse_and_validate_args)
@@ -74,7 +76,7 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron_cpo.training.data import check_store
 
         for path in filter(None, (config.data_path, config.valid_data_path)):
-            check_store(GroupReader(path), config, get_tokenizer())
+            check_store(GroupReader(path), config, get_tokenizer(), parsed.max_position_embeddings)
     return parsed
 
 

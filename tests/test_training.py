@@ -1,0 +1,145 @@
+"""What a user relies on in a run: the gate, resuming, packing, evaluation, and Megatron left alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_cpo.groups.plan import pack
+from megatron_cpo.groups.store import GroupReader
+from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
+from tests.stores import write_store
+from tests.test_layouts import CPO, MODEL, cpo_curves, weights
+
+RUN = (
+    "--seq-length 256 --micro-batch-size 1 --lr 0.01 --lr-decay-style constant --log-interval 1 "
+    "--eval-iters 2 --eval-interval 1000 --ckpt-format torch_dist"
+).split()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_store(tmp_path_factory.mktemp("store") / "groups", 300, 5, longest=16)
+
+
+def train(store: str, *flags: str, world_size: int = 1, cpo: list[str] = CPO) -> str:
+    """The last rank's log of a run."""
+    return run_pretrain([*MODEL, *RUN, *cpo, "--cpo-data-path", store, *flags], world_size)[-1]
+
+
+@pytest.mark.parametrize("objective", ["best", "ranked"])
+def test_one_batch_is_one_batch_however_it_is_packed(tmp_path: Path, objective: str) -> None:
+    """The same groups in rows of 160, 256 and 512 tokens give the same curve over 10 steps."""
+    store = write_store(tmp_path / "groups", 24, 5, longest=16)
+    sizes, _ = GroupReader(store).tree_sizes()
+    assert sizes.max() <= 160, "every group must fit the shortest row"
+    start = str(tmp_path / "start")  # random weights depend on the row length, through Megatron's warm-up
+    one = "--global-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --save-interval 1"
+    train(store, *one.split(), "--save", start)
+    curves = []
+    for tokens in (160, 256, 512):
+        rows = len(pack(sizes, tokens, None, seed=7))  # one epoch is one global batch
+        flags = f"--seq-length {tokens} --global-batch-size {rows} --split 1,0,0 --eval-iters 0 --train-iters 10"
+        flags += f" --cpo-objective {objective} --optimizer sgd --lr 0.05"
+        curves.append(cpo_curves(train(store, *flags.split(), "--load", start, "--finetune")))
+    rows_used = {round(curve["groups_per_row"][0], 3) for curve in curves}
+    assert len(rows_used) == 3, "the three runs must be packed differently to show anything"
+    for name in ("cpo_loss", "lm_loss", "margin"):
+        assert len(curves[0][name]) == 10
+        for other in curves[1:]:
+            assert other[name] == pytest.approx(curves[0][name], rel=1e-5, abs=1e-5)
+
+
+def test_killed_run_continues_exactly(store: str, tmp_path: Path) -> None:
+    """Kill -9 after iteration 5; the restart from iteration 4 repeats the uninterrupted curve."""
+    flags = "--global-batch-size 2 --train-iters 8 --save-interval 4".split()
+    whole = cpo_curves(train(store, *flags, "--save", str(tmp_path / "whole")))
+    flags += ["--save", str(tmp_path / "killed"), "--load", str(tmp_path / "killed")]
+    command = [sys.executable, "examples/pretrain_gpt.py"]
+    command += [*MODEL, *RUN, *CPO, "--cpo-data-path", store, *flags]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
+    environment["PYTHONUNBUFFERED"] = "1"
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "[cpo] iteration 5" in line:
+                os.kill(run.pid, signal.SIGKILL)
+                break
+    assert run.wait() == -signal.SIGKILL
+    resumed = cpo_curves(train(store, *flags))
+    assert len(whole["cpo_loss"]) == 8
+    for name in ("cpo_loss", "lm_loss", "margin", "truth_logp"):
+        assert resumed[name] == whole[name][4:]
+    ends = [run_ranks(weights, 1, str(tmp_path / n), 8)[0] for n in ("whole", "killed")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_evaluation_reports_the_same_metrics(store: str) -> None:
+    """At rate 0, evaluating the training store gives the training metrics of the same rows."""
+    flags = "--global-batch-size 4 --train-iters 2 --lr 0 --eval-interval 2 --eval-iters 2".split()
+    output = train(store, *flags, "--cpo-valid-data-path", store)
+    trained, evaluated = cpo_curves(output), parse_losses(output)
+    for name, key in (("cpo_loss", "cpo loss"), ("margin", "cpo margin"), ("lm_loss", "lm loss")):
+        found = evaluated[f"{key} value"][0]
+        # Per-batch means weigh two batches alike, the evaluation weighs their groups alike.
+        assert min(trained[name]) - 1e-5 <= found <= max(trained[name]) + 1e-5
+
+
+def test_split_keeps_groups_apart(store: str) -> None:
+    """Without a store of its own, evaluation uses the share that --split gives it."""
+    flags = "--global-batch-size 4 --train-iters 1 --split 80,20,0 --eval-iters 1".split()
+    output = train(store, *flags)
+    assert re.search(r"cpo train data: .* with \d+ groups", output)
+    assert "cpo loss value" in output
+
+
+def test_late_pretraining_mixes_plain_rows(store: str, tmp_path: Path) -> None:
+    """--cpo-fraction 0.5: half the rows hold groups, the LM loss covers the plain rows' tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = torch.Generator().manual_seed(0)
+    builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"))
+    for _ in range(100):
+        document = torch.randint(0, 499, (200,), generator=generator)
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "text.idx"))
+    flags = "--global-batch-size 4 --train-iters 3 --cpo-fraction 0.5 --eval-iters 0".split()
+    text = ["--data-path", str(tmp_path / "text"), "--data-cache-path", str(tmp_path)]
+    mixed = cpo_curves(train(store, *flags, *text))
+    alone = cpo_curves(train(store, *flags, "--cpo-fraction", "1"))
+    half = [rows / 2 for rows in alone["groups_per_row"]]
+    assert mixed["groups_per_row"][0] == pytest.approx(half[0], rel=0.3)
+    parallel = cpo_curves(train(store, *flags, *text, world_size=2))
+    for name in ("cpo_loss", "lm_loss"):
+        assert parallel[name] == pytest.approx(mixed[name], rel=1e-5)
+
+
+def test_without_cpo_flags_megatron_is_unchanged(tmp_path: Path) -> None:
+    """20 steps of plain pretraining, installed or not: the same losses and weights, bit for bit."""
+    script = (ROOT / "examples" / "pretrain_gpt.py").read_text()
+    plain = script.replace(
+        "from megatron_cpo import install\n\ninstall()",
+        "from megatron_cpo.training import cpu_host\n\ncpu_host.enable()",
+    )
+    assert plain != script
+    (tmp_path / "plain.py").write_text(plain)
+    flags = [*MODEL, *RUN, "--seq-length", "64", "--global-batch-size", "2", "--train-iters", "20"]
+    flags += "--mock-data --transformer-impl local --distributed-backend gloo".split()
+    flags += "--no-persist-layer-norm --no-gradient-accumulation-fusion --num-workers 0".split()
+    flags += "--no-masked-softmax-fusion --no-rope-fusion --save-interval 20".split()
+    outputs, ends = [], []
+    for name, path in (("plain", tmp_path / "plain.py"), ("installed", "examples/pretrain_gpt.py")):
+        save = str(tmp_path / name)
+        outputs.append(run_pretrain([*flags, "--save", save], 1, script=str(path))[0])
+        ends.append(run_ranks(weights, 1, save, 20)[0])
+    losses = [parse_losses(output)["lm loss"] for output in outputs]
+    assert len(losses[0]) == 20
+    assert losses[0] == losses[1]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert "[cpo]" not in outputs[1]

@@ -5,8 +5,14 @@
       --output-prefix runs/groups --negatives bn=3,tn=8 \\
       --tokenizer-type SentencePieceTokenizer --tokenizer-model runs/tokenizer.model
 
-Megatron's own flags are understood too: --tokenizer-*, --seed, --max-position-embeddings, and those
-of the model for --load.
+Megatron's own flags are understood too: --tokenizer-*, --seed, --max-position-embeddings. With --load
+CKPT and the model's flags the groups are scored under that reference, at any layout:
+
+  torchrun --nproc-per-node 2 tools/build_negatives.py --score-only --output-prefix runs/groups \\
+      --load runs/mle --tensor-model-parallel-size 2 --num-layers 4 ... --seq-length 1024
+
+--seq-length is then the length of a row of groups, as in training. Build a large store first and score
+it with --score-only: under torchrun the other ranks wait for rank 0 to build.
 """
 
 import argparse
@@ -49,11 +55,14 @@ def main() -> None:
     from megatron.training.arguments import parse_args
 
     from megatron_cpo.negatives.build import BuildConfig, build_groups
+    from megatron_cpo.negatives.scoring import score_args, score_groups
 
     args = parse_args(add_arguments)
-    if args.score_only and not args.load:
-        sys.exit("--score-only needs --load CKPT, the checkpoint to score the store under")
     try:
+        if args.score_only and not args.load:
+            raise ValueError(
+                "--score-only needs --load CKPT, the checkpoint to score the store under"
+            )
         if not args.score_only and int(os.environ.get("RANK", "0")) == 0:
             config = BuildConfig(
                 source=source_from_args(args),
@@ -64,10 +73,10 @@ def main() -> None:
                 ranker=args.ranker,
             )
             print(build_groups(config, build_tokenizer(args)), flush=True)
+        if args.load:
+            score_groups(args.output_prefix, score_args(add_arguments))
     except ValueError as error:
         sys.exit(f"build_negatives.py: {error}")
-
-    # Scoring under the reference, --load (every rank takes part), goes here.
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         from megatron_cpo.training import cpu_host
 
         cpu_host.check_args(args)
-    if cpo_config(args) is None:
+    if cpo_config(args) is None and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)
     # Megatron asserts that a row's indices have position embeddings; in a row of trees positions are
     # depths, so only the longest prefix + candidate must.

@@ -30,10 +30,12 @@ class MetricLog:
             self._iterations += 1
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
-        if bound["iteration"] % get_args().log_interval == 0:
-            if self._sums:
-                means = {n: float(total) / self._iterations for n, total in self._sums.items()}
-                print_rank_last(format_line(bound["iteration"], means))
+        interval_ends = bound["iteration"] % get_args().log_interval == 0
+        # Megatron logs a run's first iteration as well.
+        if self._sums and (interval_ends or bound.get("is_first_iteration", False)):
+            means = {name: float(total) / self._iterations for name, total in self._sums.items()}
+            print_rank_last(format_line(bound["iteration"], means))
+        if interval_ends:
             self._sums, self._iterations = {}, 0
         return result
 

@@ -84,7 +84,7 @@ class CPOStep:
             policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
             report |= packing_metrics(batch, groups)
-            if self.gate is not None and torch.is_grad_enabled():
+            if self.gate is not None and loss.requires_grad:
                 self.gate.check(losses, mask)
         _reject_bad_loss(args, loss)
 

@@ -1,13 +1,17 @@
-"""`torchrun -m megatron_cpo pretrain_gpt.py <its flags> --cpo-aux-loss ...`: a host script, unchanged."""
+"""`torchrun -m megatron_cpo pretrain_gpt.py <its flags> --cpo-aux-loss ...`: a host script,
+unchanged.
+"""
 
 import runpy
 import sys
 from pathlib import Path
 
-USAGE = """usage: torchrun ... -m megatron_cpo SCRIPT [flags of SCRIPT] [--cpo-aux-loss --cpo-data-path PREFIX ...]
+USAGE = """usage: torchrun ... -m megatron_cpo SCRIPT [flags of SCRIPT] [--cpo-aux-loss
+--cpo-data-path PREFIX ...]
 
-Runs a Megatron training script (pretrain_gpt.py of a Megatron-LM checkout, examples/pretrain_gpt.py)
-with the --cpo-* flags added. Without --cpo-aux-loss it trains as it always did. `SCRIPT --help` lists
+Runs a Megatron training script (pretrain_gpt.py of a Megatron-LM checkout,
+examples/pretrain_gpt.py) with the --cpo-* flags added. Without --cpo-aux-loss it trains as it
+always did. `SCRIPT --help` lists
 all flags."""
 
 
@@ -19,7 +23,8 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"megatron_cpo: {script}: no such script\n\n{USAGE}")
-    # As python does: modules beside the script come first, so a checkout's own megatron is the one used.
+    # As python does: modules beside the script come first, so a checkout's own megatron is the one
+    # used.
     sys.path.insert(0, str(script.resolve().parent))
     from megatron_cpo import install
 

@@ -2,8 +2,8 @@
 
 CPO here is Feng et al., "Sequence-level Large Language Model Training with Contrastive Preference
 Optimization" (Findings of NAACL 2025, arXiv:2502.16433), not the CPO of TRL and Liger-Kernel
-(arXiv:2401.08417). With a prefix x, the true continuation y_1 and negatives y_2..y_K, each objective
-works on the rewards
+(arXiv:2401.08417). With a prefix x, the true continuation y_1 and negatives y_2..y_K, each
+objective works on the rewards
 
     s_k = beta * (log pi_theta(y_k | x) - log pi_ref(y_k | x)),
 
@@ -39,7 +39,8 @@ def best_of_k(
         mask: [G, K] bool, True where a candidate exists. Column 0 decides whether the group exists:
             a group without a true continuation has loss 0. None means all exist.
 
-    Duplicates count once for each copy. A negative equal to y_1 competes with it at the same reward.
+    Duplicates count once for each copy. A negative equal to y_1 competes with it at the same
+    reward.
     """
     scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
     loss = torch.logsumexp(scores, dim=1) - scores[:, 0]
@@ -63,7 +64,8 @@ def ranked(
     Args:
         ranks: [G, K] with 0 the best (y_1). Only the order matters; equal ranks are taken in
             candidate order.
-        policy_logps, reference_logps, beta, mask: as in `best_of_k`; masked candidates take no part.
+        policy_logps, reference_logps, beta, mask: as in `best_of_k`; masked candidates take no
+            part.
     """
     scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
     last = torch.iinfo(torch.long).max
@@ -76,14 +78,16 @@ def ranked(
 def _masked_rewards(
     policy_logps: Tensor, reference_logps: Tensor, beta: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Rewards with missing candidates at a score that no softmax sees, and the mask itself."""
-    if mask is None:
-        mask = torch.ones_like(policy_logps, dtype=torch.bool)
-    # Finite, not -inf: the backward of logcumsumexp turns (-inf) - (-inf) into NaN. The reference of
-    # a missing candidate may be NaN (never scored), so it is replaced before the subtraction.
-    reference_logps = torch.where(mask, reference_logps, torch.zeros_like(reference_logps))
+    """Rewards up to a constant per group, out of sight where missing, and the mask."""
     scores = rewards(policy_logps, reference_logps, beta)
-    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 4), mask
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    # Finite, not -inf: the backward of logcumsumexp turns (-inf) - (-inf) into NaN.
+    lowest = torch.finfo(scores.dtype).min / 4
+    scores = scores.masked_fill(~mask, lowest)
+    # Both losses ignore a common offset, float32 does not: rewards of hundreds would cost digits.
+    largest = scores.detach().amax(dim=1, keepdim=True)
+    return torch.where(mask, scores - largest, lowest), mask
 
 
 Objective = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
@@ -102,7 +106,8 @@ OBJECTIVES: dict[str, Objective] = {"best": _best, "ranked": ranked}
 def loss_at_reference(objective: str, candidates: Tensor) -> Tensor:
     """What `objective` must give when theta = ref, for groups of `candidates` [G] candidates each.
 
-    log K for best-of-K, log K! for ranked. This step-0 gate catches almost every wiring fault, and it
+    log K for best-of-K, log K! for ranked. This step-0 gate catches almost every wiring fault, and
+    it
     needs no table: it is the objective itself at rewards of zero.
     """
     width = max(int(candidates.max()), 1) if candidates.numel() else 1

@@ -5,13 +5,15 @@ once. Laid out depth-first it is one row of tokens, and with
 
     subtree_end[i] = one past the last token below token i
 
-token i may attend to token j exactly when `j <= i < subtree_end[j]`, that is, when j is i's ancestor
-or i itself. That vector is the whole mask: it covers several groups in one row (shift it), a plain
-document (a chain) and padding (`subtree_end[i] = i + 1`), and it costs O(S) to ship, not O(S^2).
+token i may attend to token j exactly when `j <= i < subtree_end[j]`, that is, when j is i's
+ancestor or i itself. That vector is the whole mask: it covers several groups in one row (shift it),
+a plain document (a chain) and padding (`subtree_end[i] = i + 1`), and it costs O(S) to ship, not
+O(S^2).
 
 A *query* is a (position, target token) pair whose log-prob is wanted. Candidates that share a path
 share its queries. A token that no query hangs from gets no place in the row: the last token of a
-candidate (its end of sequence) is only ever a target, so a truncation of y_1 costs no tokens at all.
+candidate (its end of sequence) is only ever a target, so a truncation of y_1 costs no tokens at
+all.
 
 Candidates are visited depth-first with y_1 first, so the candidates below a query are a contiguous
 range of *slots* (places in that visiting order), and slot 0 is y_1.
@@ -22,11 +24,14 @@ Only numpy here; nothing knows Megatron.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int32]
+TokenIds = Sequence[int] | NDArray[Any]
+"""Token ids, as a list or an array of any integer type."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Tree:
 
     @property
     def path_queries(self) -> Ints:
-        """[m] queries, paired with `path_candidates`: candidate c sums the queries paired with c."""
+        """[m] queries, paired with `path_candidates`: candidate c sums those paired with c."""
         lengths = self.query_last_slot - self.query_first_slot
         return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 
@@ -65,7 +70,7 @@ class Tree:
         return self.candidate_order[np.repeat(self.query_first_slot, lengths) + within]
 
 
-def build_tree(prefix: Sequence[int], candidates: Sequence[Sequence[int]]) -> Tree:
+def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
     """Merge a prefix and its candidates (the true continuation first) into one token tree.
 
     Args:
@@ -133,8 +138,8 @@ def build_tree(prefix: Sequence[int], candidates: Sequence[Sequence[int]]) -> Tr
 def _visiting_order(paths: list[Ints]) -> list[int]:
     """Depth-first order of the candidates with y_1 first.
 
-    A candidate that leaves y_1 later is visited earlier; those that leave it at the same place are in
-    lexicographic order, which puts equal runs side by side.
+    A candidate that leaves y_1 later is visited earlier; those that leave it at the same place are
+    in lexicographic order, which puts equal runs side by side.
     """
     if not paths:
         return []
@@ -156,7 +161,7 @@ def _common_prefix(a: Ints, b: Ints) -> int:
 
 
 def _extended(paths: list[Ints], shared: list[int]) -> list[bool]:
-    """Per slot: does a later candidate go on where this one ends? Then its last token needs a row."""
+    """Per slot: does a later candidate go on where this one ends, so that its end needs a row?"""
     extended = [False] * len(paths)
     for slot in range(len(paths) - 2, -1, -1):
         here, after = len(paths[slot]), len(paths[slot + 1])

@@ -25,7 +25,7 @@ def null_tokenizer() -> Any:
 
 
 def random_group(rng: np.random.Generator, k: int, longest: int = 20) -> Group:
-    """A group with every sort of candidate: edits and truncations of y_1, strangers, one duplicate."""
+    """A group with edits and truncations of y_1, strangers and one duplicate."""
     eod = VOCAB_SIZE
 
     def text(low: int = 1) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The real training loop at every supported layout against one process, from one checkpoint.
 
-Each run is `examples/pretrain_gpt.py` with CPO flags, Megatron's own `pretrain()` on gloo ranks. The
-checkpoint is written by one process and resharded by torch_dist on loading.
+Each run is `examples/pretrain_gpt.py` with CPO flags, Megatron's own `pretrain()` on gloo ranks.
+The checkpoint is written by one process and resharded by torch_dist on loading.
 """
 
 import re
@@ -92,7 +92,8 @@ class Start:
         [after] = run_ranks(weights, 1, save, 1)
         assert before.keys() == after.keys() and len(before) > 8
         curves["step"] = {key: after[key] - before[key] for key in before}
-        # A weight is rounded to float32 after the step: half a unit in its last place is no difference.
+        # A weight is rounded to float32 after the step: half a unit in its last place is no
+        # difference.
         curves["rounding"] = {key: float(after[key].norm()) * 2.0**-24 for key in before}
         return curves
 

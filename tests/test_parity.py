@@ -1,8 +1,8 @@
 """Rows of token trees against what every peer runs: K padded sequences through plain Megatron.
 
 The slow twin is Megatron's own GPTModel with its own attention on [K, longest] padded rows, a
-log-softmax over the whole vocabulary and an explicit loop over eq. 1 and eq. 2. The fast path must give
-the same candidate log-probs, the same loss and the same gradient of every parameter.
+log-softmax over the whole vocabulary and an explicit loop over eq. 1 and eq. 2. The fast path must
+give the same candidate log-probs, the same loss and the same gradient of every parameter.
 """
 
 import math
@@ -53,7 +53,7 @@ def build_model(position_embedding_type="learned_absolute", num_query_groups=4, 
 
 
 def awkward_groups() -> list[Group]:
-    """Groups of different sizes: ordinary ones, one with an empty negative and duplicates, one K=1."""
+    """Groups of several sizes; one with an empty negative and duplicates, one with K=1."""
     rng = np.random.default_rng(0)
     groups = [random_group(rng, 6, longest=25), random_group(rng, 4), random_group(rng, 6)]
     eod = np.array([VOCAB_SIZE], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""What a user relies on in a run: the gate, resuming, packing, evaluation, and Megatron left alone."""
+"""What a user relies on in a run: resuming, packing, evaluation, and Megatron left alone."""
 
 import os
 import re
@@ -38,14 +38,16 @@ def test_one_batch_is_one_batch_however_it_is_packed(tmp_path: Path, objective: 
     store = write_store(tmp_path / "groups", 24, 5, longest=16)
     sizes, _ = GroupReader(store).tree_sizes()
     assert sizes.max() <= 160, "every group must fit the shortest row"
-    start = str(tmp_path / "start")  # random weights depend on the row length, through Megatron's warm-up
+    start = str(
+        tmp_path / "start"
+    )  # random weights depend on the row length, through Megatron's warm-up
     one = "--global-batch-size 1 --train-iters 1 --lr 0 --eval-iters 0 --save-interval 1"
     train(store, *one.split(), "--save", start)
     curves = []
     for tokens in (160, 256, 512):
         rows = len(pack(sizes, tokens, None, seed=7))  # one epoch is one global batch
-        flags = f"--seq-length {tokens} --global-batch-size {rows} --split 1,0,0 --eval-iters 0 --train-iters 10"
-        flags += f" --cpo-objective {objective} --optimizer sgd --lr 0.05"
+        flags = f"--seq-length {tokens} --global-batch-size {rows} --split 1,0,0 --eval-iters 0"
+        flags += f" --train-iters 10 --cpo-objective {objective} --optimizer sgd --lr 0.05"
         curves.append(cpo_curves(train(store, *flags.split(), "--load", start, "--finetune")))
     rows_used = {round(curve["groups_per_row"][0], 3) for curve in curves}
     assert len(rows_used) == 3, "the three runs must be packed differently to show anything"
@@ -65,7 +67,9 @@ def test_killed_run_continues_exactly(store: str, tmp_path: Path) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
     environment["PYTHONUNBUFFERED"] = "1"
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as run:
         assert run.stdout is not None
         for line in run.stdout:
             if "[cpo] iteration 5" in line:

@@ -5,14 +5,14 @@
       --output-prefix runs/groups --negatives bn=3,tn=8 \\
       --tokenizer-type SentencePieceTokenizer --tokenizer-model runs/tokenizer.model
 
-Megatron's own flags are understood too: --tokenizer-*, --seed, --max-position-embeddings. With --load
-CKPT and the model's flags the groups are scored under that reference, at any layout:
+Megatron's own flags are understood too: --tokenizer-*, --seed, --max-position-embeddings. With
+--load CKPT and the model's flags the groups are scored under that reference, at any layout:
 
   torchrun --nproc-per-node 2 tools/build_negatives.py --score-only --output-prefix runs/groups \\
       --load runs/mle --tensor-model-parallel-size 2 --num-layers 4 ... --seq-length 1024
 
---seq-length is then the length of a row of groups, as in training. Build a large store first and score
-it with --score-only: under torchrun the other ranks wait for rank 0 to build.
+--seq-length is then the length of a row of groups, as in training. Build a large store first and
+score it with --score-only: under torchrun the other ranks wait for rank 0 to build.
 """
 
 import argparse

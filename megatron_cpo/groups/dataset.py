@@ -1,9 +1,9 @@
 """Rows of groups as a Megatron dataset: map-style, random access, the same on every rank.
 
-Every rank reads the rows it needs itself, so there is no broadcast in the data path: a row is a pure
-function of its index. The batch sampler is Megatron's own `single` one, which walks the rows in order
-from `consumed_train_samples`; that order is already shuffled by the plan, and it makes a resumed run
-continue exactly.
+Every rank reads the rows it needs itself, so there is no broadcast in the data path: a row is a
+pure function of its index. The batch sampler is Megatron's own `single` one, which walks the rows
+in order from `consumed_train_samples`; that order is already shuffled by the plan, and it makes a
+resumed run continue exactly.
 """
 
 from dataclasses import dataclass, replace
@@ -91,7 +91,8 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
 
     Args:
         groups: the group rows.
-        documents: a Megatron `GPTDataset` (or blend) of samples with `tokens`, `labels`, `loss_mask`.
+        documents: a Megatron `GPTDataset` (or blend) of samples with `tokens`, `labels`,
+            `loss_mask`.
         document_tokens: tokens of a sample; as many whole ones as fit lie in a row.
         fraction: the share of rows that are group rows, in (0, 1); row r is one when the whole part
             of (r + 1) * fraction exceeds that of r * fraction.
@@ -144,10 +145,17 @@ class BatchTotals(torch.utils.data.Dataset[Row]):
         rows: the rows.
         batch_rows: `--global-batch-size`.
         origin: the first row this run reads, `consumed_train_samples`.
+        split: Megatron's `Split` of these rows, by which its loader picks the batch size.
     """
 
-    def __init__(self, rows: GroupDataset | MixedDataset, batch_rows: int, origin: int = 0) -> None:
-        self.rows, self.batch_rows, self.origin = rows, batch_rows, origin
+    def __init__(
+        self,
+        rows: GroupDataset | MixedDataset,
+        batch_rows: int,
+        origin: int = 0,
+        split: Any = None,
+    ) -> None:
+        self.rows, self.batch_rows, self.origin, self.split = rows, batch_rows, origin, split
         self.shape = rows.shape
         self._groups = np.concatenate([[0], np.cumsum(rows.groups_per_row)])
         self._lm_tokens = np.concatenate([[0], np.cumsum(rows.lm_tokens_per_row)])

@@ -1,8 +1,8 @@
 """The packing plan: which groups lie in which row, for every row of a run.
 
-A row of `row_tokens` tokens holds whole groups, never a part of one. The plan of an epoch depends on
-the sizes, the seed and the epoch alone, so every rank computes the same one, at every layout, and a
-resumed run continues it.
+A row of `row_tokens` tokens holds whole groups, never a part of one. The plan of an epoch depends
+on the sizes, the seed and the epoch alone, so every rank computes the same one, at every layout,
+and a resumed run continues it.
 """
 
 import hashlib
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from megatron_cpo.tree import Ints
 
 WINDOW = 8192
-"""Groups that are packed together. Larger packs tighter and mixes less; 8192 leaves under 1% unused."""
+"""Groups that are packed together. Larger packs tighter and mixes less; 8192 leaves under 1%
+unused.
+"""
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,10 @@ def fitting(sizes: Ints, row_tokens: int) -> NDArray[np.int64]:
     fits = np.flatnonzero(sizes <= row_tokens)
     if not len(fits):
         raise ValueError(
-            f"--seq-length {row_tokens}: the smallest of {len(sizes)} groups has {sizes.min()} tokens in its "
-            "tree, so no group fits a row; raise --seq-length (it is the length of a row of groups and may "
+            f"--seq-length {row_tokens}: the smallest of {len(sizes)} groups has {sizes.min()} "
+            f"tokens in its "
+            "tree, so no group fits a row; raise --seq-length (it is the length of a row of "
+            "groups and may "
             "exceed --max-position-embeddings)"
         )
     return fits
@@ -91,7 +95,9 @@ def cached_pack(
     seed: int,
     shuffle: bool = True,
 ) -> Plan:
-    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path) if there is one."""
+    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path) if there is
+    one.
+    """
     if cache is None:
         return pack(sizes, row_tokens, rows, seed, shuffle)
     text = f"{row_tokens} {rows} {seed} {shuffle} {WINDOW}".encode()

@@ -1,9 +1,10 @@
 """A row: whole groups (or plain LM documents) laid out at a fixed shape for the data loader.
 
-Legend: S tokens of a row, Q query slots, G group slots, K candidate slots of a group. Everything that
+Legend: S tokens of a row, Q query slots, G group slots, K candidate slots of a group. Everything
+that
 is not there is padding: a padding token attends to itself alone, a padding query has target -1, a
-padding candidate has `candidate_mask` False. The shapes are the same for every row of a run, so that
-Megatron's own collate stacks them.
+padding candidate has `candidate_mask` False. The shapes are the same for every row of a run, so
+that Megatron's own collate stacks them.
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,8 @@ def documents_row(samples: Sequence[dict[str, Any]], shape: RowShape) -> Row:
     """Plain LM samples one after the other in one row, each a chain with no candidates.
 
     Args:
-        samples: as Megatron's `GPTDataset` gives them: `tokens`, `labels` and `loss_mask`, which picks
-            the supervised labels, [t] each; together at most `shape.tokens` long.
+        samples: as Megatron's `GPTDataset` gives them: `tokens`, `labels` and `loss_mask`, which
+            picks the supervised labels, [t] each; together at most `shape.tokens` long.
     """
     row = _empty_row(shape, pad_token=0)
     queries: list[NDArray[np.int64]] = []
@@ -116,7 +117,7 @@ def _empty_row(shape: RowShape, pad_token: int) -> Row:
 
 
 def _tree_queries(tree: Tree, start: int, slot: int) -> NDArray[np.int64]:
-    """[5, q] queries of a tree at `start`; those on the path of y_1 (slot 0) count in the MLE term."""
+    """[5, q] queries of a tree at `start`; those on y_1's path (slot 0) count in the MLE term."""
     first, last = tree.query_first_slot, tree.query_last_slot
     on_truth = first == 0
     rows = [tree.query_positions + start, tree.query_targets, first + slot, last + slot, on_truth]
@@ -131,8 +132,8 @@ def _prefix_queries(group: Group, start: int) -> NDArray[np.int64]:
 
 
 def _fill_queries(row: Row, queries: NDArray[np.int64]) -> None:
-    # By position: queries on one token share a row of logits, and every chunk of logit rows then has
-    # its queries side by side.
+    # By position: queries on one token share a row of logits, and every chunk of logit rows then
+    # has its queries side by side.
     position, target, first, last, lm = queries[:, np.lexsort((queries[1], queries[0]))]
     n = len(position)
     row["query_positions"][:n] = position

@@ -56,8 +56,9 @@ class GroupWriter:
 
     Args:
         path_prefix: the store's PREFIX.
-        manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able. The writer
-            adds `format_version`, `groups`, `k`, `kinds`, token counts and the files' checksums.
+        manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able. The
+            writer adds `format_version`, `groups`, `k`, `kinds`, token counts and the files'
+            checksums.
         vocab_size: decides the stored integer type, as Megatron's own preprocessing does.
     """
 
@@ -150,15 +151,18 @@ class GroupReader:
             found = path.stat().st_size if path.exists() else None
             if found != expected["bytes"]:
                 raise ValueError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest says "
-                    f"{expected['bytes']} bytes: the file is truncated or from another build; copy it "
+                    f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
+                    f"says "
+                    f"{expected['bytes']} bytes: the file is truncated or from another build; "
+                    f"copy it "
                     "again or rebuild with tools/build_negatives.py"
                 )
         self._tokens = IndexedDataset(path_prefix)
         self._values = IndexedDataset(path_prefix + ".values")
         if len(self) != self.manifest["groups"]:
             raise ValueError(
-                f"{path_prefix}: {len(self)} groups, its manifest says {self.manifest['groups']}: rebuild it"
+                f"{path_prefix}: {len(self)} groups, its manifest says "
+                f"{self.manifest['groups']}: rebuild it"
             )
 
     def __len__(self) -> int:
@@ -167,8 +171,8 @@ class GroupReader:
     def __getitem__(self, index: int) -> Group:
         prefix, *candidates = self._document(self._tokens, index)
         kinds, similarities, ranks, reference_logps, _ = self._document(self._values, index)
-        # Everything is copied: Megatron unmaps its file when the dataset is collected, and a view of
-        # it that outlives the reader would crash the process.
+        # Everything is copied: Megatron unmaps its file when the dataset is collected, and a view
+        # of it that outlives the reader would crash the process.
         return Group(
             prefix=prefix.astype(np.int32),
             candidates=[c.astype(np.int32) for c in candidates],
@@ -229,6 +233,12 @@ def write_reference_logps(
     tokens, queries = reader.tree_sizes()
     for index, logps in enumerate(reference_logps):
         group = reader[index]
+        if len(logps) != len(group.candidates):
+            raise ValueError(
+                f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
+                f"{len(logps)} "
+                "log-probs were given"
+            )
         scored = Group(**{**group.__dict__, "reference_logps": logps})
         _add_values(builder, scored, np.array([tokens[index], queries[index]]))
     builder.finalize(aside + ".values.idx")
@@ -252,7 +262,8 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
         version = manifest["format_version"]
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no manifest there, so {path_prefix} is not a finished group store; build one with "
+            f"{path}: no manifest there, so {path_prefix} is not a finished group store; build "
+            f"one with "
             "tools/build_negatives.py --output-prefix, and give its PREFIX without a suffix"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -261,7 +272,8 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {version}, this release reads {FORMAT_VERSION}: rebuild the store"
+            f"{path}: format version {version}, this release reads {FORMAT_VERSION}: rebuild the "
+            f"store"
         )
     return dict(manifest)
 

@@ -1,5 +1,6 @@
 """Puts tree attention and depth RoPE into a built Megatron GPT model, before DDP wraps it."""
 
+import inspect
 import math
 from typing import Any
 
@@ -12,13 +13,18 @@ from megatron_cpo.model.rope import DepthRotaryEmbedding
 def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
     """Make every chunk of a model read `attention_mask` as `subtree_end`; returns the same list.
 
-    Parameters, their names and their checkpoints stay as they are: core attention has none. It has the
-    signature of Megatron's `pre_wrap_hooks`.
+    Parameters, their names and their checkpoints stay as they are: core attention has none. It has
+    the signature of Megatron's `pre_wrap_hooks`.
 
     Raises:
         ValueError: a chunk has no attention that can be replaced.
     """
     for chunk in model_chunks:
+        if "output_processor" not in inspect.signature(chunk.forward).parameters:
+            raise ValueError(
+                f"{type(chunk).__name__} has no output_processor, so the log-prob head cannot be "
+                "attached; CPO trains GPTModel"
+            )
         config, cache = chunk.config, TreeMaskCache()
         scale = config.softmax_scale
         if scale is None:
@@ -30,8 +36,8 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
                 replaced += 1
         if not replaced:
             raise ValueError(
-                f"{type(chunk).__name__} has no core_attention submodule, so it cannot follow a token tree; "
-                "CPO trains GPTModel with self-attention layers"
+                f"{type(chunk).__name__} has no core_attention submodule, so it cannot follow a "
+                "token tree; CPO trains GPTModel with self-attention layers"
             )
         rotary = getattr(chunk, "rotary_pos_emb", None)
         if rotary is not None:

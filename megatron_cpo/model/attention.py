@@ -1,13 +1,14 @@
 """Tree attention: a drop-in for Megatron's `core_attention`, masked by one vector per row.
 
-Token i attends to j exactly when `j <= i < subtree_end[j]` (see `tree.py`). The vector arrives as the
-model's `attention_mask`, so Megatron hands it to every layer, through every pipeline stage and through
-activation recomputation, without knowing what it is.
+Token i attends to j exactly when `j <= i < subtree_end[j]` (see `tree.py`). The vector arrives as
+the model's `attention_mask`, so Megatron hands it to every layer, through every pipeline stage and
+through activation recomputation, without knowing what it is.
 
-On a CPU the row is cut into blocks of queries. A block needs only its *live* keys, the ancestors of its
-tokens; they are gathered, and scaled-dot-product attention runs on a small dense mask. Keys of other
-groups and of other branches cost nothing. On a GPU it is FlexAttention with the same rule as `mask_mod`
-and block masks built from the vector. Both work out the blocks once per micro-batch, for all layers.
+On a CPU the row is cut into blocks of queries. A block needs only its *live* keys, the ancestors of
+its tokens; they are gathered, and scaled-dot-product attention runs on a small dense mask. Keys of
+other groups and of other branches cost nothing. On a GPU it is FlexAttention with the same rule as
+`mask_mod` and block masks built from the vector. Both work out the blocks once per micro-batch, for
+all layers.
 
 Legend: S row tokens, B micro-batch rows, H heads of this tensor-parallel rank, G key/value heads
 (query groups) of this rank, D channels of a head.
@@ -105,7 +106,8 @@ class TreeAttention(nn.Module):
         """
         if attention_mask is None or attention_mask.dim() != 2:
             raise ValueError(
-                "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; the rows of "
+                "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; "
+                "the rows of "
                 "the CPO data loader carry it, another forward step does not"
             )
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [B, heads, S, D]

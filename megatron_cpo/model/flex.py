@@ -1,8 +1,8 @@
 """FlexAttention over token trees: the GPU side of `attention.py`.
 
-The block mask is built from `subtree_end` in O(S) for the vector plus one [S/128]^2 comparison of block
-bounds, never from an [S, S] mask. A block is listed when its bounds cannot rule it out; inside it
-`mask_mod` applies the exact rule.
+The block mask is built from `subtree_end` in O(S) for the vector plus one [S/128]^2 comparison of
+block bounds, never from an [S, S] mask. A block is listed when its bounds cannot rule it out;
+inside it `mask_mod` applies the exact rule.
 """
 
 from functools import lru_cache
@@ -48,8 +48,9 @@ def flex_attend(
     """[B, H, S, D] attention under a block mask; compiled once on a GPU, eager on a CPU."""
     attend = _compiled() if query.is_cuda else flex_attention
     gqa = query.shape[1] != key.shape[1]
-    result: Tensor = attend(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=gqa)
-    return result
+    attended = attend(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=gqa)
+    assert isinstance(attended, Tensor)  # no log-sum-exp was asked for
+    return attended
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""From collated rows to log-probs: the one forward path that training and reference scoring share."""
+"""From collated rows to log-probs: the forward path that training and scoring share."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from torch import Tensor
 from megatron_cpo.model.logprobs import Queries, query_logps
 
 Batch = dict[str, Tensor]
-"""Collated rows: the arrays of `groups.rows.Row` with a leading dimension B, and the batch totals."""
+"""Collated rows: the arrays of `groups.rows.Row` with a leading dimension B, and the batch totals.
+"""
 
 
 def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots: int) -> Tensor:
@@ -18,8 +19,8 @@ def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots:
         logps: [Q] log-prob of each query.
         first_slot, last_slot: [Q] the slots [first, last) whose candidate passes through the query.
 
-    A query opens at its first slot and closes at its last, so a running sum over the slots gives all
-    candidates in O(Q + slots). In float64, because what is opened is subtracted again.
+    A query opens at its first slot and closes at its last, so a running sum over the slots gives
+    all candidates in O(Q + slots). In float64, because what is opened is subtracted again.
     """
     edges = torch.zeros(slots + 1, dtype=torch.float64, device=logps.device)
     wide = logps.double()
@@ -44,11 +45,13 @@ class RowForward:
             batch: collated rows on the CPU, [B, ...] each (`groups.rows.Row`).
 
         Returns:
-            On the last pipeline stage the log-probs of the queries, [Q] float32; elsewhere the hidden
-            states for the next stage. And the batch on the device, with its queries flattened to [Q].
+            On the last pipeline stage the log-probs of the queries, [Q] float32; elsewhere the
+            hidden states for the next stage. And the batch on the device, with its queries
+            flattened to [Q].
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        # Counted on the CPU, where the loader left it: compacting on a GPU would wait for the device.
+        # Counted on the CPU, where the loader left it: compacting on a GPU would wait for the
+        # device.
         queries = Queries.of(batch["query_positions"], batch["query_targets"], device)
         real = batch["query_targets"] >= 0
         slots = batch["candidate_mask"][0].numel()

@@ -1,15 +1,16 @@
-"""The log-prob head: log pi(target | position) for queries alone, over a vocabulary-parallel output layer.
+"""The log-prob head: log pi(target | position) for queries alone, over a vocabulary-parallel output
+layer.
 
-Logits exist for the positions that have a query, one chunk of them at a time, never for all tokens and
-never for all positions at once; the backward pass computes each chunk again. So the workspace is
-`CHUNK_LOGITS` float32 numbers, whatever the vocabulary and the number of queries.
+Logits exist for the positions that have a query, one chunk of them at a time, never for all tokens
+and never for all positions at once; the backward pass computes each chunk again. So the workspace
+is `CHUNK_LOGITS` float32 numbers, whatever the vocabulary and the number of queries.
 
-Everything after the matrix product is float32. Rows that only pad the vocabulary are masked: Megatron
-pads it to a multiple that depends on the tensor-parallel size, and its own loss lets those rows into
-the softmax, so that the same weights give another loss at another layout. Ours do not.
+Everything after the matrix product is float32. Rows that only pad the vocabulary are masked:
+Megatron pads it to a multiple that depends on the tensor-parallel size, and its own loss lets those
+rows into the softmax, so that the same weights give another loss at another layout. Ours do not.
 
-Legend: R logit positions (distinct positions that have a query), Q queries, H hidden size, V vocabulary
-rows of this tensor-parallel rank.
+Legend: R logit positions (distinct positions that have a query), Q queries, H hidden size, V
+vocabulary rows of this tensor-parallel rank.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time on a rank (64 MiB of float32, a few of which are alive in backward)."""
+"""Logits that exist at a time on a rank (64 MiB of float32, a few of which are alive in backward).
+"""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Queries:
         """Compact a batch of padded queries and send them to `device`.
 
         Args:
-            positions: [B, Q] index into each row's tokens, increasing. On the CPU, so that the counts
-                cost no device synchronisation.
+            positions: [B, Q] index into each row's tokens, increasing. On the CPU, so that the
+                counts cost no device synchronisation.
             targets: [B, Q] token ids; -1 is padding.
         """
         batch, at = torch.nonzero(targets >= 0, as_tuple=True)
-        # Megatron's hidden states are [S, B, H]; row-major order over (row, position) stays increasing.
+        # Megatron's hidden states are [S, B, H]; row-major order over (row, position) stays
+        # increasing.
         flat, rows, counts = torch.unique_consecutive(
             batch * (positions.max() + 1) + positions[batch, at],
             return_inverse=True,
@@ -54,11 +57,10 @@ class Queries:
         )
         row, position = flat // (positions.max() + 1), flat % (positions.max() + 1)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        to = {"device": device, "non_blocking": True}
         return Queries(
-            (position * len(targets) + row).to(**to),
-            rows.to(**to),
-            targets[batch, at].to(**to),
+            (position * len(targets) + row).to(device, non_blocking=True),
+            rows.to(device, non_blocking=True),
+            targets[batch, at].to(device, non_blocking=True),
             ends,
         )
 
@@ -83,8 +85,8 @@ def query_logps(
         tp_group: tensor-parallel group; None or of size 1: no reduction.
         chunk_logits: bound on the logits that exist at a time.
 
-    Gradients: to `hidden_states` reduced over the tensor-parallel group (scattered back when sequence
-    parallel), to `output_weight` in its dtype, rounded once from a float32 sum.
+    Gradients: to `hidden_states` reduced over the tensor-parallel group (scattered back when
+    sequence parallel), to `output_weight` in its dtype, rounded once from a float32 sum.
     """
     if tp_group is not None and tp_group.size() > 1:
         from megatron.core.tensor_parallel import (
@@ -97,7 +99,7 @@ def query_logps(
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
     hidden = hidden_states.flatten(0, 1).index_select(0, queries.positions)
-    result: Tensor = _QueryLogProbs.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _QueryLogProbs.apply(
         hidden, output_weight, queries, vocab_size, tp_group, chunk_logits
     )
     return result
@@ -135,7 +137,7 @@ class _QueryLogProbs(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, normaliser = ctx.saved_tensors
         shard = _VocabShard(weight, *ctx.shard_of)
         grad_hidden = torch.empty_like(hidden)
@@ -175,7 +177,7 @@ class _VocabShard:
     def locate(
         self, queries: Queries, chunk: slice, wanted: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Row in the chunk, column in the shard, and whether the target is in this shard; each [q]."""
+        """Row in the chunk, column in the shard, whether the target is in this shard; each [q]."""
         column = queries.targets[wanted] - self.first
         here = (column >= 0) & (column < len(self.weight))
         return queries.rows[wanted] - chunk.start, torch.where(here, column, 0), here

@@ -1,4 +1,5 @@
-"""Reference log-probs: K floats per group, computed once by the very forward path that training uses.
+"""Reference log-probs: K floats per group, computed once by the very forward path that training
+uses.
 
 Under torchrun with the reference's own model flags, at any TP x PP x DP. Rows are dealt out to the
 data-parallel ranks, every pipeline stage walks them in step, and rank 0 writes the store.
@@ -52,7 +53,8 @@ def score_groups(path_prefix: str, args: Any) -> None:
     reference = checkpoint_identity(args.load)
     if reference is None:
         raise ValueError(
-            f"--load {args.load}: no Megatron checkpoint there (no latest_checkpointed_iteration.txt); give "
+            f"--load {args.load}: no Megatron checkpoint there (no "
+            f"latest_checkpointed_iteration.txt); give "
             "the folder that --save wrote"
         )
     reader = GroupReader(path_prefix)
@@ -60,7 +62,8 @@ def score_groups(path_prefix: str, args: Any) -> None:
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:
         raise ValueError(
-            f"--seq-length {args.seq_length}: {rows.too_long} of {len(reader)} groups have more tokens in their "
+            f"--seq-length {args.seq_length}: {rows.too_long} of {len(reader)} groups have more "
+            f"tokens in their "
             "tree; raise --seq-length (it may exceed --max-position-embeddings)"
         )
     scored = _score_rows(rows, _load_policy(args), args)
@@ -70,11 +73,10 @@ def score_groups(path_prefix: str, args: Any) -> None:
         merged = {group: logps for part in everywhere for group, logps in part.items()}
         write_reference_logps(path_prefix, [merged[i] for i in range(len(reader))], reference)
         print(
-            f"scored {len(merged)} groups under {reference['name']} iteration {reference['iteration']}"
+            f"scored {len(merged)} groups under {reference['name']} iteration "
+            f"{reference['iteration']}"
         )
-    torch.distributed.barrier(
-        group=mpu.get_data_parallel_group_gloo() if torch.cuda.is_available() else None
-    )
+    torch.distributed.barrier()  # nobody reads the store before it is whole
 
 
 def _load_policy(args: Any) -> list[Any]:
@@ -108,7 +110,9 @@ def _load_policy(args: Any) -> list[Any]:
 
 
 def _score_rows(rows: GroupDataset, model: list[Any], args: Any) -> dict[int, NDArray[np.float32]]:
-    """Log-probs [K] of the groups in this data-parallel rank's rows; empty on other pipeline stages."""
+    """Log-probs [K] of the groups in this data-parallel rank's rows; empty on other pipeline
+    stages.
+    """
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_tokenizer
@@ -116,15 +120,17 @@ def _score_rows(rows: GroupDataset, model: list[Any], args: Any) -> dict[int, ND
     step = _ScoringStep(get_tokenizer().vocab_size)
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     batch = args.micro_batch_size
-    # Every rank runs the same number of micro-batches; rows past the end repeat the last one.
-    rounds = -(-len(rows) // (batch * dp_size))
+    stages = mpu.get_pipeline_model_parallel_world_size()
+    # Every rank runs the same number of micro-batches, a multiple of the pipeline stages as the
+    # interleaved schedule wants it; rows past the end repeat the last one.
+    rounds = -(-len(rows) // (batch * dp_size * stages)) * stages
     mine = [
         min((i * dp_size + dp_rank) * batch + j, len(rows) - 1)
         for i in range(rounds)
         for j in range(batch)
     ]
     # A few micro-batches at a time keep a pipeline full and the progress bar moving.
-    together = max(mpu.get_pipeline_model_parallel_world_size() * 4, 1)
+    together = 4 * stages
     scored: dict[int, NDArray[np.float32]] = {}
     bar = tqdm(
         total=len(rows), unit="rows", desc="reference", disable=torch.distributed.get_rank() != 0

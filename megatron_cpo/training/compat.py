@@ -1,4 +1,6 @@
-"""All knowledge of Megatron versions: which symbols we bind to, by name, and what to say without them."""
+"""All knowledge of Megatron versions: which symbols we bind to, by name, and what to say without
+them.
+"""
 
 import importlib
 import inspect
@@ -33,8 +35,10 @@ def load(module: str, symbol: str) -> Any:
         return getattr(importlib.import_module(module), symbol)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"megatron_cpo needs {module}.{symbol}, which Megatron-Core {megatron_version()} does not have "
-            f"(tested with {TESTED}); install megatron-core[training]>=0.18,<0.20 or use a checkout of one "
+            f"megatron_cpo needs {module}.{symbol}, which Megatron-Core {megatron_version()} "
+            f"does not have "
+            f"(tested with {TESTED}); install megatron-core[training]>=0.18,<0.20 or use a "
+            f"checkout of one "
             "of these"
         ) from error
 
@@ -49,6 +53,7 @@ def check_host() -> None:
     missing += [n for n in ("output_processor",) if n not in inspect.signature(forward).parameters]
     if missing:
         raise ImportError(
-            f"megatron_cpo binds to {', '.join(missing)}, which Megatron-Core {megatron_version()} does not "
+            f"megatron_cpo binds to {', '.join(missing)}, which Megatron-Core "
+            f"{megatron_version()} does not "
             f"have (tested with {TESTED})"
         )

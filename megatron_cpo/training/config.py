@@ -20,26 +20,28 @@ class CPOConfig:
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
     objective: str = "best"
-    """best: eq. 1, the truth against all; ranked: eq. 2, Plackett-Luce over the similarity order."""
+    """best: eq. 1, the truth against all; ranked: eq. 2, Plackett-Luce over the similarity order.
+    """
     beta: float = 5.0
     """Inverse temperature of the reward beta * log(pi / pi_ref); > 0. The paper: 5."""
     weight: float = 1.0
     """Weight of the CPO loss, which is averaged over the groups of a global batch; >= 0."""
     mle_weight: float = 1.0
-    """Weight of the MLE loss, averaged over supervised tokens; >= 0. 1: CPO is an auxiliary loss. The
-    paper's own runs use 0 and merge the MLE and CPO weights afterwards."""
+    """Weight of the MLE loss, averaged over supervised tokens; >= 0. 1: CPO is an auxiliary loss.
+    The paper's own runs use 0 and merge the MLE and CPO weights afterwards."""
     mle_tokens: str = "continuation"
     """Tokens the MLE loss covers: the true continuation, or the whole sequence with its prefix."""
     fraction: float = 1.0
-    """Share of rows that hold groups, in (0, 1]; the others are plain rows of --data-path. Counted in
-    rows of --seq-length tokens, evenly interleaved: late pretraining."""
+    """Share of rows that hold groups, in (0, 1]; the others are plain rows of --data-path. Counted
+    in rows of --seq-length tokens, evenly interleaved: late pretraining."""
 
 
 def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--cpo-*` flags to Megatron's parser, in one group."""
     group = parser.add_argument_group(
         title="cpo",
-        description="Sequence-level training against K-1 synthetic negatives (CPO, arXiv:2502.16433).",
+        description="Sequence-level training against K-1 synthetic negatives (CPO, "
+        "arXiv:2502.16433).",
     )
     add = group.add_argument
     add("--cpo-aux-loss", action="store_true", help="Train with the CPO loss on rows of groups.")
@@ -51,20 +53,26 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--cpo-valid-data-path", metavar="PREFIX",
         help="Group store to evaluate on. Default: --split divides --cpo-data-path.")  # fmt: skip
     add("--cpo-k", type=int, default=12,
-        help="Candidates per group, the true one included; must match the data (default 12, the paper's).")  # fmt: skip
+        help="Candidates per group, the true one included; must match the data (default 12, the "
+        "paper's).")  # fmt: skip
     add("--cpo-objective", choices=sorted(OBJECTIVES), default="best",
-        help="best: the truth against all candidates (eq. 1). ranked: Plackett-Luce over the similarity "
+        help="best: the truth against all candidates (eq. 1). ranked: Plackett-Luce over the "
+        "similarity "
         "order (eq. 2).")  # fmt: skip
     add("--cpo-beta", type=float, default=5.0,
-        help="Reward = beta * (log pi - log pi_ref), summed over the candidate's tokens (default 5).")  # fmt: skip
+        help="Reward = beta * (log pi - log pi_ref), summed over the candidate's tokens (default "
+        "5).")  # fmt: skip
     add("--cpo-weight", type=float, default=1.0, help="Weight of the CPO loss (default 1).")
     add("--cpo-mle-weight", type=float, default=1.0,
-        help="Weight of the MLE loss next to it. 1 (default): CPO is an auxiliary loss. The paper's own runs "
+        help="Weight of the MLE loss next to it. 1 (default): CPO is an auxiliary loss. The "
+        "paper's own runs "
         "use 0 and merge MLE and CPO weights afterwards.")  # fmt: skip
     add("--cpo-mle-tokens", choices=MLE_TOKENS, default="continuation",
-        help="Tokens of the MLE loss: the true continuation, or the whole sequence with its prefix.")  # fmt: skip
+        help="Tokens of the MLE loss: the true continuation, or the whole sequence with its "
+        "prefix.")  # fmt: skip
     add("--cpo-fraction", type=float, default=1.0,
-        help="Share of rows that hold groups; the others are plain rows of --data-path (late pretraining). "
+        help="Share of rows that hold groups; the others are plain rows of --data-path (late "
+        "pretraining). "
         "Counts rows of --seq-length tokens (default 1: groups alone).")  # fmt: skip
     return parser
 
@@ -73,7 +81,8 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     """The configuration in parsed arguments; None without `--cpo-aux-loss`.
 
     Raises:
-        ValueError: a value out of range, a missing path, or a `--cpo-*` flag without `--cpo-aux-loss`.
+        ValueError: a value out of range, a missing path, or a `--cpo-*` flag without
+        `--cpo-aux-loss`.
     """
     values: dict[str, Any] = {f.name: getattr(args, f"cpo_{f.name}") for f in fields(CPOConfig)}
     if not args.cpo_aux_loss:

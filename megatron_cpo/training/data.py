@@ -30,18 +30,26 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     ours = tokenizer_identity(tokenizer)
     if manifest["tokenizer"] != ours:
         raise ValueError(
-            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: their token ids mean "
+            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: their token "
+            f"ids mean "
             "different text; pass the tokenizer flags the store was built with, or rebuild it"
         )
     if manifest["longest_sequence"] > positions:
         raise ValueError(
             f"--max-position-embeddings {positions}: the longest prefix + candidate of {path} has "
-            f"{manifest['longest_sequence']} tokens; raise it, or rebuild the store with --max-length "
+            f"{manifest['longest_sequence']} tokens; raise it, or rebuild the store with "
+            f"--max-length "
             f"{positions}"
+        )
+    if config.objective == "ranked" and manifest.get("ranker") == "none":
+        raise ValueError(
+            f"--cpo-objective ranked: {path} was built with --ranker none, so its order means "
+            "nothing; rebuild it with another ranker, or use --cpo-objective best"
         )
     if manifest["reference"] is None:
         raise ValueError(
-            f"{path} has no reference log-probs; score it with tools/build_negatives.py --score-only "
+            f"{path} has no reference log-probs; score it with tools/build_negatives.py "
+            f"--score-only "
             f"--output-prefix {path} --load CHECKPOINT and the model's flags"
         )
 
@@ -61,6 +69,7 @@ class CPODatasets:
 
         Test is always None: evaluate another store with --skip-train and --cpo-valid-data-path.
         """
+        from megatron.core.datasets.utils import Split
         from megatron.training import get_args
 
         args = get_args()
@@ -85,11 +94,8 @@ class CPODatasets:
             )
         valid = self._rows(args, valid_reader, valid_span, valid_rows)
         _report("valid", valid, batch)
-        return (
-            train,
-            _mark_valid(BatchTotals(valid, getattr(args, "eval_global_batch_size", batch))),
-            None,
-        )
+        eval_batch = getattr(args, "eval_global_batch_size", batch)
+        return train, BatchTotals(valid, eval_batch, split=Split.valid), None
 
     def _rows(
         self,
@@ -163,17 +169,9 @@ def gpt_dataset_config(args: argparse.Namespace, tokens: int) -> Any:
 def _split(split: str | None, groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Spans of the train and valid groups: Megatron's --split, contiguous, test left unused."""
     weights = [float(w) for w in (split or "969,30,1").replace("/", ",").split(",")]
-    weights = (weights + [0.0, 0.0])[:2] + [sum(weights[2:])]
     train = round(groups * weights[0] / sum(weights))
-    valid = round(groups * (weights[0] + weights[1]) / sum(weights))
+    valid = round(groups * sum(weights[:2]) / sum(weights))
     return (0, max(train, 1)), (max(train, 1), max(valid, 1))
-
-
-def _mark_valid(dataset: BatchTotals) -> BatchTotals:
-    from megatron.core.datasets.utils import Split
-
-    dataset.split = Split.valid  # Megatron's loader takes the evaluation batch size then
-    return dataset
 
 
 def _report(name: str, rows: Any, batch_rows: int) -> None:
@@ -192,5 +190,6 @@ def _report(name: str, rows: Any, batch_rows: int) -> None:
     if groups.too_long:
         print_rank_0(
             f" > cpo {name} data: {groups.too_long} groups have more than --seq-length "
-            f"{rows.shape.tokens} tokens in their tree and are left out; raise --seq-length to use them"
+            f"{rows.shape.tokens} tokens in their tree and are left out; raise --seq-length to "
+            f"use them"
         )

@@ -1,12 +1,11 @@
 """The step-0 gate: at theta = ref the loss must be log K (best-of-K) or log K! (ranked).
 
-It catches almost every wiring fault (mask, positions, scale, tokenizer, wrong reference), so the first
-micro-batch of a run that starts from its own reference is held against it, in the log.
+It catches almost every wiring fault (mask, positions, scale, tokenizer, wrong reference), so the
+first micro-batch of a run that starts from its own reference is held against it, in the log.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_cpo.objective import loss_at_reference
@@ -36,7 +35,8 @@ class StepZeroGate:
         if self.applies:
             return None
         return (
-            f"step-0 gate: does not apply: the reference log-probs are of {_describe(self.reference)}, "
+            f"step-0 gate: does not apply: the reference log-probs are of "
+            f"{_describe(self.reference)}, "
             f"training starts from {_describe(self.start)}"
         )
 

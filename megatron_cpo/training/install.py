@@ -1,8 +1,9 @@
 """The seam to Megatron: a few functions wrapped once, bound by parameter name.
 
-`install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain` (data,
-step and attention) and `training_log` (one line of metrics). A host script that imports Megatron afterwards runs unchanged; without
-`--cpo-aux-loss` all of them only pass through. On a machine without CUDA the CPU host is enabled too.
+`install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
+(data, step and attention) and `training_log` (one line of metrics). A host script that imports
+Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through. On a
+machine without CUDA the CPU host is enabled too.
 """
 
 import functools
@@ -88,8 +89,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         cpu_host.check_args(args)
     if cpo_config(args) is None and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)
-    # Megatron asserts that a row's indices have position embeddings; in a row of trees positions are
-    # depths, so only the longest prefix + candidate must.
+    # Megatron asserts that a row's indices have position embeddings; in a row of trees positions
+    # are depths, so only the longest prefix + candidate must.
     positions = args.max_position_embeddings
     if positions is not None and args.seq_length is not None:
         args.max_position_embeddings = max(positions, args.seq_length)

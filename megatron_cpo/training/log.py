@@ -1,7 +1,7 @@
 """One log line of CPO metrics under each of Megatron's iteration lines.
 
-Megatron's own line leaves out every value that is not above zero, which rewards and log-probs mostly
-are; TensorBoard has them all. The line is for people and parsers:
+Megatron's own line leaves out every value that is not above zero, which rewards and log-probs
+mostly are; TensorBoard has them all. The line is for people and parsers:
 
     [cpo] iteration 20: cpo_loss=1.234567e+00 lm_loss=... accuracy=... margin=-...
 """

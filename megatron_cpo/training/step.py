@@ -6,8 +6,8 @@ from the packing plan, see `groups.dataset.BatchTotals`),
     loss = weight * sum_groups(CPO loss) / N + mle_weight * sum_tokens(-log pi) / T
 
 so every group has the same weight and every supervised token has the same weight, whatever the
-micro-batch size, the packing and the layout. What `loss` returns makes Megatron's own divisions come
-out at that; they are named beside the return statement.
+micro-batch size, the packing and the layout. What `loss` returns makes Megatron's own divisions
+come out at that; they are named beside the return statement.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class CPOStep:
         self.forward = RowForward(vocab_size)
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
-        """One micro-batch through the model; the second value is the loss function of its output."""
+        """One micro-batch through the model, and the loss function of what comes out."""
         from megatron.training import get_timers
 
         timer = get_timers()("batch-generator", log_level=2)
@@ -89,9 +89,10 @@ class CPOStep:
         _reject_bad_loss(args, loss)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel
-        # ranks; the sum above is already over the whole batch, so both are undone here. It multiplies
-        # a 2-tuple's loss by the context-parallel size. With --calculate-per-token-loss it sums
-        # gradients and divides by the tokens reported over all ranks and micro-batches: one each.
+        # ranks; the sum above is already over the whole batch, so both are undone here. It
+        # multiplies a 2-tuple's loss by the context-parallel size. With --calculate-per-token-loss
+        # it sums gradients and divides by the tokens reported over all ranks and micro-batches: one
+        # each.
         scale = get_num_microbatches() * mpu.get_data_parallel_world_size()
         if args.calculate_per_token_loss:
             one = torch.ones((), dtype=torch.int, device=loss.device)

@@ -1,0 +1,141 @@
+"""What every benchmark shares: real groups of the shipped Dolly records and a real Megatron GPT."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpo.groups.store import Group, GroupReader
+
+DOLLY = Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of a benchmark run."""
+
+    hidden: int = 256
+    layers: int = 4
+    heads: int = 4
+    vocab: int = 50257
+    """Rows of the output layer that stand for a token, GPT-2's. Ids come from a small tokenizer."""
+    negatives: str = "bn=3,tn=8"
+    """Mix of negatives; with y_1 it makes K = 12."""
+    max_length: int = 512
+    """Longest prefix + candidate."""
+    row_tokens: int = 2048
+    groups: int = 4
+    """Groups of a padded micro-batch; the trees take as many groups."""
+    repeats: int = 5
+    data: Path = DOLLY
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU where there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def start_megatron() -> None:
+    """One rank with Megatron's process groups; the CPU host where there is no CUDA."""
+    from megatron_cpo import install
+
+    install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+
+
+def build_store(setting: Setting, folder: str) -> GroupReader:
+    """Groups of the setting's mix over its records; the tokenizer is trained on them first."""
+    import argparse
+
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_cpo.groups.source import Source
+    from megatron_cpo.groups.tokenizing import train_sentencepiece
+    from megatron_cpo.negatives.build import BuildConfig, build_groups
+
+    source = Source((str(setting.data),), max_length=setting.max_length)
+    train_sentencepiece(source, f"{folder}/tokenizer.model", 4000)
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    flags = ["--tokenizer-type", "SentencePieceTokenizer"]
+    args = parser.parse_args([*flags, "--tokenizer-model", f"{folder}/tokenizer.model"])
+    args.rank = 1  # Megatron's builder prints on rank 0
+    config = BuildConfig(source, f"{folder}/groups", setting.negatives)
+    build_groups(config, build_tokenizer(args))
+    return GroupReader(f"{folder}/groups")
+
+
+def build_model(setting: Setting, trees: bool) -> Any:
+    """A GPT of Megatron's local modules; with `trees`, our attention in place of Megatron's."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_cpo.model.attach import attach_tree_attention
+
+    config = TransformerConfig(
+        num_layers=setting.layers,
+        hidden_size=setting.hidden,
+        num_attention_heads=setting.heads,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=-(-setting.vocab // 128) * 128,
+        max_sequence_length=setting.max_length,
+        share_embeddings_and_output_weights=True,
+    ).to(setting.device)
+    return attach_tree_attention([model])[0] if trees else model
+
+
+def sample_groups(reader: GroupReader, count: int, batch: int) -> list[Group]:
+    """`count` consecutive groups; another `batch` is another run of them."""
+    return [reader[(batch * count + i) % len(reader)] for i in range(count)]
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    """Wall time of one call, the device's work included."""
+    _wait()
+    start = time.perf_counter()
+    step()
+    _wait()
+    return time.perf_counter() - start
+
+
+def side_by_side(steps: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, taken in turn so that a busy machine slows all alike.
+
+    Args:
+        steps: by name, a function of the repetition (-1 is the warm-up, which is not counted).
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-1, repeats):
+        for name, step in steps.items():
+            took = seconds(lambda step=step, repeat=repeat: step(max(repeat, 0)))
+            if repeat >= 0:
+                times[name].append(took)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def temporary_folder() -> Any:
+    """A folder for a benchmark's store, removed at the end."""
+    return tempfile.TemporaryDirectory(prefix="megatron-cpo-bench-")
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,237 @@
+"""Tree attention against parents and a dense masked softmax in plain torch."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_cpo.model import attention
+from megatron_cpo.model.attention import (
+    QUERY_BLOCK,
+    TreeAttention,
+    TreeMaskCache,
+    live_blocks,
+    tree_mask,
+)
+from megatron_cpo.model.flex import BLOCK, flex_attend, tree_block_mask
+
+
+def random_parents(size: int, seed: int, padding: int = 0) -> list[int | None]:
+    """A random forest laid out depth-first: each row's parent, None for roots and for padding.
+
+    Mostly chains, as token trees are, with a branch or a new root now and then.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parents: list[int | None] = []
+    path: list[int] = []  # from a root to the row before
+    for row in range(size):
+        draw = float(torch.rand((), generator=generator))
+        if draw < 0.02 or row >= size - padding:
+            path = []
+        elif draw < 0.12:
+            path = path[: int(torch.randint(len(path) + 1, (), generator=generator))]
+        parents.append(path[-1] if path else None)
+        path = [*path, row]
+    return parents
+
+
+def ends_of(parents: list[int | None]) -> Tensor:
+    """`subtree_end` of a forest: every row stretches the subtrees of all that is above it."""
+    ends = list(range(1, len(parents) + 1))
+    for row in range(len(parents)):
+        above = parents[row]
+        while above is not None:
+            ends[above] = row + 1
+            above = parents[above]
+    return torch.tensor(ends)
+
+
+def mask_of(parents: list[int | None]) -> Tensor:
+    """[S, S]: each row sees itself and whatever a walk to the root meets."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for row in range(len(parents)):
+        above = parents[row]
+        while above is not None:
+            mask[row, above] = True
+            above = parents[above]
+    return mask
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, masks: Tensor, scale: float) -> Tensor:
+    """[S, B, H * D] by a masked softmax over all rows; masks [B, S, S]."""
+    repeats = query.shape[2] // key.shape[2]
+    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    key, value = (t.repeat_interleave(repeats, dim=1) for t in (key, value))
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~masks[:, None], -math.inf)
+    return (scores.softmax(-1) @ value).permute(2, 0, 1, 3).flatten(2)
+
+
+def qkv(size: int, rows: int, heads: int, kv_heads: int, dtype=torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    shapes = [(size, rows, heads, 8)] + [(size, rows, kv_heads, 8)] * 2
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_mask_by_hand() -> None:
+    """0 - 1 with branches 2 - 3 and 4, then a root 5: rows see their ancestors and themselves."""
+    expected = torch.tensor(
+        [
+            [1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0],
+            [1, 1, 0, 0, 1, 0],
+            [0, 0, 0, 0, 0, 1],
+        ]
+    ).bool()
+    assert torch.equal(tree_mask(torch.tensor([5, 5, 4, 4, 5, 6])), expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mask_is_ancestors(seed: int) -> None:
+    forests = [random_parents(90, seed, padding) for padding in (0, 20)]
+    masks = tree_mask(torch.stack([ends_of(parents) for parents in forests]))
+    assert torch.equal(masks, torch.stack([mask_of(parents) for parents in forests]))
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_blocks_cover_the_mask_with_live_keys_alone(block: int) -> None:
+    """The blocks put together are the mask, and no block carries a key which nobody in it sees."""
+    parents = random_parents(150, seed=1, padding=10)
+    rebuilt = torch.zeros(150, 150, dtype=torch.bool)
+    firsts = []
+    for part in live_blocks(ends_of(parents), block):
+        firsts.append(part.first)
+        rebuilt[part.first : part.last, part.keys] = part.mask
+        assert part.mask.any(dim=0).all()
+        assert part.mask.any(dim=1).all()
+    assert torch.equal(rebuilt, mask_of(parents))
+    assert firsts == list(range(0, 150, block))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("size", [1, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 200])
+def test_output_and_gradients_equal_dense_attention(size: int, kv_heads: int) -> None:
+    """Three rows per micro-batch, one of them mostly padding; float32, relative 1e-5."""
+    forests = [random_parents(size, seed, padding) for seed, padding in ((0, 0), (1, 5), (2, 150))]
+    ends = torch.stack([ends_of(parents) for parents in forests])
+    masks = torch.stack([mask_of(parents) for parents in forests])
+    tensors = qkv(size, 3, 4, kv_heads)
+    upstream = torch.randn(size, 3, 32, generator=torch.Generator().manual_seed(9))
+
+    out = TreeAttention(0.3, TreeMaskCache())(*tensors, ends)
+    expected = dense(*tensors, masks, 0.3)
+    assert out.shape == (size, 3, 32)
+    assert relative(out, expected) < 1e-5
+    gradients = torch.autograd.grad(out, tensors, upstream)
+    slow_gradients = torch.autograd.grad(expected, tensors, upstream)
+    for found, slow in zip(gradients[2:], slow_gradients[2:], strict=True):
+        assert relative(found, slow) < 1e-5
+    for found, slow in zip(gradients[:2], slow_gradients[:2], strict=True):
+        # A row of one token has no choice, so queries and keys may have no gradient at all.
+        assert float((found - slow).norm()) <= 1e-5 * float(slow.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("block", [1, 5, 33])
+def test_the_block_size_changes_nothing(monkeypatch, block: int) -> None:
+    ends = torch.stack([ends_of(random_parents(100, seed)) for seed in range(2)])
+    tensors = qkv(100, 2, 4, 2)
+    expected = TreeAttention(0.3, TreeMaskCache())(*tensors, ends)
+    monkeypatch.setattr(attention, "live_blocks", lambda end: live_blocks(end, block))
+    assert relative(TreeAttention(0.3, TreeMaskCache())(*tensors, ends), expected) < 1e-6
+
+
+def test_bfloat16() -> None:
+    """Against float32 on the same rounded inputs: within 1e-2, as bf16 keeps 8 bits (4e-3)."""
+    parents = random_parents(150, 0)
+    tensors = qkv(150, 1, 4, 2, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_() for t in tensors]
+    upstream = torch.randn(150, 1, 32, generator=torch.Generator().manual_seed(9)).bfloat16()
+    out = TreeAttention(0.3, TreeMaskCache())(*tensors, ends_of(parents)[None])
+    expected = dense(*wide, mask_of(parents)[None], 0.3)
+    assert out.dtype == torch.bfloat16
+    assert relative(out, expected) < 1e-2
+    gradients = torch.autograd.grad(out, tensors, upstream)
+    slow_gradients = torch.autograd.grad(expected, wide, upstream.float())
+    for found, slow in zip(gradients, slow_gradients, strict=True):
+        assert relative(found, slow) < 2e-2  # two rounded factors
+
+
+def test_padding_sees_itself_and_stays_finite() -> None:
+    """A row of nothing but padding: the output is the value, whatever the scores."""
+    query, key, value = qkv(100, 1, 2, 2)
+    out = TreeAttention(1e4, TreeMaskCache())(query, key, value, torch.arange(1, 101)[None])
+    torch.testing.assert_close(out, value.flatten(2))
+    out.sum().backward()
+    for tensor in (query, key, value):
+        assert torch.isfinite(tensor.grad).all()
+
+
+def test_the_blocks_are_worked_out_once_for_all_layers_and_anew_for_a_new_mask(monkeypatch) -> None:
+    calls = []
+
+    def counted(end: Tensor) -> list:
+        calls.append(end)
+        return live_blocks(end)
+
+    monkeypatch.setattr(attention, "live_blocks", counted)
+    cache = TreeMaskCache()
+    layers = [TreeAttention(0.3, cache), TreeAttention(0.3, cache)]
+    tensors = qkv(80, 1, 2, 2)
+    forests = [random_parents(80, seed) for seed in range(2)]
+    for parents in forests:  # two micro-batches of the same shape
+        ends = ends_of(parents)[None]
+        for layer in layers:
+            assert (
+                relative(layer(*tensors, ends), dense(*tensors, mask_of(parents)[None], 0.3)) < 1e-5
+            )
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 4, 4, dtype=torch.bool)])
+def test_another_mask_is_refused(mask: Tensor | None) -> None:
+    with pytest.raises(
+        ValueError, match=r"tree attention needs subtree_end \[micro-batch, row tokens\]"
+    ):
+        TreeAttention(1.0, TreeMaskCache())(*qkv(4, 1, 2, 2), mask)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("size", [BLOCK, 2 * BLOCK + 44, 3 * BLOCK])
+def test_flex_attention_equals_dense_attention(size: int, kv_heads: int) -> None:
+    """The GPU path's mask, run eagerly on the CPU; torch has no backward there."""
+    forests = [random_parents(size, seed, padding) for seed, padding in ((0, 0), (1, 150))]
+    ends = torch.stack([ends_of(parents) for parents in forests])
+    masks = torch.stack([mask_of(parents) for parents in forests])
+    tensors = [t.detach() for t in qkv(size, 2, 4, kv_heads)]
+    heads_first = [t.permute(1, 2, 0, 3) for t in tensors]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it is slow without compilation
+        out = flex_attend(*heads_first, tree_block_mask(ends), 0.3)
+    assert relative(out.permute(2, 0, 1, 3).flatten(2), dense(*tensors, masks, 0.3)) < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flex_blocks_cover_the_mask(seed: int) -> None:
+    """No pair that the rule allows lies in a skipped block; the kernel trusts this list."""
+    size = 5 * BLOCK - 30
+    parents = random_parents(size, seed)
+    listed = tree_block_mask(ends_of(parents)[None]).to_dense()[0, 0].bool()
+    pairs = torch.nonzero(mask_of(parents)) // BLOCK
+    assert listed[pairs[:, 0], pairs[:, 1]].all()
+    assert not listed.triu(1).any()
+
+
+def test_flex_skips_blocks_of_other_groups() -> None:
+    """Two chains of two blocks each: block rows 2 and 3 never read blocks 0 and 1."""
+    ends = torch.tensor([2 * BLOCK] * 2 * BLOCK + [4 * BLOCK] * 2 * BLOCK)
+    listed = tree_block_mask(ends[None]).to_dense()[0, 0].bool()
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert listed.tolist() == [[bool(x) for x in row] for row in expected]

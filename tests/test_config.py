@@ -1,0 +1,214 @@
+"""`--cpo-*` flags through Megatron's own parser: what they become, and every refusal."""
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.support import _REFUSED, check_supported
+
+CPO = ["--cpo-aux-loss", "--cpo-data-path", "data/groups"]
+SUPPORTED = [*CPO, "--attention-dropout", "0"]  # Megatron's default is 0.1
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_cpo_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def test_without_a_flag_there_is_no_config(parser: argparse.ArgumentParser) -> None:
+    assert cpo_config(parser.parse_args([])) is None
+
+
+def test_defaults_are_the_papers(parser: argparse.ArgumentParser) -> None:
+    """beta 5, K 12, best of K. The MLE term beside it is our own default, documented as such."""
+    config = cpo_config(parser.parse_args(CPO))
+    assert config == CPOConfig(data_path="data/groups")
+    assert (config.beta, config.k, config.objective) == (5.0, 12, "best")
+    assert (config.weight, config.mle_weight, config.fraction) == (1.0, 1.0, 1.0)
+
+
+GIVEN = {
+    "data_path": "a",
+    "valid_data_path": "b",
+    "k": 3,
+    "objective": "ranked",
+    "beta": 0.5,
+    "weight": 2.0,
+    "mle_weight": 0.0,
+    "mle_tokens": "sequence",
+    "fraction": 0.25,
+}
+
+
+def flag(name: str) -> str:
+    return f"--cpo-{name.replace('_', '-')}"
+
+
+def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) -> None:
+    assert list(GIVEN) == [field.name for field in fields(CPOConfig)]
+    argv = [text for name, value in GIVEN.items() for text in (flag(name), str(value))]
+    assert cpo_config(parser.parse_args(["--cpo-aux-loss", *argv])) == CPOConfig(**GIVEN)
+    ours = {a.option_strings[0] for a in parser._actions if a.dest.startswith("cpo_")}
+    assert ours == {"--cpo-aux-loss", *map(flag, GIVEN)}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_flag_without_aux_loss_is_refused(parser: argparse.ArgumentParser, name: str) -> None:
+    """It would have no effect, and nobody would notice."""
+    args = parser.parse_args([flag(name), str(GIVEN[name])])
+    with pytest.raises(
+        ValueError, match=f"^{flag(name)} given without --cpo-aux-loss.*add --cpo-aux"
+    ):
+        cpo_config(args)
+
+
+def test_all_flags_without_aux_loss_are_named(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args(["--cpo-beta", "1", "--cpo-k", "3"])
+    with pytest.raises(ValueError, match=r"^--cpo-k, --cpo-beta given without --cpo-aux-loss"):
+        cpo_config(args)
+
+
+def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
+    message = r"--cpo-aux-loss needs --cpo-data-path PREFIX.*tools/build_negatives\.py"
+    with pytest.raises(ValueError, match=message):
+        cpo_config(parser.parse_args(["--cpo-aux-loss"]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cpo-k", "0"], r"--cpo-k 0: needs at least 1 candidate"),
+        (["--cpo-beta", "0"], r"--cpo-beta 0\.0: needs a number above 0; the paper uses 5"),
+        (["--cpo-beta", "-5"], r"--cpo-beta -5\.0: needs a number above 0"),
+        (["--cpo-beta", "nan"], r"--cpo-beta nan: needs a number above 0"),
+        (["--cpo-weight", "-1"], r"--cpo-weight -1\.0: needs a number of at least 0"),
+        (["--cpo-weight", "nan"], r"--cpo-weight nan: needs a number of at least 0"),
+        (["--cpo-mle-weight", "-0.5"], r"--cpo-mle-weight -0\.5: needs a number of at least 0"),
+        (
+            ["--cpo-weight", "0", "--cpo-mle-weight", "0"],
+            r"--cpo-weight \+ --cpo-mle-weight 0\.0: needs one of the two above 0",
+        ),
+        (["--cpo-fraction", "0"], r"--cpo-fraction 0\.0: needs a share in \(0, 1\]"),
+        (["--cpo-fraction", "1.01"], r"--cpo-fraction 1\.01: needs a share in \(0, 1\]"),
+    ],
+)
+def test_values_out_of_range(
+    parser: argparse.ArgumentParser, argv: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        cpo_config(parser.parse_args([*CPO, *argv]))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--cpo-k", "1"],
+        ["--cpo-beta", "1e-3"],
+        ["--cpo-weight", "0"],
+        ["--cpo-mle-weight", "0"],
+        ["--cpo-fraction", "1"],
+        ["--cpo-fraction", "1e-3"],
+    ],
+)
+def test_values_at_the_ends_of_their_range(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> None:
+    assert cpo_config(parser.parse_args([*CPO, *argv])) is not None
+
+
+@pytest.mark.parametrize("name", ["--cpo-objective", "--cpo-mle-tokens"])
+def test_unknown_choices_are_refused_by_the_parser(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args([name, "nonsense"])
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
+    for objective in OBJECTIVES:
+        config = cpo_config(parser.parse_args([*CPO, "--cpo-objective", objective]))
+        assert config.objective == objective
+
+
+REFUSED = [
+    ("--context-parallel-size 2", r"--context-parallel-size > 1.*use 1"),
+    ("--attention-dropout 0.1", r"--attention-dropout > 0.*pass --attention-dropout 0"),
+    ("--dataloader-type cyclic", r"--dataloader-type other than single.*drop the flag"),
+    ("--rampup-batch-size 2 2 100", r"--rampup-batch-size.*drop the flag"),
+    ("--step-batch-size-schedule 0:8", r"--step-batch-size-schedule.*use --global-batch-size"),
+    ("--mtp-num-layers 1", r"--mtp-num-layers.*drop the flag"),
+    ("--multi-latent-attention", r"--multi-latent-attention.*ordinary and grouped-query attention"),
+    (
+        "--experimental-attention-variant gated_delta_net",
+        r"--experimental-attention-variant.*drop the flag",
+    ),
+    ("--window-size 128,0", r"--window-size.*a tree counts depths"),
+    ("--softmax-type off-by-one", r"--softmax-type other than vanilla.*no attention sink"),
+    (
+        "--position-embedding-type none",
+        r"--position-embedding-type.*learned_absolute and rope; use",
+    ),
+    (
+        "--position-embedding-type yarn",
+        r"--position-embedding-type.*learned_absolute and rope; use",
+    ),
+    ("--use-mup", r"--use-mup.*does not scale logits"),
+    ("--sft", r"--sft.*drop the flag"),
+    ("--overlap-moe-expert-parallel-comm", r"--overlap-moe-expert-parallel-comm.*drop the flag"),
+    ("--use-megatron-fsdp", r"Megatron or PyTorch FSDP.*use --use-distributed-optimizer"),
+    ("--use-torch-fsdp2", r"Megatron or PyTorch FSDP.*use --use-distributed-optimizer"),
+    (
+        "--eod-mask-loss --cpo-fraction 0.5",
+        r"--eod-mask-loss with --cpo-fraction < 1.*drop one of them",
+    ),
+    ("--cuda-graph-impl local", r"CUDA graphs.*pass --cuda-graph-impl none"),
+    ("--num-experts 4", r"--num-experts.*use a dense model"),
+    ("--qk-clip", r"--qk-clip or --log-max-attention-logit.*drop the flag"),
+    ("--defer-embedding-wgrad-compute", r"--defer-embedding-wgrad-compute.*drop the flag"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[argv for argv, _ in REFUSED])
+def test_what_cpo_cannot_honour_is_refused(
+    parser: argparse.ArgumentParser, argv: str, message: str
+) -> None:
+    """One setting flipped on top of a supported run."""
+    args = parser.parse_args([*SUPPORTED, *argv.split()])
+    with pytest.raises(ValueError, match=f"^--cpo-aux-loss with {message}"):
+        check_supported(args)
+
+
+def test_every_refusal_has_a_case_of_its_own(parser: argparse.ArgumentParser) -> None:
+    """Each case triggers exactly one row, and together they trigger all."""
+    triggered = set()
+    for argv, _ in REFUSED:
+        args = parser.parse_args([*SUPPORTED, *argv.split()])
+        settings = [setting for setting, is_set, _ in _REFUSED if is_set(args)]
+        assert len(settings) == 1, argv
+        triggered.add(settings[0])
+    assert triggered == {setting for setting, _, _ in _REFUSED}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--dataloader-type single",
+        "--position-embedding-type rope --group-query-attention --num-query-groups 2",
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+        "--eod-mask-loss",  # no plain rows, so nothing is masked
+        "--cpo-fraction 0.5",
+        "--calculate-per-token-loss",
+        "--use-distributed-optimizer --recompute-granularity full",
+    ],
+)
+def test_what_is_supported_passes(parser: argparse.ArgumentParser, argv: str) -> None:
+    args = parser.parse_args([*SUPPORTED, *argv.split()])
+    check_supported(args)
+    assert cpo_config(args) is not None

@@ -1,0 +1,118 @@
+"""Reference log-probs by the real tool at several layouts, and the step-0 gate in a real log."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cpo.groups.store import GroupReader
+from tests.ranks import run_pretrain
+from tests.stores import write_store
+from tests.test_layouts import MODEL, cpo_curves
+
+K = 6
+TOOL = "tools/build_negatives.py"
+TRAIN = (
+    "--seq-length 256 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --log-interval 1 "
+    "--eval-iters 0 --eval-interval 1000 --split 1,0,0 --ckpt-format torch_dist"
+).split()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint that MLE steps of the same rows have trained a little."""
+    folder = tmp_path_factory.mktemp("reference")
+    store = write_store(folder / "groups", 40, K, longest=16)
+    save = str(folder / "mle")
+    cpo = ["--cpo-aux-loss", "--cpo-weight", "0", "--cpo-k", str(K), "--cpo-data-path", store]
+    flags = [*TRAIN, *cpo, "--train-iters", "5", "--save", save, "--save-interval", "5"]
+    run_pretrain([*MODEL, *flags], 1)
+    return save
+
+
+def score(folder: Path, reference: str, world_size: int, layout: str) -> tuple[str, np.ndarray]:
+    """Score a fresh store at a layout; its PREFIX and the log-probs [groups, K]."""
+    store = write_store(folder / "groups", 30, K, seed=1, longest=16, scored=False)
+    flags = ["--score-only", "--output-prefix", store, "--load", reference, "--seq-length", "256"]
+    flags += ["--micro-batch-size", "2", *layout.split()]
+    run_pretrain([*MODEL, *flags], world_size, script=TOOL)
+    reader = GroupReader(store)
+    reader.verify()
+    return store, np.stack([reader[i].reference_logps for i in range(len(reader))])
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, reference: str) -> tuple[str, np.ndarray]:
+    return score(tmp_path_factory.mktemp("scored"), reference, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, "--tensor-model-parallel-size 2"),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, ""),
+        (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    ],
+    ids=["TP=2", "PP=2", "DP=2", "VPP=2"],
+)
+def test_scores_do_not_depend_on_the_layout(
+    tmp_path: Path,
+    reference: str,
+    scored: tuple[str, np.ndarray],
+    world_size: int,
+    layout: str,
+) -> None:
+    """Every candidate's log-prob within 1e-5 relative of one process; all finite and negative."""
+    _, found = score(tmp_path, reference, world_size, layout)
+    assert np.isfinite(found).all()
+    assert (found < 0).all()
+    np.testing.assert_allclose(found, scored[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, ""), (2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")],
+)
+@pytest.mark.parametrize(
+    ("objective", "expected"), [("best", math.log(K)), ("ranked", math.log(math.factorial(K)))]
+)
+def test_gate_holds_when_training_starts_from_the_reference(
+    scored: tuple[str, np.ndarray],
+    reference: str,
+    objective: str,
+    expected: float,
+    world_size: int,
+    layout: str,
+) -> None:
+    """The first loss of the log is log K or log K! within 1e-4, and the gate says so."""
+    cpo = f"--cpo-aux-loss --cpo-k {K} --cpo-objective {objective} --train-iters 1 --finetune"
+    flags = [*TRAIN, *cpo.split(), *layout.split(), "--load", reference]
+    outputs = run_pretrain([*MODEL, *flags, "--cpo-data-path", scored[0]], world_size)
+    assert abs(cpo_curves(outputs[-1])["cpo_loss"][0] - expected) < 1e-4
+    lines = re.findall(r"step-0 gate: .*", "".join(outputs))
+    assert len(lines) == 1
+    assert lines[0].endswith(": ok")
+
+
+def test_gate_is_silent_about_another_reference(
+    tmp_path: Path, scored: tuple[str, np.ndarray]
+) -> None:
+    """Training from random weights names both and claims nothing."""
+    flags = f"--cpo-aux-loss --cpo-k {K} --train-iters 1 --cpo-data-path {scored[0]}"
+    [output] = run_pretrain([*MODEL, *TRAIN, *flags.split()], 1)
+    assert re.search(
+        r"step-0 gate: does not apply: .* of mle iteration 5 .* starts from random weights", output
+    )
+
+
+def test_row_too_short_for_a_group_is_refused(tmp_path: Path, reference: str) -> None:
+    with pytest.raises(Exception, match="have more tokens in their tree; raise --seq-length"):
+        score(tmp_path, reference, 1, "--seq-length 40")
+
+
+def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="no Megatron checkpoint there"):
+        score(tmp_path, str(tmp_path / "nowhere"), 1, "")

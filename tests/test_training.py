@@ -95,6 +95,24 @@ def test_evaluation_reports_the_same_metrics(store: str) -> None:
         assert min(trained[name]) - 1e-5 <= found <= max(trained[name]) + 1e-5
 
 
+def test_metrics_are_in_tensorboard(store: str, tmp_path: Path) -> None:
+    """Every metric of the log, negative ones included, with the same values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = "--global-batch-size 4 --train-iters 3 --eval-iters 0 --tensorboard-log-interval 1"
+    output = train(store, *flags.split(), "--tensorboard-dir", str(tmp_path))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    curves = cpo_curves(output)
+    for name, tag in (
+        ("cpo_loss", "cpo loss"),
+        ("margin", "cpo margin"),
+        ("packing", "cpo packing"),
+    ):
+        values = [event.value for event in events.Scalars(tag)]
+        assert values == pytest.approx(curves[name], rel=1e-5)
+
+
 def test_split_keeps_groups_apart(store: str) -> None:
     """Without a store of its own, evaluation uses the share that --split gives it."""
     flags = "--global-batch-size 4 --train-iters 1 --split 80,20,0 --eval-iters 1".split()

@@ -1,18 +1,15 @@
-"""`torchrun -m megatron_cpo pretrain_gpt.py <its flags> --cpo-aux-loss ...`: a host script,
-unchanged.
-"""
+"""`torchrun -m megatron_cpo pretrain_gpt.py <its flags> --cpo-aux-loss ...` runs a host script."""
 
 import runpy
 import sys
 from pathlib import Path
 
-USAGE = """usage: torchrun ... -m megatron_cpo SCRIPT [flags of SCRIPT] [--cpo-aux-loss
---cpo-data-path PREFIX ...]
+USAGE = """\
+usage: torchrun ... -m megatron_cpo SCRIPT [flags of SCRIPT] [--cpo-aux-loss --cpo-... ]
 
-Runs a Megatron training script (pretrain_gpt.py of a Megatron-LM checkout,
+Runs a Megatron training script (pretrain_gpt.py of a Megatron-LM checkout, or
 examples/pretrain_gpt.py) with the --cpo-* flags added. Without --cpo-aux-loss it trains as it
-always did. `SCRIPT --help` lists
-all flags."""
+always did. `-m megatron_cpo SCRIPT --help` lists all flags."""
 
 
 def main() -> None:
@@ -23,8 +20,7 @@ def main() -> None:
     script = Path(sys.argv[1])
     if not script.is_file():
         raise SystemExit(f"megatron_cpo: {script}: no such script\n\n{USAGE}")
-    # As python does: modules beside the script come first, so a checkout's own megatron is the one
-    # used.
+    # As python does: what lies beside the script comes first, such as a checkout's own megatron.
     sys.path.insert(0, str(script.resolve().parent))
     from megatron_cpo import install
 

@@ -66,7 +66,7 @@ def test_killed_run_continues_exactly(store: str, tmp_path: Path) -> None:
     command += [*MODEL, *RUN, *CPO, "--cpo-data-path", store, *flags]
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
-    environment["PYTHONUNBUFFERED"] = "1"
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}  # as the ranks
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as run:

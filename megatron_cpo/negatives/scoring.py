@@ -50,21 +50,23 @@ def score_groups(path_prefix: str, args: Any) -> None:
     Raises:
         ValueError: no checkpoint there, or a group's tree is longer than a row.
     """
+    from megatron.training.initialize import initialize_megatron
+
     reference = checkpoint_identity(args.load)
     if reference is None:
         raise ValueError(
             f"--load {args.load}: no Megatron checkpoint there (no "
-            f"latest_checkpointed_iteration.txt); give "
-            "the folder that --save wrote"
+            "latest_checkpointed_iteration.txt); give the folder that --save wrote"
         )
+    initialize_megatron()
+    torch.distributed.barrier()  # rank 0 may have built the store just now
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:
         raise ValueError(
             f"--seq-length {args.seq_length}: {rows.too_long} of {len(reader)} groups have more "
-            f"tokens in their "
-            "tree; raise --seq-length (it may exceed --max-position-embeddings)"
+            "tokens in their tree; raise --seq-length (it may exceed --max-position-embeddings)"
         )
     scored = _score_rows(rows, _load_policy(args), args)
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
@@ -81,27 +83,12 @@ def score_groups(path_prefix: str, args: Any) -> None:
 
 def _load_policy(args: Any) -> list[Any]:
     """The model of Megatron's flags with the weights of `args.load`, in evaluation mode."""
-    from megatron.core.enums import ModelType
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
     from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.initialize import initialize_megatron
 
+    from megatron_cpo.compat import build_gpt
     from megatron_cpo.model.attach import attach_tree_attention
 
-    initialize_megatron()
-    config = gpt_config_from_args(args)
-    config.pre_wrap_hooks.append(attach_tree_attention)
-    container = pretrain_cfg_container_from_args(args, config)
-    model: list[Any] = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config=container.ddp,
-        wrap_with_ddp=False,
-        model_type=ModelType.encoder_or_decoder,
-    )
+    model = build_gpt(args, attach_tree_attention)
     args.exit_on_missing_checkpoint = True
     load_checkpoint(model, None, None)
     for chunk in model:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpo.training import compat
+from megatron_cpo import compat
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
@@ -31,22 +31,23 @@ def install() -> None:
     """
     from megatron_cpo.training import cpu_host
 
+    compat.check_host()
     if torch.cuda.is_available():
         cpu_host.skip_compiled_helpers()
     else:
         cpu_host.enable()
-    compat.check_host()
-    _replace("megatron.training.arguments", "parse_and_validate_args", _parse_and_validate_args)
-    _replace("megatron.training.arguments", "validate_args", _validate_args)
-    _replace("megatron.training.training", "pretrain", _pretrain)
-    _replace("megatron.training.training", "training_log", MetricLog())
+    _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
+    _replace("megatron.training.arguments:validate_args", _validate_args)
+    _replace("megatron.training.training:pretrain", _pretrain)
+    _replace("megatron.training.training:training_log", MetricLog())
 
 
-def _replace(module: str, name: str, wrap: Any) -> None:
+def _replace(path: str, wrap: Any) -> None:
     """Wrap a function where it is defined and wherever Megatron's own modules imported it."""
-    original = compat.load(module, name)
+    original = compat.load(path)
     if getattr(original, _MARK, False):
         return
+    name = path.partition(":")[2]
     wrapper = functools.wraps(original)(functools.partial(wrap, original))
     setattr(wrapper, _MARK, True)
     for loaded_name, loaded in list(sys.modules.items()):
@@ -69,7 +70,7 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
 
     bound.arguments["extra_args_provider"] = provider
     parsed = original(*bound.args, **bound.kwargs)
-    config = cpo_config(parsed)
+    config = _config(parsed)
     if config is not None:
         from megatron.training import get_tokenizer
 
@@ -81,13 +82,23 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
     return parsed
 
 
+def _config(args: Any) -> CPOConfig | None:
+    """The settings in parsed arguments; None when CPO is off, or our flags were never parsed."""
+    if hasattr(args, "cpo_aux_loss"):
+        return cpo_config(args)
+    # --yaml-cfg: Megatron drops the whole command line for what is in the file.
+    if given := [word for word in sys.argv if word.startswith("--cpo-")]:
+        raise ValueError(f"{given[0]} with --yaml-cfg: not supported: pass flags instead of a file")
+    return None
+
+
 def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Megatron's validation, with rows allowed to be longer than the longest sequence."""
     if not torch.cuda.is_available():
         from megatron_cpo.training import cpu_host
 
         cpu_host.check_args(args)
-    if cpo_config(args) is None and not getattr(args, "tree_rows", False):
+    if _config(args) is None and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)
     # Megatron asserts that a row's indices have position embeddings; in a row of trees positions
     # are depths, so only the longest prefix + candidate must.
@@ -105,7 +116,7 @@ def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
     from megatron.training import get_args
 
     parsed = get_args()
-    config = cpo_config(parsed)
+    config = _config(parsed)
     if config is None:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
@@ -119,6 +130,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
 
     from megatron_cpo.checkpoints.identity import checkpoint_identity
     from megatron_cpo.groups.store import KINDS, read_manifest
+    from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import StepZeroGate
     from megatron_cpo.training.step import CPOStep
@@ -129,28 +141,12 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, gate, kinds)
-    attach_to_model(arguments)
+    arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
     if args.rank == 0:
         print(
-            "megatron_cpo: CPO data, step and tree attention in place of the script's", flush=True
+            "megatron_cpo: CPO data, step and tree attention in place of the script's; "
+            f"{compat.host()}",
+            flush=True,
         )
         if (reason := gate.explain()) is not None:
             print(reason, flush=True)
-
-
-def attach_to_model(arguments: dict[str, Any]) -> None:
-    """Add tree attention to the model that `pretrain`'s arguments describe (config or provider)."""
-    from megatron_cpo.model.attach import attach_tree_attention
-
-    container = next((v for v in arguments.values() if hasattr(v, "checkpoint")), None)
-    model = getattr(container, "model", None)
-    if model is not None:
-        model.pre_wrap_hooks.append(attach_tree_attention)
-        return
-    provider = arguments["model_provider"]
-
-    @functools.wraps(provider)
-    def with_trees(*args: Any, **kwargs: Any) -> Any:
-        return attach_tree_attention([provider(*args, **kwargs)])[0]
-
-    arguments["model_provider"] = with_trees

@@ -72,9 +72,9 @@ class CPOStep:
         losses = OBJECTIVES[config.objective](policy, reference, ranks, config.beta, mask)
         nll = -(logps * batch["lm"]).sum()
         groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
-        loss = config.weight * losses.sum() / batch["batch_groups"][0].clamp(
-            min=1
-        ) + config.mle_weight * nll / batch["batch_lm_tokens"][0].clamp(min=1)
+        per_group = losses.sum() / batch["batch_groups"][0].clamp(min=1)
+        per_token = nll / batch["batch_lm_tokens"][0].clamp(min=1)
+        loss = config.weight * per_group + config.mle_weight * per_token
 
         with torch.no_grad():
             report = {

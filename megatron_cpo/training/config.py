@@ -1,12 +1,11 @@
 """`CPOConfig`: the `--cpo-*` flags, parsed once and checked before the first collective."""
 
 import argparse
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from megatron_cpo.objective import OBJECTIVES
-
-MLE_TOKENS = ("continuation", "sequence")
 
 
 @dataclass(frozen=True)
@@ -36,44 +35,88 @@ class CPOConfig:
     in rows of --seq-length tokens, evenly interleaved: late pretraining."""
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": tuple(sorted(OBJECTIVES)),
+    "mle_tokens": ("continuation", "sequence"),
+}
+_HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
+    "data_path": (
+        str,
+        "PREFIX",
+        "Group store to train on, from tools/build_negatives.py.",
+    ),
+    "valid_data_path": (
+        str,
+        "PREFIX",
+        "Group store to evaluate on, best of other records. Default: --split divides "
+        "--cpo-data-path, whose batch negatives are then true continuations of training groups.",
+    ),
+    "k": (
+        int,
+        "K",
+        "Candidates per group, the true one included; must match the data (default 12, as in the "
+        "paper).",
+    ),
+    "objective": (
+        str,
+        None,
+        "best (default): the truth against all candidates, eq. 1. ranked: Plackett-Luce over the "
+        "similarity order, eq. 2.",
+    ),
+    "beta": (
+        float,
+        "BETA",
+        "Reward = beta * (log pi - log pi_ref), summed over a candidate's tokens (default 5, as in "
+        "the paper).",
+    ),
+    "weight": (
+        float,
+        "W",
+        "Weight of the CPO loss, averaged over the groups of a global batch (default 1).",
+    ),
+    "mle_weight": (
+        float,
+        "W",
+        "Weight of the MLE loss beside it. 1 (default): CPO is an auxiliary loss. The paper's own "
+        "runs use 0 and merge the MLE and CPO weights afterwards.",
+    ),
+    "mle_tokens": (
+        str,
+        None,
+        "Tokens of the MLE loss: the true continuation (default), or the whole sequence with its "
+        "prefix.",
+    ),
+    "fraction": (
+        float,
+        "SHARE",
+        "Share of rows that hold groups; the others are plain rows of --data-path, for late "
+        "pretraining. Counts rows of --seq-length tokens (default 1: groups alone).",
+    ),
+}
+"""Type, metavar and help of each field's flag; the default is the field's."""
+
+
 def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--cpo-*` flags to Megatron's parser, in one group."""
     group = parser.add_argument_group(
         title="cpo",
-        description="Sequence-level training against K-1 synthetic negatives (CPO, "
-        "arXiv:2502.16433).",
+        description="Sequence-level training against synthetic negatives: CPO, arXiv:2502.16433.",
     )
-    add = group.add_argument
-    add("--cpo-aux-loss", action="store_true", help="Train with the CPO loss on rows of groups.")
-    add(
-        "--cpo-data-path",
-        metavar="PREFIX",
-        help="Group store to train on, from tools/build_negatives.py.",
+    group.add_argument(
+        "--cpo-aux-loss",
+        action="store_true",
+        help="Train with the CPO loss on rows of groups. Without it Megatron is untouched.",
     )
-    add("--cpo-valid-data-path", metavar="PREFIX",
-        help="Group store to evaluate on. Default: --split divides --cpo-data-path.")  # fmt: skip
-    add("--cpo-k", type=int, default=12,
-        help="Candidates per group, the true one included; must match the data (default 12, the "
-        "paper's).")  # fmt: skip
-    add("--cpo-objective", choices=sorted(OBJECTIVES), default="best",
-        help="best: the truth against all candidates (eq. 1). ranked: Plackett-Luce over the "
-        "similarity "
-        "order (eq. 2).")  # fmt: skip
-    add("--cpo-beta", type=float, default=5.0,
-        help="Reward = beta * (log pi - log pi_ref), summed over the candidate's tokens (default "
-        "5).")  # fmt: skip
-    add("--cpo-weight", type=float, default=1.0, help="Weight of the CPO loss (default 1).")
-    add("--cpo-mle-weight", type=float, default=1.0,
-        help="Weight of the MLE loss next to it. 1 (default): CPO is an auxiliary loss. The "
-        "paper's own runs "
-        "use 0 and merge MLE and CPO weights afterwards.")  # fmt: skip
-    add("--cpo-mle-tokens", choices=MLE_TOKENS, default="continuation",
-        help="Tokens of the MLE loss: the true continuation, or the whole sequence with its "
-        "prefix.")  # fmt: skip
-    add("--cpo-fraction", type=float, default=1.0,
-        help="Share of rows that hold groups; the others are plain rows of --data-path (late "
-        "pretraining). "
-        "Counts rows of --seq-length tokens (default 1: groups alone).")  # fmt: skip
+    for name, (kind, metavar, text) in _HELP.items():
+        default = CPOConfig.__dataclass_fields__[name].default
+        group.add_argument(
+            f"--cpo-{name.replace('_', '-')}",
+            type=kind,
+            metavar=metavar,
+            default=None if default is MISSING else default,
+            choices=_CHOICES.get(name),
+            help=text,
+        )
     return parser
 
 

@@ -70,7 +70,7 @@ class CPODatasets:
         Test is always None: evaluate another store with --skip-train and --cpo-valid-data-path.
         """
         from megatron.core.datasets.utils import Split
-        from megatron.training import get_args
+        from megatron.training import get_args, print_rank_0
 
         args = get_args()
         train_rows, valid_rows, _ = samples
@@ -91,6 +91,12 @@ class CPODatasets:
                 f"--eval-iters {args.eval_iters}: --split {args.split} leaves no group of "
                 f"{self.config.data_path} ({len(reader)} groups) for evaluation; pass "
                 "--cpo-valid-data-path PREFIX, another --split, or --eval-iters 0"
+            )
+        if valid_reader is reader and reader.manifest["kinds"].get("bn"):
+            print_rank_0(
+                " > cpo valid data: batch negatives of these groups are true continuations of "
+                "groups that --split trains on, so held-out metrics look worse than they are; "
+                "build a store of other records for --cpo-valid-data-path"
             )
         valid = self._rows(args, valid_reader, valid_span, valid_rows)
         _report("valid", valid, batch)

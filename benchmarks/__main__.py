@@ -26,6 +26,7 @@ def main() -> None:
     add = parser.add_argument
     add("--hidden", type=int, default=256, help="width of the model")
     add("--layers", type=int, default=4, help="layers of the model")
+    add("--heads", type=int, default=4, help="attention heads of the model")
     add("--groups", type=int, default=4, help="groups of a step")
     add("--negatives", default="bn=3,tn=8", help="mix of negatives, see tools/build_negatives.py")
     add("--repeats", type=int, default=5, help="timed repetitions of each step")

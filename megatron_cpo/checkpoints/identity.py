@@ -23,6 +23,11 @@ def checkpoint_identity(load: str | None) -> dict[str, Any] | None:
         return None
     text = tracker.read_text().strip()
     folder = Path(load) / ("release" if text == "release" else f"iter_{int(text):07d}")
+    return {"name": Path(load).name, "iteration": text, "sha256": folder_digest(folder)}
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over each file's name and size and its first and last 64 KiB."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         size = path.stat().st_size
@@ -31,4 +36,4 @@ def checkpoint_identity(load: str | None) -> dict[str, Any] | None:
             digest.update(file.read(_HASHED_BYTES))
             file.seek(max(size - _HASHED_BYTES, 0))
             digest.update(file.read(_HASHED_BYTES))
-    return {"name": Path(load).name, "iteration": text, "sha256": digest.hexdigest()}
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""Tensors where they lie: pieces in files, read and written box by box.
+
+A checkpoint of any format is a dict of `StoredTensor`. A safetensors tensor is one piece, a
+torch_dist tensor one piece per shard. A box (offsets and sizes, one number per axis) of the whole
+tensor is read from whichever pieces it touches, so two checkpoints need not be cut alike.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+Shape = tuple[int, ...]
+Box = tuple[Shape, Shape]
+"""Offsets and sizes."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor, contiguous in a file from byte `start`."""
+
+    path: Path
+    start: int
+    offsets: Shape
+    sizes: Shape
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor and where each piece of it lies. The pieces cover it without overlap."""
+
+    dtype: torch.dtype
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.numel * self.dtype.itemsize
+
+
+class Files:
+    """Open files by path, shared by threads: reads and writes name their position."""
+
+    def __init__(self, flags: int = os.O_RDONLY) -> None:
+        self._flags = flags
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Files":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, self._flags)
+            return self._descriptors[path]
+
+    def read(self, path: Path, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` on."""
+        descriptor, done = self._open(path), 0
+        while done < len(into):
+            count = os.preadv(descriptor, [into[done:]], start + done)
+            if count == 0:
+                raise ValueError(f"{path} is truncated: it ends before byte {start + len(into)}")
+            done += count
+
+    def write(self, path: Path, start: int, values: memoryview) -> None:
+        """Write all of `values` at byte `start`."""
+        descriptor, done = self._open(path), 0
+        while done < len(values):
+            done += os.pwrite(descriptor, values[done:], start + done)
+
+
+def boxes(shape: Shape, limit: int) -> Iterator[Box]:
+    """Boxes of at most `limit` elements that cover a tensor, in the order of its elements.
+
+    A box is one index on leading axes, a range on one axis and everything on the rest, so that its
+    part of any piece is contiguous in that piece.
+    """
+    if 0 not in shape:
+        yield from _split((0,) * len(shape), shape, limit)
+
+
+def _split(offsets: Shape, sizes: Shape, limit: int) -> Iterator[Box]:
+    if math.prod(sizes) <= limit:
+        yield offsets, sizes
+        return
+    axis = next(i for i, size in enumerate(sizes) if size > 1)
+    step = max(1, limit // math.prod(sizes[axis + 1 :]))
+    for start in range(0, sizes[axis], step):
+        yield from _split(
+            (*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]),
+            (*sizes[:axis], min(step, sizes[axis] - start), *sizes[axis + 1 :]),
+            limit,
+        )
+
+
+def read_box(
+    files: Files, tensor: StoredTensor, box: Box, buffer: torch.Tensor, scratch: torch.Tensor
+) -> torch.Tensor:
+    """The values of a box, in `buffer`. Both buffers are uint8 and large enough for the box."""
+    _, sizes = box
+    values = _as(buffer, tensor.dtype, sizes)
+    for piece, start, part_sizes, where in _parts(tensor, box):
+        target = values[where]
+        if target.is_contiguous():
+            files.read(piece.path, start, _bytes(target))
+        else:
+            part = _as(scratch, tensor.dtype, part_sizes)
+            files.read(piece.path, start, _bytes(part))
+            target.copy_(part)
+    return values
+
+
+def write_box(files: Files, tensor: StoredTensor, box: Box, values: torch.Tensor) -> None:
+    """Write a box's values where they belong."""
+    for piece, start, _, where in _parts(tensor, box):
+        files.write(piece.path, start, _bytes(values[where].contiguous()))
+
+
+def _parts(tensor: StoredTensor, box: Box) -> Iterator[tuple[Piece, int, Shape, Any]]:
+    """The pieces that a box touches: the part's first byte, its sizes, its slices of the box."""
+    offsets, sizes = box
+    ends = tuple(map(int.__add__, offsets, sizes))
+    for piece in tensor.pieces:
+        for first, size, start, end in zip(piece.offsets, piece.sizes, offsets, ends, strict=True):
+            if first >= end or first + size <= start:
+                break  # most do not touch: a stacked tensor has a piece per layer and rank
+        else:
+            yield _part(tensor, piece, offsets, ends)
+
+
+def _part(
+    tensor: StoredTensor, piece: Piece, starts: Shape, ends: Shape
+) -> tuple[Piece, int, Shape, Any]:
+    low = tuple(map(max, piece.offsets, starts))
+    high = tuple(map(min, map(int.__add__, piece.offsets, piece.sizes), ends))
+    element, stride = 0, 1
+    for axis in reversed(range(len(low))):
+        element += (low[axis] - piece.offsets[axis]) * stride
+        stride *= piece.sizes[axis]
+    return (
+        piece,
+        piece.start + element * tensor.dtype.itemsize,
+        tuple(map(int.__sub__, high, low)),
+        tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True)),
+    )
+
+
+def _as(buffer: torch.Tensor, dtype: torch.dtype, sizes: Shape) -> torch.Tensor:
+    return buffer[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.reshape(-1).view(torch.uint8).numpy())

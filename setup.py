@@ -35,7 +35,7 @@ setup(
         # 0.18 moved the argument parser and reordered `pretrain`; the wheel has `megatron.training`
         # from 0.17. The extra brings what that imports: tokenizers, omegaconf, wandb.
         "megatron-core[training]>=0.18.0,<0.20",
-        "torch>=2.6",
+        "torch>=2.8",  # torch.mm(out_dtype=...)
         "numpy>=1.26,<3",
         "tqdm>=4.66,<5",
     ],

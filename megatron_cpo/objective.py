@@ -103,15 +103,15 @@ def _best(
 OBJECTIVES: dict[str, Objective] = {"best": _best, "ranked": ranked}
 
 
-def loss_at_reference(objective: str, candidates: Tensor) -> Tensor:
-    """What `objective` must give when theta = ref, for groups of `candidates` [G] candidates each.
+def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
+    """What `objective` must give at theta = ref, [G] float32: log K (best) or log K! (ranked).
 
-    log K for best-of-K, log K! for ranked. This step-0 gate catches almost every wiring fault, and
-    it
-    needs no table: it is the objective itself at rewards of zero.
+    Holding a first loss against it catches almost every wiring fault. It needs no table: it is the
+    objective itself at rewards of zero.
+
+    Args:
+        mask: [G, K] bool, which candidates exist.
     """
-    width = max(int(candidates.max()), 1) if candidates.numel() else 1
-    zeros = torch.zeros(candidates.numel(), width, dtype=torch.float64)
-    ranks = torch.arange(width).expand_as(zeros)
-    mask = ranks < candidates.reshape(-1, 1).cpu()
-    return OBJECTIVES[objective](zeros, zeros, ranks, 1.0, mask)
+    zeros = torch.zeros_like(mask, dtype=torch.float32)
+    order = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return OBJECTIVES[objective](zeros, zeros, order, 1.0, mask)

@@ -10,7 +10,7 @@ from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.support import _REFUSED, check_supported
 
 CPO = ["--cpo-aux-loss", "--cpo-data-path", "data/groups"]
-SUPPORTED = [*CPO, "--attention-dropout", "0"]  # Megatron's default is 0.1
+SUPPORTED = CPO
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ GIVEN = {
     "objective": "ranked",
     "beta": 0.5,
     "weight": 2.0,
-    "mle_weight": 0.0,
+    "mle_weight": 0.5,
     "mle_tokens": "sequence",
     "fraction": 0.25,
 }
@@ -64,6 +64,12 @@ def test_a_flag_without_aux_loss_is_refused(parser: argparse.ArgumentParser, nam
     with pytest.raises(
         ValueError, match=f"^{flag(name)} given without --cpo-aux-loss.*add --cpo-aux"
     ):
+        cpo_config(args)
+
+
+def test_plain_rows_that_count_for_nothing_are_refused(parser: argparse.ArgumentParser) -> None:
+    args = parser.parse_args([*CPO, "--cpo-fraction", "0.5", "--cpo-mle-weight", "0"])
+    with pytest.raises(ValueError, match=r"--cpo-fraction 0.5 with --cpo-mle-weight 0.*raise the"):
         cpo_config(args)
 
 
@@ -138,7 +144,6 @@ def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
 
 REFUSED = [
     ("--context-parallel-size 2", r"--context-parallel-size > 1.*use 1"),
-    ("--attention-dropout 0.1", r"--attention-dropout > 0.*pass --attention-dropout 0"),
     ("--dataloader-type cyclic", r"--dataloader-type other than single.*drop the flag"),
     ("--rampup-batch-size 2 2 100", r"--rampup-batch-size.*drop the flag"),
     ("--step-batch-size-schedule 0:8", r"--step-batch-size-schedule.*use --global-batch-size"),
@@ -169,6 +174,19 @@ REFUSED = [
     ),
     ("--cuda-graph-impl local", r"CUDA graphs.*pass --cuda-graph-impl none"),
     ("--num-experts 4", r"--num-experts.*use a dense model"),
+    (
+        "--tensor-parallel-num-weight-shards 2",
+        r"--tensor-parallel-num-weight-shards other than.*drop the flag",
+    ),
+    ("--deterministic-mode", r"--deterministic-mode.*drop the flag"),
+    ("--decrease-batch-size-if-needed", r"--decrease-batch-size-if-needed.*drop the flag"),
+    ("--phase-transition-iterations 5", r"--phase-transition-iterations.*one by one"),
+    ("--full-validation", r"--full-validation.*use --eval-iters"),
+    (
+        "--reset-position-ids --cpo-fraction 0.5",
+        r"--reset-position-ids or --reset-attention-mask with --cpo-fraction < 1.*drop the flag",
+    ),
+    ("--check-for-spiky-loss", r"--check-for-spiky-loss.*drop the flag"),
     ("--qk-clip", r"--qk-clip or --log-max-attention-logit.*drop the flag"),
     ("--defer-embedding-wgrad-compute", r"--defer-embedding-wgrad-compute.*drop the flag"),
 ]

@@ -124,17 +124,31 @@ def test_a_row_is_a_function_of_its_index(reader: GroupReader, tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    ("fraction", "rows", "expected"),
-    [(0.5, 7, [1, 3, 5]), (0.25, 8, [3, 7]), (0.1, 30, [9, 19, 29]), (0.75, 8, [1, 2, 3, 5, 6, 7])],
+    ("fraction", "rows", "stretches"),
+    [
+        (0.5, 8, [(0, 2), (2, 4), (4, 6), (6, 8)]),
+        (0.25, 8, [(0, 4), (4, 8)]),
+        (0.1, 30, [(0, 10), (10, 20), (20, 30)]),
+        (0.75, 8, [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 8)]),
+    ],
 )
-def test_group_rows_are_evenly_interleaved_by_hand(
-    reader: GroupReader, fraction: float, rows: int, expected: list[int]
+def test_every_stretch_of_rows_has_one_group_row(
+    reader: GroupReader, fraction: float, rows: int, stretches: list[tuple[int, int]]
 ) -> None:
-    """Row r holds groups when the whole part of (r + 1) * fraction exceeds that of r * fraction."""
+    """One group row between floor(i / fraction) and floor((i + 1) / fraction), by hand."""
     mixed = mix(GroupDataset(reader, RowConfig(ROW, K), rows=10), fraction, rows, ROW)
     assert len(mixed) == rows
-    assert np.flatnonzero(mixed.groups_per_row).tolist() == expected
-    assert [r for r in range(rows) if held(mixed[r])] == expected
+    found = np.flatnonzero(mixed.groups_per_row).tolist()
+    assert len(found) == len(stretches)
+    assert all(low <= at < high for at, (low, high) in zip(found, stretches, strict=True))
+    assert [r for r in range(rows) if held(mixed[r])] == found
+
+
+def test_group_rows_are_spread_over_data_parallel_ranks(reader: GroupReader) -> None:
+    """At fraction 0.5 and micro-batch 1, each of 2 ranks gets about half of them."""
+    mixed = mix(GroupDataset(reader, RowConfig(ROW, K), rows=210), 0.5, 400, ROW)
+    on_rank_0 = np.count_nonzero(mixed.groups_per_row[0::2])
+    assert 70 <= on_rank_0 <= 130
 
 
 @pytest.mark.parametrize("fraction", [1 / 3, 0.3, 0.7, 0.123])

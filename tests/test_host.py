@@ -290,7 +290,6 @@ def refusals(argv: list[str], world_size: int = 1) -> list[str]:
         ),
         ("--cpo-data-path nowhere", r"nowhere\.json: no manifest there, so nowhere is not a "),
         ("--cpo-valid-data-path nowhere", r"nowhere\.json: no manifest there"),
-        ("--attention-dropout 0.1", r"--cpo-aux-loss with --attention-dropout > 0: not supported"),
     ],
 )
 def test_run_that_does_not_fit_its_store_is_refused(store: str, flags: str, message: str) -> None:

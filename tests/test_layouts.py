@@ -42,6 +42,12 @@ LAYOUTS = {
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
     "untied, RoPE, GQA, TP=2": (2, "--tensor-model-parallel-size 2"),
+    # A bucket for each parameter: the output weight's all-gather is waited for on its own.
+    "untied, RoPE, GQA, overlapped parameter gather": (
+        2,
+        "--use-distributed-optimizer --optimizer adam --overlap-grad-reduce --overlap-param-gather "
+        "--ddp-bucket-size 1000",
+    ),
 }
 
 
@@ -123,7 +129,8 @@ def one_process(start: Start, rope_start: Start) -> dict[str, dict]:
     return {
         "sgd": start.train("one", 1, ""),
         "adam": start.train("one-adam", 1, "--optimizer adam"),
-        "rope": rope_start.train("one", 1, ""),
+        "rope-sgd": rope_start.train("one", 1, ""),
+        "rope-adam": rope_start.train("one-adam", 1, "--optimizer adam"),
     }
 
 
@@ -134,7 +141,8 @@ def test_layout_equals_one_process(
     """Losses over 10 steps and the gradient of the first step within 1e-5 relative, float32."""
     world_size, flags = LAYOUTS[layout]
     rope, adam = "RoPE" in layout, "adam" in flags
-    twin = one_process["rope" if rope else "adam" if adam else "sgd"]
+    optimizer = "adam" if adam else "sgd"
+    twin = one_process[f"rope-{optimizer}" if rope else optimizer]
     found = (rope_start if rope else start).train(layout, world_size, flags)
     for name in ("cpo_loss", "lm_loss", "margin", "truth_logp", "rank_tau"):
         assert len(found[name]) == STEPS

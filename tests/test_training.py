@@ -95,6 +95,14 @@ def test_evaluation_reports_the_same_metrics(store: str) -> None:
         assert min(trained[name]) - 1e-5 <= found <= max(trained[name]) + 1e-5
 
 
+def test_attention_dropout_is_set_to_zero_and_said(store: str) -> None:
+    """Megatron's default of 0.1, which --use-checkpoint-args may force, trains like 0."""
+    flags = "--global-batch-size 2 --train-iters 2 --eval-iters 0".split()
+    output = train(store, *flags, "--attention-dropout", "0.1")
+    assert "--attention-dropout 0.1 is set to 0" in output
+    assert cpo_curves(output) == cpo_curves(train(store, *flags))
+
+
 def test_metrics_are_in_tensorboard(store: str, tmp_path: Path) -> None:
     """Every metric of the log, negative ones included, with the same values."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

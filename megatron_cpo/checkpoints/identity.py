@@ -7,7 +7,7 @@ from typing import Any
 _HASHED_BYTES = 1 << 16
 
 
-def checkpoint_identity(load: str | None) -> dict[str, Any] | None:
+def checkpoint_identity(load: str | None, step: int | None = None) -> dict[str, Any] | None:
     """What a Megatron checkpoint is, wherever it lies: its iteration and a digest of its files.
 
     The digest covers each file's name and size and its first and last 64 KiB, so it is quick at any
@@ -15,13 +15,14 @@ def checkpoint_identity(load: str | None) -> dict[str, Any] | None:
 
     Args:
         load: Megatron's `--load`: a folder with a tracker file.
+        step: Megatron's `--ckpt-step`: this iteration instead of the latest.
     """
     if load is None:
         return None
     tracker = Path(load) / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_text().strip() if step is None else str(step)
     folder = Path(load) / ("release" if text == "release" else f"iter_{int(text):07d}")
     return {"name": Path(load).name, "iteration": text, "sha256": folder_digest(folder)}
 

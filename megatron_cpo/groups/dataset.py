@@ -87,15 +87,16 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
 
 
 class MixedDataset(torch.utils.data.Dataset[Row]):
-    """Group rows and plain LM rows in one stream, evenly interleaved.
+    """Group rows and plain LM rows in one stream, mixed evenly and at random.
 
     Args:
         groups: the group rows.
         documents: a Megatron `GPTDataset` (or blend) of samples with `tokens`, `labels`,
             `loss_mask`.
         document_tokens: tokens of a sample; as many whole ones as fit lie in a row.
-        fraction: the share of rows that are group rows, in (0, 1); row r is one when the whole part
-            of (r + 1) * fraction exceeds that of r * fraction.
+        fraction: the share of rows that are group rows, in (0, 1). Every stretch of 1 / fraction
+            rows has one, at a random place: a regular place would give all group rows to the same
+            data-parallel ranks.
         rows: length of the stream.
     """
 
@@ -112,8 +113,12 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         lm_tokens = self._samples * document_tokens
         self.shape = replace(groups.shape, queries=max(groups.shape.queries, lm_tokens))
         groups.shape = self.shape  # all rows of a run are padded alike
-        self._groups_before = np.floor(np.arange(rows + 1) * fraction + 1e-9).astype(np.int64)
-        is_group = np.diff(self._groups_before) > 0
+        bounds = np.floor(np.arange(int(rows * fraction) + 2) / fraction).astype(np.int64)
+        rng = np.random.default_rng([groups.config.seed, len("mixed")])
+        places = bounds[:-1] + np.floor(rng.random(len(bounds) - 1) * np.diff(bounds)).astype(int)
+        is_group = np.zeros(rows, dtype=bool)
+        is_group[places[places < rows]] = True
+        self._groups_before = np.concatenate([[0], np.cumsum(is_group)])
         used = int(self._groups_before[-1])
         self.groups_per_row = np.zeros(rows, dtype=np.int64)
         self.groups_per_row[is_group] = groups.groups_per_row[:used]

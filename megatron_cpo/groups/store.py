@@ -6,7 +6,7 @@ Files of a store PREFIX:
     PREFIX.values.bin / .idx   float32; one document per group: the rows of `VALUE_ROWS`
     PREFIX.json                the manifest: what made it, with which tokenizer, and checksums
 
-so that Megatron's tools, memory mapping and object storage work on it. The manifest is renamed into
+so that Megatron's tools and memory mapping work on it. The manifest is renamed into
 place last: a store without one is not a store. Values are keyed by the group, never by the order in
 which training visits it. A reader refuses what does not fit together and shows both values.
 """

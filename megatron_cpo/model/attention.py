@@ -58,6 +58,11 @@ def live_blocks(subtree_end: Tensor, block: int = QUERY_BLOCK) -> list[_Block]:
     return blocks
 
 
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor's content from another's without reading it."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()
+
+
 class TreeMaskCache:
     """What attention derives from the last mask vector, shared by all layers of a model chunk."""
 
@@ -66,8 +71,10 @@ class TreeMaskCache:
         self._derived: Any = None
 
     def get(self, subtree_end: Tensor, derive: Any) -> Any:
-        """`derive(subtree_end)`, worked out once per mask tensor."""
-        if self._vector is not subtree_end:
+        """`derive(subtree_end)`, worked out once per mask; recomputed layers get it in a new tensor
+        over the same memory, which stays taken as long as the first one is held here.
+        """
+        if self._vector is None or _memory(self._vector) != _memory(subtree_end):
             self._vector, self._derived = subtree_end, derive(subtree_end)
         return self._derived
 

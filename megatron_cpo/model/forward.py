@@ -81,6 +81,10 @@ class RowForward:
         **_: Any,
     ) -> Tensor:
         """Megatron's `output_processor`: log-probs instead of logits."""
+        # The weight is used without calling its module, so the hook by which DDP waits for the
+        # weight's all-gather (--overlap-param-gather) has to be called for it.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())
         return query_logps(
             hidden_states,
             output_layer.weight if output_weight is None else output_weight,

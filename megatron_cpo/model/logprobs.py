@@ -154,7 +154,7 @@ class _QueryLogProbs(torch.autograd.Function):
             # targets of other ranks all land, with zero, in column 0.
             grad_logits.index_put_((at, column), torch.where(here, grad, 0.0), accumulate=True)
             grad_hidden[chunk] = _matmul(grad_logits.to(weight.dtype), weight).to(hidden.dtype)
-            grad_weight += _matmul(grad_logits.to(weight.dtype).t(), hidden[chunk])
+            _add_matmul(grad_weight, grad_logits.to(weight.dtype).t(), hidden[chunk])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -199,6 +199,14 @@ def _chunks(queries: Queries, step: int) -> Iterator[tuple[slice, slice]]:
     for first in range(0, len(ends) - 1, step):
         last = min(first + step, len(ends) - 1)
         yield slice(first, last), slice(int(ends[first]), int(ends[last]))
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32, in place where the dtypes allow."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _matmul(a, b)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

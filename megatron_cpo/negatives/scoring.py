@@ -52,7 +52,7 @@ def score_groups(path_prefix: str, args: Any) -> None:
     """
     from megatron.training.initialize import initialize_megatron
 
-    reference = checkpoint_identity(args.load)
+    reference = checkpoint_identity(args.load, args.ckpt_step)
     if reference is None:
         raise ValueError(
             f"--load {args.load}: no Megatron checkpoint there (no "

@@ -152,6 +152,11 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
         _require(values[name] >= 0, flag, values[name], "a number of at least 0")
     both = values["weight"] + values["mle_weight"]
     _require(both > 0, "--cpo-weight + --cpo-mle-weight", both, "one of the two above 0")
+    if values["fraction"] < 1 and values["mle_weight"] == 0:
+        raise ValueError(
+            f"--cpo-fraction {values['fraction']} with --cpo-mle-weight 0: the plain rows would be "
+            "computed and count for nothing; raise the weight, or use --cpo-fraction 1"
+        )
     _require(0 < values["fraction"] <= 1, "--cpo-fraction", values["fraction"], "a share in (0, 1]")
     return CPOConfig(**values)
 

@@ -120,11 +120,11 @@ class CPODatasets:
         )
         if not mixed or rows is None:
             return GroupDataset(reader, config, rows, span)
-        group_rows = math.floor(rows * self.config.fraction) + 1
+        group_rows = math.floor(rows * self.config.fraction) + 2
         groups = GroupDataset(reader, config, group_rows, span)
         # A row may be longer than the longest sequence; a document may not.
         tokens = min(args.seq_length, args.max_position_embeddings)
-        documents = _documents(args, tokens, (rows - group_rows + 2) * (args.seq_length // tokens))
+        documents = _documents(args, tokens, (rows - group_rows + 4) * (args.seq_length // tokens))
         return MixedDataset(groups, documents, tokens, self.config.fraction, rows)
 
 

@@ -19,6 +19,7 @@ from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
 
 _MARK = "_megatron_cpo"
+_METRIC_LOG = MetricLog()
 
 
 def install() -> None:
@@ -39,7 +40,7 @@ def install() -> None:
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
     _replace("megatron.training.training:pretrain", _pretrain)
-    _replace("megatron.training.training:training_log", MetricLog())
+    _replace("megatron.training.training:training_log", _METRIC_LOG)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -98,7 +99,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         from megatron_cpo.training import cpu_host
 
         cpu_host.check_args(args)
-    if _config(args) is None and not getattr(args, "tree_rows", False):
+    training = _config(args) is not None
+    if not training and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)
     # Megatron asserts that a row's indices have position embeddings; in a row of trees positions
     # are depths, so only the longest prefix + candidate must.
@@ -107,7 +109,12 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         args.max_position_embeddings = max(positions, args.seq_length)
     args = original(args, *rest, **kwargs)
     args.max_position_embeddings = positions
-    check_supported(args)
+    if args.attention_dropout:
+        # Tree attention has none. Megatron's default is 0.1, and --use-checkpoint-args forces it.
+        if args.rank == 0:
+            print(f"megatron_cpo: --attention-dropout {args.attention_dropout} is set to 0")
+        args.attention_dropout = 0.0
+    check_supported(args, training)
     return args
 
 
@@ -132,15 +139,20 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron_cpo.groups.store import KINDS, read_manifest
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
-    from megatron_cpo.training.gate import StepZeroGate
+    from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
     from megatron_cpo.training.step import CPOStep
 
-    start = checkpoint_identity(args.load) or checkpoint_identity(args.pretrained_checkpoint)
+    start = checkpoint_identity(args.load, args.ckpt_step)
+    start = start or checkpoint_identity(args.pretrained_checkpoint)
     manifest = read_manifest(config.data_path)
-    gate = StepZeroGate(config.objective, manifest["reference"], start)
+    tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
+    gate = StepZeroGate(
+        config.objective, config.k, manifest["reference"], start, tolerance, args.hidden_dropout
+    )
+    _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
-    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, gate, kinds)
+    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds)
     arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
     if args.rank == 0:
         print(
@@ -148,5 +160,5 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
             f"{compat.host()}",
             flush=True,
         )
-        if (reason := gate.explain()) is not None:
-            print(reason, flush=True)
+        if gate.reason is not None:
+            print(gate.reason, flush=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from megatron_cpo.groups.store import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
-from megatron_cpo.objective import OBJECTIVES, rewards
+from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
 from megatron_cpo.training.config import CPOConfig
-from megatron_cpo.training.gate import StepZeroGate
+from megatron_cpo.training.log import AT_REFERENCE
 from megatron_cpo.training.metrics import EMPTY, group_metrics, packing_metrics
 
 
@@ -31,7 +31,6 @@ class CPOStep:
     Args:
         config: the `--cpo-*` settings.
         vocab_size: the tokenizer's, without padding rows.
-        gate: compares the first loss with what it must be at theta = ref.
         kinds: kinds of candidates to report the mean reward of; those of the store.
     """
 
@@ -39,10 +38,9 @@ class CPOStep:
         self,
         config: CPOConfig,
         vocab_size: int,
-        gate: StepZeroGate | None = None,
         kinds: Sequence[str] = KINDS,
     ) -> None:
-        self.config, self.gate, self.kinds = config, gate, kinds
+        self.config, self.kinds = config, kinds
         self.forward = RowForward(vocab_size)
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
@@ -84,19 +82,19 @@ class CPOStep:
             policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
             report |= packing_metrics(batch, groups)
-            if self.gate is not None and loss.requires_grad:
-                self.gate.check(losses, mask)
+            if loss.requires_grad:
+                at_reference = loss_at_reference(config.objective, mask).sum()
+                report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
         _reject_bad_loss(args, loss)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel
-        # ranks; the sum above is already over the whole batch, so both are undone here. It
-        # multiplies a 2-tuple's loss by the context-parallel size. With --calculate-per-token-loss
-        # it sums gradients and divides by the tokens reported over all ranks and micro-batches: one
-        # each.
+        # ranks; the sum above is already over the whole batch, so both are undone here. With
+        # --calculate-per-token-loss it sums gradients instead and divides by the tokens reported
+        # over all ranks and micro-batches: one each.
         scale = get_num_microbatches() * mpu.get_data_parallel_world_size()
         if args.calculate_per_token_loss:
             one = torch.ones((), dtype=torch.int, device=loss.device)
-            return loss * scale * args.context_parallel_size, one, report
+            return loss * scale, one, report
         return loss * scale, report
 
 

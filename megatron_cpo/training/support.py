@@ -5,19 +5,9 @@ from collections.abc import Callable
 
 Check = tuple[str, Callable[[argparse.Namespace], bool], str]
 
-_REFUSED: tuple[Check, ...] = (
+_MODEL: tuple[Check, ...] = (
     ("--context-parallel-size > 1", lambda a: a.context_parallel_size > 1,
      "rows of trees are not split over context-parallel ranks; use 1"),
-    ("--attention-dropout > 0", lambda a: a.attention_dropout > 0,
-     "tree attention has no dropout, and rewards against a fixed reference would be noise; pass "
-     "--attention-dropout 0 (and --hidden-dropout 0, or the step-0 gate cannot hold)"),
-    ("--dataloader-type other than single", lambda a: a.dataloader_type not in (None, "single"),
-     "the packing plan is shuffled already and must be read in order; drop the flag"),
-    ("--rampup-batch-size", lambda a: a.rampup_batch_size is not None,
-     "the loss is averaged over a global batch of constant size; drop the flag"),
-    ("--step-batch-size-schedule",
-     lambda a: getattr(a, "step_batch_size_schedule", None) is not None,
-     "the loss is averaged over a global batch of constant size; use --global-batch-size"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
     ("--num-experts", lambda a: bool(a.num_experts),
@@ -35,11 +25,28 @@ _REFUSED: tuple[Check, ...] = (
      lambda a: a.position_embedding_type not in ("learned_absolute", "rope"),
      "tree depths are known to learned_absolute and rope; use one of these"),
     ("--use-mup", lambda a: a.use_mup, "the log-prob head does not scale logits"),
+    ("Megatron or PyTorch FSDP", lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
+     "the output layer's weight must be whole on its rank; use --use-distributed-optimizer"),
+    ("CUDA graphs", lambda a: getattr(a, "cuda_graph_impl", "none") not in (None, "none"),
+     "the number of queries changes from row to row; pass --cuda-graph-impl none"),
+    ("--tensor-parallel-num-weight-shards other than the tensor-parallel size",
+     lambda a: getattr(a, "tensor_parallel_num_weight_shards", None)
+     not in (None, a.tensor_model_parallel_size),
+     "the log-prob head needs a rank's whole part of the output weight; drop the flag"),
+)  # fmt: skip
+"""Models whose tokens cannot follow a tree."""
+
+_TRAINING: tuple[Check, ...] = (
+    ("--dataloader-type other than single", lambda a: a.dataloader_type not in (None, "single"),
+     "the packing plan is shuffled already and must be read in order; drop the flag"),
+    ("--rampup-batch-size", lambda a: a.rampup_batch_size is not None,
+     "the loss is averaged over a global batch of constant size; drop the flag"),
+    ("--step-batch-size-schedule",
+     lambda a: getattr(a, "step_batch_size_schedule", None) is not None,
+     "the loss is averaged over a global batch of constant size; use --global-batch-size"),
     ("--sft", lambda a: a.sft, "its packed sequences are not rows of groups; drop the flag"),
     ("--overlap-moe-expert-parallel-comm", lambda a: a.overlap_moe_expert_parallel_comm,
      "its schedule plan has no place for the log-prob head; drop the flag"),
-    ("Megatron or PyTorch FSDP", lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
-     "the output layer's weight must be whole on its rank; use --use-distributed-optimizer"),
     ("--eod-mask-loss with --cpo-fraction < 1", lambda a: a.eod_mask_loss and a.cpo_fraction < 1,
      "a batch's number of supervised tokens must be known before it is read; drop one of them"),
     ("--qk-clip or --log-max-attention-logit",
@@ -48,13 +55,33 @@ _REFUSED: tuple[Check, ...] = (
     ("--defer-embedding-wgrad-compute",
      lambda a: getattr(a, "defer_embedding_wgrad_compute", False),
      "the log-prob head computes that gradient itself; drop the flag"),
-    ("CUDA graphs", lambda a: getattr(a, "cuda_graph_impl", "none") not in (None, "none"),
-     "the number of queries changes from row to row; pass --cuda-graph-impl none"),
+    ("--deterministic-mode", lambda a: a.deterministic_mode,
+     "the sum over a candidate's queries has no deterministic kernel on GPUs; drop the flag"),
+    ("--decrease-batch-size-if-needed",
+     lambda a: getattr(a, "decrease_batch_size_if_needed", False),
+     "the loss is averaged over a global batch of constant size; drop the flag"),
+    ("--phase-transition-iterations", lambda a: bool(a.phase_transition_iterations),
+     "every phase would start at the first row again; run the phases one by one"),
+    ("--full-validation", lambda a: a.full_validation,
+     "Megatron's own loop fails on it without several validation sets; use --eval-iters"),
+    ("--reset-position-ids or --reset-attention-mask with --cpo-fraction < 1",
+     lambda a: (a.reset_position_ids or a.reset_attention_mask) and a.cpo_fraction < 1,
+     "plain rows are one chain for each sample; drop the flag"),
+    ("--check-for-spiky-loss", lambda a: a.check_for_spiky_loss,
+     "the CPO loss rises at first by design; drop the flag"),
 )  # fmt: skip
+"""Runs whose batches or losses would not be what they say."""
+
+_REFUSED = _MODEL + _TRAINING
 
 
-def check_supported(args: argparse.Namespace) -> None:
-    """Raise ValueError for a Megatron setting that CPO cannot honour."""
-    for setting, is_set, reason in _REFUSED:
+def check_supported(args: argparse.Namespace, training: bool = True) -> None:
+    """Raise ValueError for a Megatron setting that cannot be honoured.
+
+    Args:
+        training: False for scoring references, which has no batches and no loss.
+    """
+    who = "--cpo-aux-loss" if training else "scoring"
+    for setting, is_set, reason in _REFUSED if training else _MODEL:
         if is_set(args):
-            raise ValueError(f"--cpo-aux-loss with {setting}: not supported: {reason}")
+            raise ValueError(f"{who} with {setting}: not supported: {reason}")

@@ -16,12 +16,11 @@ def bench_loader(setting: Setting, reader: GroupReader) -> list[tuple[str, str]]
     dataset = GroupDataset(reader, RowConfig(setting.row_tokens, k), rows=None)
     rows = BatchTotals(dataset, batch_rows=4)
     rates = []
-    for repeat in range(setting.repeats):
+    for _ in range(setting.repeats):
         start = time.perf_counter()
         for row in range(len(rows)):
             default_collate([rows[row]])
         rates.append(len(reader) / (time.perf_counter() - start))
-        del repeat
     tokens, used = dataset.tokens_per_row.sum(), len(dataset) * setting.row_tokens
     sizes, _ = reader.tree_sizes()
     return [

@@ -1,5 +1,4 @@
-"""One training step (forward and backward) on the same groups: token trees, padded rows, MLE,
-floor.
+"""One training step (forward, backward) on the same groups: token trees, padded rows, MLE, floor.
 
 - padded K rows: what users run today. K right-padded rows a group through Megatron's own GPT with
   its own attention; logits and log-softmax at every position of every row.

@@ -39,8 +39,8 @@ def best_of_k(
         mask: [G, K] bool, True where a candidate exists. Column 0 decides whether the group exists:
             a group without a true continuation has loss 0. None means all exist.
 
-    Duplicates count once for each copy. A negative equal to y_1 competes with it at the same
-    reward.
+    Duplicates count once for each copy.
+    A negative equal to y_1 competes with it at the same reward.
     """
     scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
     loss = torch.logsumexp(scores, dim=1) - scores[:, 0]
@@ -62,10 +62,10 @@ def ranked(
     before it is multiplied by beta.
 
     Args:
-        ranks: [G, K] with 0 the best (y_1). Only the order matters; equal ranks are taken in
-            candidate order.
-        policy_logps, reference_logps, beta, mask: as in `best_of_k`; masked candidates take no
-            part.
+        ranks: [G, K] with 0 the best (y_1). Only the order matters;
+            equal ranks are taken in candidate order.
+        policy_logps, reference_logps, beta, mask: as in `best_of_k`;
+            masked candidates take no part.
     """
     scores, mask = _masked_rewards(policy_logps, reference_logps, beta, mask)
     last = torch.iinfo(torch.long).max

@@ -6,14 +6,14 @@ once. Laid out depth-first it is one row of tokens, and with
     subtree_end[i] = one past the last token below token i
 
 token i may attend to token j exactly when `j <= i < subtree_end[j]`, that is, when j is i's
-ancestor or i itself. That vector is the whole mask: it covers several groups in one row (shift it),
-a plain document (a chain) and padding (`subtree_end[i] = i + 1`), and it costs O(S) to ship, not
-O(S^2).
+ancestor or i itself. That vector is the whole mask: it covers several groups in one row (shift
+it), a plain document (a chain) and padding (`subtree_end[i] = i + 1`), and it costs O(S) to ship,
+not O(S^2).
 
-A *query* is a (position, target token) pair whose log-prob is wanted. Candidates that share a path
-share its queries. A token that no query hangs from gets no place in the row: the last token of a
-candidate (its end of sequence) is only ever a target, so a truncation of y_1 costs no tokens at
-all.
+A *query* is a (position, target token) pair whose log-prob is wanted. Candidates that share a
+path share its queries. A token that no query hangs from gets no place in the row: the last token
+of a candidate (its end of sequence) is only ever a target, so a truncation of y_1 costs no
+tokens at all.
 
 Candidates are visited depth-first with y_1 first, so the candidates below a query are a contiguous
 range of *slots* (places in that visiting order), and slot 0 is y_1.
@@ -93,9 +93,8 @@ def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
     extended = _extended(paths, shared)
 
     longest = max((len(p) for p in paths), default=0)
-    row_at = np.full(
-        longest + 1, len(root) - 1, dtype=np.int32
-    )  # row of the path's d-th token, at d + 1
+    # Row of the path's d-th token, at d + 1.
+    row_at = np.full(longest + 1, len(root) - 1, dtype=np.int32)
     tokens, depths, starts = [root], [np.arange(len(root), dtype=np.int32)], []
     positions, targets = [], []
     size = len(root)

@@ -19,7 +19,7 @@ import argparse
 import os
 import sys
 
-from megatron_cpo.groups.source import INPUT_HELP, add_source_arguments, source_from_args
+from megatron_cpo.groups.source import add_source_arguments, answer_help, source_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,12 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Build the store on rank 0; with --load, score it on all ranks."""
-    if {"-h", "--help"} & set(sys.argv[1:]):  # answered without the ten seconds Megatron takes
-        form = argparse.RawDescriptionHelpFormatter
-        parser = argparse.ArgumentParser(
-            description=f"{__doc__}\n{INPUT_HELP}", formatter_class=form
-        )
-        add_arguments(parser).parse_args()
+    answer_help(__doc__, add_arguments)
 
     from megatron_cpo import install
 

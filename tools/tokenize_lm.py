@@ -11,7 +11,7 @@ compare. Train on it with --data-path PREFIX. Megatron's --tokenizer-* flags are
 import argparse
 import sys
 
-from megatron_cpo.groups.source import INPUT_HELP, add_source_arguments, source_from_args
+from megatron_cpo.groups.source import add_source_arguments, answer_help, source_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -24,12 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Parse the flags and write the dataset."""
-    if {"-h", "--help"} & set(sys.argv[1:]):  # answered without the ten seconds Megatron takes
-        form = argparse.RawDescriptionHelpFormatter
-        parser = argparse.ArgumentParser(
-            description=f"{__doc__}\n{INPUT_HELP}", formatter_class=form
-        )
-        add_arguments(parser).parse_args()
+    answer_help(__doc__, add_arguments)
 
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args

@@ -91,8 +91,8 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
 
     Args:
         groups: the group rows.
-        documents: a Megatron `GPTDataset` (or blend) of samples with `tokens`, `labels`,
-            `loss_mask`.
+        documents: a Megatron `GPTDataset` (or blend) of samples
+            with `tokens`, `labels`, `loss_mask`.
         document_tokens: tokens of a sample; as many whole ones as fit lie in a row.
         fraction: the share of rows that are group rows, in (0, 1). Every stretch of 1 / fraction
             rows has one, at a random place: a regular place would give all group rows to the same
@@ -142,9 +142,9 @@ class BatchTotals(torch.utils.data.Dataset[Row]):
     """Rows with the totals of their global batch: what the loss is divided by.
 
     Every group and every supervised token of a global batch has the same weight, whatever the
-    micro-batch size, packing and layout; so a micro-batch must know how many there are in the whole
-    batch. The plan knows it without a collective: a batch is `batch_rows` consecutive rows from
-    `origin`.
+    micro-batch size, packing and layout; so a micro-batch must know how many there are in the
+    whole batch. The plan knows it without a collective: a batch is `batch_rows` consecutive
+    rows from `origin`.
 
     Args:
         rows: the rows.

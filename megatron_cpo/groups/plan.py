@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from megatron_cpo.tree import Ints
 
 WINDOW = 8192
-"""Groups that are packed together. Larger packs tighter and mixes less; 8192 leaves under 1%
-unused.
-"""
+"""Groups packed together. Larger packs tighter and mixes less; 8192 leaves under 1% unused."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +77,8 @@ def fitting(sizes: Ints, row_tokens: int) -> NDArray[np.int64]:
     if not len(fits):
         raise ValueError(
             f"--seq-length {row_tokens}: the smallest of {len(sizes)} groups has {sizes.min()} "
-            f"tokens in its "
-            "tree, so no group fits a row; raise --seq-length (it is the length of a row of "
-            "groups and may "
-            "exceed --max-position-embeddings)"
+            "tokens in its tree, so no group fits a row; raise --seq-length (it is the length of "
+            "a row of groups and may exceed --max-position-embeddings)"
         )
     return fits
 
@@ -95,9 +91,7 @@ def cached_pack(
     seed: int,
     shuffle: bool = True,
 ) -> Plan:
-    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path) if there is
-    one.
-    """
+    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path), if given."""
     if cache is None:
         return pack(sizes, row_tokens, rows, seed, shuffle)
     text = f"{row_tokens} {rows} {seed} {shuffle} {WINDOW}".encode()

@@ -1,10 +1,9 @@
 """A row: whole groups (or plain LM documents) laid out at a fixed shape for the data loader.
 
 Legend: S tokens of a row, Q query slots, G group slots, K candidate slots of a group. Everything
-that
-is not there is padding: a padding token attends to itself alone, a padding query has target -1, a
-padding candidate has `candidate_mask` False. The shapes are the same for every row of a run, so
-that Megatron's own collate stacks them.
+that is not there is padding: a padding token attends to itself alone, a padding query has target
+-1, a padding candidate has `candidate_mask` False. The shapes are the same for every row of a run,
+so that Megatron's own collate stacks them.
 """
 
 from collections.abc import Sequence

@@ -6,9 +6,9 @@ Files of a store PREFIX:
     PREFIX.values.bin / .idx   float32; one document per group: the rows of `VALUE_ROWS`
     PREFIX.json                the manifest: what made it, with which tokenizer, and checksums
 
-so that Megatron's tools and memory mapping work on it. The manifest is renamed into
-place last: a store without one is not a store. Values are keyed by the group, never by the order in
-which training visits it. A reader refuses what does not fit together and shows both values.
+so that Megatron's tools and memory mapping work on it. The manifest is renamed into place last: a
+store without one is not a store. Values are keyed by the group, never by the order in which
+training visits it. A reader refuses what does not fit together and shows both values.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Group:
     prefix: Ints
     """[p] token ids."""
     candidates: list[Ints]
-    """K arrays of token ids, in input order, y_1 first; each ends in the tokenizer's EOD."""
+    """K arrays of token ids, in input order, y_1 first; each ends in EOD unless its text goes on."""
     kinds: NDArray[np.integer[Any]]
     """[K] index into `KINDS`."""
     similarities: NDArray[np.float32]
@@ -56,9 +56,9 @@ class GroupWriter:
 
     Args:
         path_prefix: the store's PREFIX.
-        manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able. The
-            writer adds `format_version`, `groups`, `k`, `kinds`, token counts and the files'
-            checksums.
+        manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able.
+            The writer adds `format_version`, `groups`, `k`, `kinds`, token counts and the
+            checksums of the files.
         vocab_size: decides the stored integer type, as Megatron's own preprocessing does.
     """
 
@@ -152,17 +152,15 @@ class GroupReader:
             if found != expected["bytes"]:
                 raise ValueError(
                     f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
-                    f"says "
-                    f"{expected['bytes']} bytes: the file is truncated or from another build; "
-                    f"copy it "
-                    "again or rebuild with tools/build_negatives.py"
+                    f"says {expected['bytes']} bytes: the file is truncated or from another "
+                    "build; copy it again or rebuild with tools/build_negatives.py"
                 )
         self._tokens = IndexedDataset(path_prefix)
         self._values = IndexedDataset(path_prefix + ".values")
         if len(self) != self.manifest["groups"]:
             raise ValueError(
-                f"{path_prefix}: {len(self)} groups, its manifest says "
-                f"{self.manifest['groups']}: rebuild it"
+                f"{path_prefix}: {len(self)} groups, "
+                f"its manifest says {self.manifest['groups']}: rebuild it"
             )
 
     def __len__(self) -> int:
@@ -236,8 +234,7 @@ def write_reference_logps(
         if len(logps) != len(group.candidates):
             raise ValueError(
                 f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
-                f"{len(logps)} "
-                "log-probs were given"
+                f"{len(logps)} log-probs were given"
             )
         scored = Group(**{**group.__dict__, "reference_logps": logps})
         _add_values(builder, scored, np.array([tokens[index], queries[index]]))
@@ -262,9 +259,9 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
         version = manifest["format_version"]
     except FileNotFoundError:
         raise ValueError(
-            f"{path}: no manifest there, so {path_prefix} is not a finished group store; build "
-            f"one with "
-            "tools/build_negatives.py --output-prefix, and give its PREFIX without a suffix"
+            f"{path}: no manifest there, so {path_prefix} is not a finished group store; "
+            "build one with tools/build_negatives.py --output-prefix, "
+            "and give its PREFIX without a suffix"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -272,8 +269,8 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
         ) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path}: format version {version}, this release reads {FORMAT_VERSION}: rebuild the "
-            f"store"
+            f"{path}: format version {version}, "
+            f"this release reads {FORMAT_VERSION}: rebuild the store"
         )
     return dict(manifest)
 

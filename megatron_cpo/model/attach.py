@@ -22,8 +22,8 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
     for chunk in model_chunks:
         if "output_processor" not in inspect.signature(chunk.forward).parameters:
             raise ValueError(
-                f"{type(chunk).__name__} has no output_processor, so the log-prob head cannot be "
-                "attached; CPO trains GPTModel"
+                f"{type(chunk).__name__} has no output_processor, "
+                "so the log-prob head cannot be attached; CPO trains GPTModel"
             )
         config, cache = chunk.config, TreeMaskCache()
         scale = config.softmax_scale
@@ -41,9 +41,8 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
             )
         rotary = getattr(chunk, "rotary_pos_emb", None)
         if rotary is not None:
-            config.apply_rope_fusion = (
-                False  # the fused kernel takes one table for all rows of a batch
-            )
+            # The fused kernel takes one table for all rows of a batch.
+            config.apply_rope_fusion = False
             chunk.rotary_pos_emb = DepthRotaryEmbedding(rotary)
             chunk.register_forward_pre_hook(chunk.rotary_pos_emb.remember, with_kwargs=True)
     return model_chunks

@@ -71,8 +71,10 @@ class TreeMaskCache:
         self._derived: Any = None
 
     def get(self, subtree_end: Tensor, derive: Any) -> Any:
-        """`derive(subtree_end)`, worked out once per mask; recomputed layers get it in a new tensor
-        over the same memory, which stays taken as long as the first one is held here.
+        """`derive(subtree_end)`, worked out once per mask.
+
+        Recomputed layers get the mask in a new tensor over the same memory, which stays taken as
+        long as the first one is held here.
         """
         if self._vector is None or _memory(self._vector) != _memory(subtree_end):
             self._vector, self._derived = subtree_end, derive(subtree_end)
@@ -114,8 +116,7 @@ class TreeAttention(nn.Module):
         if attention_mask is None or attention_mask.dim() != 2:
             raise ValueError(
                 "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; "
-                "the rows of "
-                "the CPO data loader carry it, another forward step does not"
+                "the rows of the CPO data loader carry it, another forward step does not"
             )
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [B, heads, S, D]
         run = self._flex if query.is_cuda else self._blocked
@@ -124,12 +125,8 @@ class TreeAttention(nn.Module):
 
     def _blocked(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:
         rows = self._cache.get(subtree_end, lambda ends: [live_blocks(end) for end in ends])
-        return torch.stack(
-            [
-                self._one_row(q, k, v, row)
-                for q, k, v, row in zip(query, key, value, rows, strict=True)
-            ]
-        )
+        inputs = zip(query, key, value, rows, strict=True)
+        return torch.stack([self._one_row(q, k, v, row) for q, k, v, row in inputs])
 
     def _one_row(self, query: Tensor, key: Tensor, value: Tensor, blocks: list[_Block]) -> Tensor:
         out = []

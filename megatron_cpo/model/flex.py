@@ -21,9 +21,8 @@ def tree_block_mask(subtree_end: Tensor) -> BlockMask:
     blocks = -(-size // BLOCK)
     reach = torch.zeros(rows, blocks * BLOCK, dtype=subtree_end.dtype, device=subtree_end.device)
     reach[:, :size] = subtree_end
-    furthest = reach.view(rows, blocks, BLOCK).amax(
-        -1
-    )  # one past the last token any key here serves
+    # One past the last token that any key of a block serves.
+    furthest = reach.view(rows, blocks, BLOCK).amax(-1)
     at = torch.arange(blocks, device=subtree_end.device)
     # Key block c can serve query block r when it does not lie after it and reaches into it.
     live = (at[None, :] <= at[:, None]) & (furthest[:, None, :] > (at * BLOCK)[None, :, None])

@@ -8,8 +8,7 @@ from torch import Tensor
 from megatron_cpo.model.logprobs import Queries, query_logps
 
 Batch = dict[str, Tensor]
-"""Collated rows: the arrays of `groups.rows.Row` with a leading dimension B, and the batch totals.
-"""
+"""Collated rows: arrays of `groups.rows.Row` with a leading dimension B, and the batch totals."""
 
 
 def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots: int) -> Tensor:
@@ -50,8 +49,8 @@ class RowForward:
             flattened to [Q].
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        # Counted on the CPU, where the loader left it: compacting on a GPU would wait for the
-        # device.
+        # Counted on the CPU, where the loader left it:
+        # compacting on a GPU would wait for the device.
         queries = Queries.of(batch["query_positions"], batch["query_targets"], device)
         real = batch["query_targets"] >= 0
         slots = batch["candidate_mask"][0].numel()

@@ -1,5 +1,4 @@
-"""The log-prob head: log pi(target | position) for queries alone, over a vocabulary-parallel output
-layer.
+"""The log-prob head, vocabulary parallel: log pi(target | position) for queries alone.
 
 Logits exist for the positions that have a query, one chunk of them at a time, never for all tokens
 and never for all positions at once; the backward pass computes each chunk again. So the workspace
@@ -21,8 +20,7 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time on a rank (64 MiB of float32, a few of which are alive in backward).
-"""
+"""Logits that exist at a time on a rank (64 MiB of float32, a few of them alive in backward)."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class Queries:
             targets: [B, Q] token ids; -1 is padding.
         """
         batch, at = torch.nonzero(targets >= 0, as_tuple=True)
-        # Megatron's hidden states are [S, B, H]; row-major order over (row, position) stays
-        # increasing.
+        # Megatron's hidden states are [S, B, H];
+        # row-major order over (row, position) stays increasing.
         flat, rows, counts = torch.unique_consecutive(
             batch * (positions.max() + 1) + positions[batch, at],
             return_inverse=True,

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 
 class DepthRotaryEmbedding(nn.Module):
-    """Wraps Megatron's `RotaryEmbedding`, which ignores `position_ids`, and looks the depths up in
-    it.
+    """Wraps Megatron's `RotaryEmbedding`, which ignores `position_ids`, and looks depths up in it.
 
     Megatron calls it with a length and gets angles [S, 1, 1, D] by row index; this returns
     [S, B, 1, D] by depth, which its unfused RoPE broadcasts over the heads. The depths come from

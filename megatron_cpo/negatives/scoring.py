@@ -1,5 +1,4 @@
-"""Reference log-probs: K floats per group, computed once by the very forward path that training
-uses.
+"""Reference log-probs: K floats per group, computed once by the very path that training uses.
 
 Under torchrun with the reference's own model flags, at any TP x PP x DP. Rows are dealt out to the
 data-parallel ranks, every pipeline stage walks them in step, and rank 0 writes the store.
@@ -75,8 +74,8 @@ def score_groups(path_prefix: str, args: Any) -> None:
         merged = {group: logps for part in everywhere for group, logps in part.items()}
         write_reference_logps(path_prefix, [merged[i] for i in range(len(reader))], reference)
         print(
-            f"scored {len(merged)} groups under {reference['name']} iteration "
-            f"{reference['iteration']}"
+            f"scored {len(merged)} groups under {reference['name']} "
+            f"iteration {reference['iteration']}"
         )
     torch.distributed.barrier()  # nobody reads the store before it is whole
 
@@ -97,9 +96,7 @@ def _load_policy(args: Any) -> list[Any]:
 
 
 def _score_rows(rows: GroupDataset, model: list[Any], args: Any) -> dict[int, NDArray[np.float32]]:
-    """Log-probs [K] of the groups in this data-parallel rank's rows; empty on other pipeline
-    stages.
-    """
+    """Log-probs [K] of groups in this data-parallel rank's rows; empty on other pipeline stages."""
     from megatron.core import mpu
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.training import get_tokenizer

@@ -19,8 +19,7 @@ class CPOConfig:
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
     objective: str = "best"
-    """best: eq. 1, the truth against all; ranked: eq. 2, Plackett-Luce over the similarity order.
-    """
+    """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order."""
     beta: float = 5.0
     """Inverse temperature of the reward beta * log(pi / pi_ref); > 0. The paper: 5."""
     weight: float = 1.0
@@ -54,20 +53,20 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "k": (
         int,
         "K",
-        "Candidates per group, the true one included; must match the data (default 12, as in the "
-        "paper).",
+        "Candidates per group, the true one included; must match the data "
+        "(default 12, as in the paper).",
     ),
     "objective": (
         str,
         None,
-        "best (default): the truth against all candidates, eq. 1. ranked: Plackett-Luce over the "
-        "similarity order, eq. 2.",
+        "best (default): the truth against all candidates, eq. 1. "
+        "ranked: Plackett-Luce over the similarity order, eq. 2.",
     ),
     "beta": (
         float,
         "BETA",
-        "Reward = beta * (log pi - log pi_ref), summed over a candidate's tokens (default 5, as in "
-        "the paper).",
+        "Reward = beta * (log pi - log pi_ref), summed over a candidate's tokens "
+        "(default 5, as in the paper).",
     ),
     "weight": (
         float,
@@ -83,8 +82,8 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "mle_tokens": (
         str,
         None,
-        "Tokens of the MLE loss: the true continuation (default), or the whole sequence with its "
-        "prefix.",
+        "Tokens of the MLE loss: the true continuation (default), "
+        "or the whole sequence with its prefix.",
     ),
     "fraction": (
         float,
@@ -124,8 +123,8 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     """The configuration in parsed arguments; None without `--cpo-aux-loss`.
 
     Raises:
-        ValueError: a value out of range, a missing path, or a `--cpo-*` flag without
-        `--cpo-aux-loss`.
+        ValueError: a value out of range, a missing path,
+            or a `--cpo-*` flag without `--cpo-aux-loss`.
     """
     values: dict[str, Any] = {f.name: getattr(args, f"cpo_{f.name}") for f in fields(CPOConfig)}
     if not args.cpo_aux_loss:

@@ -30,16 +30,15 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     ours = tokenizer_identity(tokenizer)
     if manifest["tokenizer"] != ours:
         raise ValueError(
-            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: their token "
-            f"ids mean "
-            "different text; pass the tokenizer flags the store was built with, or rebuild it"
+            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: "
+            "their token ids mean different text; "
+            "pass the tokenizer flags the store was built with, or rebuild it"
         )
     if manifest["longest_sequence"] > positions:
         raise ValueError(
             f"--max-position-embeddings {positions}: the longest prefix + candidate of {path} has "
             f"{manifest['longest_sequence']} tokens; raise it, or rebuild the store with "
-            f"--max-length "
-            f"{positions}"
+            f"--max-length {positions}"
         )
     if config.objective == "ranked" and manifest.get("ranker") == "none":
         raise ValueError(
@@ -49,8 +48,7 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     if manifest["reference"] is None:
         raise ValueError(
             f"{path} has no reference log-probs; score it with tools/build_negatives.py "
-            f"--score-only "
-            f"--output-prefix {path} --load CHECKPOINT and the model's flags"
+            f"--score-only --output-prefix {path} --load CHECKPOINT and the model's flags"
         )
 
 
@@ -195,7 +193,7 @@ def _report(name: str, rows: Any, batch_rows: int) -> None:
     )
     if groups.too_long:
         print_rank_0(
-            f" > cpo {name} data: {groups.too_long} groups have more than --seq-length "
-            f"{rows.shape.tokens} tokens in their tree and are left out; raise --seq-length to "
-            f"use them"
+            f" > cpo {name} data: {groups.too_long} groups have more than "
+            f"--seq-length {rows.shape.tokens} tokens in their tree and are left out; "
+            "raise --seq-length to use them"
         )

@@ -54,8 +54,8 @@ class StepZeroGate:
             return line + "ok"
         return line + (
             "FAILED: the policy is not its reference. Check that the store was scored with the "
-            "model, position and precision flags of this run; if they differ, score it again "
-            "with tools/build_negatives.py --score-only"
+            "model, position and precision flags of this run; "
+            "if they differ, score it again with tools/build_negatives.py --score-only"
         )
 
 

@@ -1,9 +1,9 @@
 """What a CPO step reports: numerators and denominators that Megatron sums over the global batch.
 
 Each entry is a float32 [2] tensor (numerator, denominator). Megatron sums both over micro-batches
-and data-parallel ranks and logs the quotient, in the log, TensorBoard and evaluation alike. Here
-s_k is the reward beta * log(pi / pi_ref) of candidate k, summed over its tokens, in nats times
-beta.
+and data-parallel ranks and logs the quotient, in the log, TensorBoard and evaluation alike.
+Here s_k is the reward beta * log(pi / pi_ref) of candidate k, summed over its tokens,
+in nats times beta.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def group_metrics(
 ) -> dict[str, Tensor]:
     """Metrics over the groups of a micro-batch; the tensors are [groups, K], detached.
 
-    - `cpo accuracy`: share of groups whose truth has strictly the highest reward (0 at theta =
-      ref).
+    - `cpo accuracy`: share of groups whose truth has strictly the highest reward
+      (0 at theta = ref).
     - `cpo margin`: s_1 minus the best negative's reward.
     - `cpo truth logp`: log pi(y_1 | x), nats per sequence; `cpo truth logratio`: minus log pi_ref.
     - `cpo rank tau`: Kendall's tau-a between rewards and the given order; ties count 0.

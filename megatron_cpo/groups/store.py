@@ -40,7 +40,7 @@ class Group:
     prefix: Ints
     """[p] token ids."""
     candidates: list[Ints]
-    """K arrays of token ids, in input order, y_1 first; each ends in EOD unless its text goes on."""
+    """K arrays of ids, in input order, y_1 first; each ends in EOD unless its text goes on."""
     kinds: NDArray[np.integer[Any]]
     """[K] index into `KINDS`."""
     similarities: NDArray[np.float32]

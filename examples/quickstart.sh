@@ -105,5 +105,7 @@ cat <<END
 Try next
   bash examples/quickstart.sh --cpo-objective ranked   # eq. 2: the whole order, not only the best
   bash examples/quickstart.sh --cpo-mle-weight 0       # the paper's own runs: CPO without MLE
+  python tools/merge_checkpoints.py --mle $OUT/mle --cpo $OUT/cpo --alpha 0.3 \\
+      --output $OUT/merged               # the paper's last step: average the weights
   tensorboard --logdir $OUT/tensorboard
 END

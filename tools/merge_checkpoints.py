@@ -52,6 +52,8 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"merge_checkpoints.py: {error}")
+    checked = ", read back and checked" if args.verify else ""
+    print(f"{args.output}: alpha {' '.join(map(str, args.alpha))} of {args.mle}{checked}")
 
 
 if __name__ == "__main__":

@@ -46,29 +46,28 @@ class RowForward:
         Returns:
             On the last pipeline stage the log-probs of the queries, [Q] float32; elsewhere the
             hidden states for the next stage. And the batch on the device, with its queries
-            flattened to [Q].
+            flattened: `first_slot`, `last_slot` and `lm`, [Q] each.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        # Counted on the CPU, where the loader left it:
-        # compacting on a GPU would wait for the device.
+        # Compacted on the CPU, where the loader left it: on a GPU it would wait for the device.
         queries = Queries.of(batch["query_positions"], batch["query_targets"], device)
         real = batch["query_targets"] >= 0
         slots = batch["candidate_mask"][0].numel()
         offset = slots * torch.arange(len(real))[:, None]
-        batch = {**batch, "first_slot": (batch["query_first_slot"] + offset)[real]}
-        batch |= {
+        flat = {
+            "first_slot": (batch["query_first_slot"] + offset)[real],
             "last_slot": (batch["query_last_slot"] + offset)[real],
             "lm": batch["query_lm"][real],
         }
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        on_device = {n: t.to(device, non_blocking=True) for n, t in (batch | flat).items()}
         output = model(
-            batch["tokens"],
-            batch["position_ids"],
-            batch["subtree_end"],
+            on_device["tokens"],
+            on_device["position_ids"],
+            on_device["subtree_end"],
             output_processor=self._head,
             output_processor_context=queries,
         )
-        return output, batch
+        return output, on_device
 
     def _head(
         self,

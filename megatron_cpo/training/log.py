@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_cpo.training.gate import StepZeroGate
 
 AT_REFERENCE = "cpo loss at reference"
-"""What the step reports beside its losses while there is a gate to check."""
+"""What the step reports beside its losses, for the gate: the CPO loss if theta were ref, nats."""
 
 
 class MetricLog:
@@ -30,14 +30,14 @@ class MetricLog:
         """Log as Megatron does, then our line if an interval ends here."""
         from megatron.training import get_args, print_rank_last
 
-        losses = inspect.signature(original).bind(*args, **kwargs).arguments["loss_dict"]
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        losses = bound["loss_dict"]
         expected = losses.pop(AT_REFERENCE, None)  # a constant: for the gate, not for the log
         if self.gate is not None and expected is not None and "cpo loss" in losses:
             if self.gate.reason is None and float(expected) > 0:
                 print_rank_last(self.gate.verdict(float(losses["cpo loss"]), float(expected)))
             self.gate = None
         result = original(*args, **kwargs)
-        bound = inspect.signature(original).bind(*args, **kwargs).arguments
         if bound["skipped_iter"] == 0 and "cpo loss" in losses:
             self._iterations += 1
             for name, value in losses.items():

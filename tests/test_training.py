@@ -95,6 +95,17 @@ def test_evaluation_reports_the_same_metrics(store: str) -> None:
         assert min(trained[name]) - 1e-5 <= found <= max(trained[name]) + 1e-5
 
 
+def test_groups_longer_than_a_row_are_left_out_and_counted(store: str) -> None:
+    """The log has their number; the others train."""
+    sizes, _ = GroupReader(store).tree_sizes()
+    tokens = int(sizes.max()) - 1
+    too_long = int((sizes > tokens).sum())
+    flags = f"--seq-length {tokens} --global-batch-size 2 --train-iters 1 --eval-iters 0".split()
+    output = train(store, *flags, "--split", "1,0,0")
+    assert f"cpo train data: {too_long} groups have more than --seq-length {tokens}" in output
+    assert len(cpo_curves(output)["cpo_loss"]) == 1
+
+
 def test_attention_dropout_is_set_to_zero_and_said(store: str) -> None:
     """Megatron's default of 0.1, which --use-checkpoint-args may force, trains like 0."""
     flags = "--global-batch-size 2 --train-iters 2 --eval-iters 0".split()

@@ -31,7 +31,7 @@ help:  ## show this text
 setup: $(STAMP)  ## create .venv and install; does nothing when nothing changed
 	@echo 'setup: $(VENV) is up to date'
 
-$(STAMP): setup.py pyproject.toml constraints.txt scripts/setup.sh
+$(STAMP): setup.py pyproject.toml constraints.txt scripts/setup.sh scripts/uv.sh
 	@bash scripts/setup.sh
 	@touch $@
 

@@ -8,6 +8,8 @@ cd "$(dirname "$0")/.."
 # Without byte code every import of Megatron compiles it anew: 11 s instead of 4 s (2 cores).
 unset PYTHONDONTWRITEBYTECODE
 
+source scripts/uv.sh
+
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$@" >&2; exit 1; }
 
@@ -30,17 +32,6 @@ find_python() {
     done
 }
 
-# Prints the path of a uv: the user's own, or one in the private .venv-uv.
-find_uv() {
-    local candidate
-    for candidate in uv "$HOME/.local/bin/uv" .venv-uv/bin/uv; do
-        if "$candidate" --version >/dev/null 2>&1; then
-            printf '%s\n' "$candidate"
-            return
-        fi
-    done
-}
-
 # uv is a binary, so any Python that has pip can fetch it, also one too old for us.
 install_uv() {
     local candidate
@@ -52,22 +43,6 @@ install_uv() {
         "$candidate" -m pip install --quiet --target .venv-uv --constraint constraints.txt uv && return
     done 2>.uv-errors
     return 1
-}
-
-# uv does not read pip's settings. Someone with a mirror or a private certificate has usually told
-# pip only, so pass these two on where uv has none of its own.
-adopt_pip_settings() {
-    local index cert
-    index=$("$1" -m pip config get global.index-url 2>/dev/null) || index=""
-    cert=$("$1" -m pip config get global.cert 2>/dev/null) || cert=""
-    index=${PIP_INDEX_URL:-$index}
-    cert=${PIP_CERT:-$cert}
-    if [[ -n $index && -z ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then
-        export UV_DEFAULT_INDEX=$index
-    fi
-    if [[ -n $cert && -z ${SSL_CERT_FILE:-} ]]; then
-        export SSL_CERT_FILE=$cert
-    fi
 }
 
 python=""
@@ -92,7 +67,6 @@ if [[ -z $uv ]]; then
     uv=$(find_uv)
 fi
 adopt_pip_settings "${python:-python3}"
-export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}  # torch is large; some mirrors pause while sending it
 
 if usable .venv/bin/python; then
     say "updating .venv ($(.venv/bin/python --version))"

@@ -46,7 +46,7 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(STAMP)  ## measure; ARGS="--help" lists what
+bench: $(STAMP)  ## measure; ARGS="--help" lists what, ARGS="--only step" picks
 	$(IN_VENV) python -m benchmarks $(ARGS)
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/

@@ -1,6 +1,7 @@
-"""`python -m benchmarks`: every benchmark, side by side in one process, as one table.
+"""`python -m benchmarks`: what a step costs beside what users would run instead, as one table.
 
-Times are medians; compare them within one run only. `--hidden 768` is GPT-2's width.
+Times are medians of steps taken in turn; compare them within one run only. `--hidden 768` is
+GPT-2's width, `--only step` one part of the table.
 """
 
 import argparse
@@ -8,22 +9,32 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
-from benchmarks.setting import DOLLY, Setting, build_store, start_megatron, temporary_folder
+from benchmarks.setting import DOLLY, Rows, Setting, temporary_folder
 from benchmarks.step import bench_step
+
+PARTS: dict[str, Callable[[Setting], Rows]] = {
+    "step": bench_step,
+    "loader": bench_loader,
+    "head": bench_head,
+}
+"""What can be measured, in the order of the table. A part is a module with one such function."""
 
 
 def main() -> None:
-    """Run the benchmarks and print the table."""
+    """Run the benchmarks and print the table, each part as soon as it is measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--hidden", type=int, default=256, help="width of the model")
     add("--layers", type=int, default=4, help="layers of the model")
     add("--heads", type=int, default=4, help="attention heads of the model")
@@ -31,28 +42,22 @@ def main() -> None:
     add("--negatives", default="bn=3,tn=8", help="mix of negatives, see tools/build_negatives.py")
     add("--repeats", type=int, default=5, help="timed repetitions of each step")
     add("--data", type=Path, default=DOLLY, help="JSONL records, as tools/build_negatives.py takes")
-    args = parser.parse_args()
+    args = vars(parser.parse_args())
+    parts = args.pop("only") or PARTS
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
-    setting = Setting(**vars(args))
-
-    start_megatron()
-    with temporary_folder() as folder:
-        reader = build_store(setting, folder)
-        rows = [
-            *bench_step(setting, reader),
-            *bench_loader(setting, reader),
-            *bench_head(),
-        ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    width = max(len(name) for name, _ in rows)
+    setting = Setting(**args)
     print(
-        f"\n{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+        f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}; {setting.layers} layers, hidden {setting.hidden}, vocabulary "
-        f"{setting.vocab}, K={reader.manifest['k']} ({setting.negatives}), {setting.data.name}"
+        f"{setting.vocab}, {setting.negatives}, {setting.data.name}"
     )
-    for name, result in rows:
-        print(f"{name:<{width}} | {result}")
+    with temporary_folder() as folder:
+        setting = replace(setting, folder=folder)
+        for part in parts:
+            for name, result in PARTS[part](setting):
+                print(f"{name:<64} | {result}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from benchmarks.setting import Rows, Setting
 from megatron_cpo.model.logprobs import Queries, query_logps
 
 
@@ -35,7 +36,7 @@ def head_peak(rows: int, vocab: int, hidden: int = 64) -> int:
     return counted.peak
 
 
-def bench_head() -> list[tuple[str, str]]:
+def bench_head(_setting: Setting) -> Rows:
     """Rows of the table."""
     sizes = [(4096, 50257), (16384, 25000), (16384, 50257)]
     measured = [

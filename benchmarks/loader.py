@@ -5,13 +5,13 @@ import time
 import numpy as np
 from torch.utils.data import default_collate
 
-from benchmarks.setting import Setting
+from benchmarks.setting import Rows, Setting, group_store
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, RowConfig
-from megatron_cpo.groups.store import GroupReader
 
 
-def bench_loader(setting: Setting, reader: GroupReader) -> list[tuple[str, str]]:
+def bench_loader(setting: Setting) -> Rows:
     """Rows of the table."""
+    reader = group_store(setting)
     k = reader.manifest["k"]
     dataset = GroupDataset(reader, RowConfig(setting.row_tokens, k), rows=None)
     rows = BatchTotals(dataset, batch_rows=4)

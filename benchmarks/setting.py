@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from megatron_cpo.groups.store import Group, GroupReader
 
+Rows = list[tuple[str, str]]
+"""Rows of the table: what was measured, and the result in words."""
 DOLLY = Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl"
 
 
@@ -33,6 +36,8 @@ class Setting:
     """Groups of a padded micro-batch; the trees take as many groups."""
     repeats: int = 5
     data: Path = DOLLY
+    folder: str = ""
+    """For stores and checkpoints; emptied at the end."""
 
     @property
     def device(self) -> torch.device:
@@ -40,8 +45,9 @@ class Setting:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@cache
 def start_megatron() -> None:
-    """One rank with Megatron's process groups; the CPU host where there is no CUDA."""
+    """One rank with Megatron's process groups, once; the CPU host where there is no CUDA."""
     from megatron_cpo import install
 
     install()
@@ -54,8 +60,10 @@ def start_megatron() -> None:
     model_parallel_cuda_manual_seed(1)
 
 
-def build_store(setting: Setting, folder: str) -> GroupReader:
-    """Groups of the setting's mix over its records; the tokenizer is trained on them first."""
+@cache
+def group_store(setting: Setting) -> GroupReader:
+    """Groups of the setting's mix over its records, built once; so is the tokenizer, on them."""
+    start_megatron()
     import argparse
 
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -66,14 +74,14 @@ def build_store(setting: Setting, folder: str) -> GroupReader:
     from megatron_cpo.negatives.build import BuildConfig, build_groups
 
     source = Source((str(setting.data),), max_length=setting.max_length)
-    train_sentencepiece(source, f"{folder}/tokenizer.model", 4000)
+    train_sentencepiece(source, f"{setting.folder}/tokenizer.model", 4000)
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = ["--tokenizer-type", "SentencePieceTokenizer"]
-    args = parser.parse_args([*flags, "--tokenizer-model", f"{folder}/tokenizer.model"])
+    args = parser.parse_args([*flags, "--tokenizer-model", f"{setting.folder}/tokenizer.model"])
     args.rank = 1  # Megatron's builder prints on rank 0
-    config = BuildConfig(source, f"{folder}/groups", setting.negatives)
+    config = BuildConfig(source, f"{setting.folder}/groups", setting.negatives)
     build_groups(config, build_tokenizer(args))
-    return GroupReader(f"{folder}/groups")
+    return GroupReader(f"{setting.folder}/groups")
 
 
 def build_model(setting: Setting, trees: bool) -> Any:

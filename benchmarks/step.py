@@ -15,17 +15,25 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from benchmarks.setting import Setting, build_model, sample_groups, side_by_side
+from benchmarks.setting import (
+    Rows,
+    Setting,
+    build_model,
+    group_store,
+    sample_groups,
+    side_by_side,
+)
 from megatron_cpo.groups.rows import RowShape, documents_row, group_row
-from megatron_cpo.groups.store import Group, GroupReader
+from megatron_cpo.groups.store import Group
 from megatron_cpo.model.forward import RowForward, candidate_logps
 from megatron_cpo.objective import ranked
 
 BETA = 5.0
 
 
-def bench_step(setting: Setting, reader: GroupReader) -> list[tuple[str, str]]:
-    """Rows of the table: what was measured, and the result in words."""
+def bench_step(setting: Setting) -> Rows:
+    """Rows of the table."""
+    reader = group_store(setting)
     model, tree_model = build_model(setting, trees=False), build_model(setting, trees=True)
     forward = RowForward(setting.vocab)
     batches = [sample_groups(reader, setting.groups, i) for i in range(setting.repeats)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_cpo.model import logprobs
 from megatron_cpo.model.logprobs import Queries, query_logps
 from tests.ranks import run_ranks
 
@@ -89,13 +90,15 @@ def test_queries_are_the_distinct_positions(seed: int) -> None:
     assert queries.ends[-1] == len(wanted)
 
 
-@pytest.mark.parametrize("chunk_logits", [1, ROWS, 3 * ROWS + 5, 2**24])
-def test_values_and_gradients_equal_log_softmax(chunk_logits: int) -> None:
-    """Chunks of 1, 1, 3 and all positions; float32 against float64, relative 1e-5."""
+@pytest.mark.parametrize("kept_logits", [0, 5 * ROWS, 2**24])
+@pytest.mark.parametrize("chunk_logits", [1, ROWS, 3 * ROWS + 5, 2**14])
+def test_values_and_gradients_equal_log_softmax(chunk_logits: int, kept_logits: int) -> None:
+    """Chunks of 1, 1, 3 and all positions; none, a few and all kept; float32, relative 1e-5."""
     positions, targets = some_queries()
     hidden, weight = some_inputs()
     queries = Queries.of(positions, targets, "cpu")
-    logps = query_logps(hidden, weight, queries, VOCAB, chunk_logits=chunk_logits)
+    chunks = {"chunk_logits": chunk_logits, "kept_logits": kept_logits}
+    logps = query_logps(hidden, weight, queries, VOCAB, **chunks)
     expected = twin(hidden, weight, positions, targets, VOCAB)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
@@ -104,6 +107,42 @@ def test_values_and_gradients_equal_log_softmax(chunk_logits: int) -> None:
     slow_gradients = torch.autograd.grad(expected, (hidden, weight), upstream)
     for found, slow in zip(gradients, slow_gradients, strict=True):
         assert relative(found, slow) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_are_those_computed_again(dtype: torch.dtype) -> None:
+    """Bit for bit, whatever is kept; and once they are used up, a second backward works as well."""
+    positions, targets = some_queries()
+    hidden, weight = some_inputs(dtype)
+    queries = Queries.of(positions, targets, "cpu")
+    results = []
+    for kept_logits in (0, 7 * ROWS, 2**24):
+        logps = query_logps(
+            hidden, weight, queries, VOCAB, chunk_logits=3 * ROWS, kept_logits=kept_logits
+        )
+        upstream = upstream_for(logps)
+        for _ in range(2):
+            again = torch.autograd.grad(logps, (hidden, weight), upstream, retain_graph=True)
+            results.append([logps, *again])
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_two_micro_batches_wait_for_backward_together() -> None:
+    """Neither overwrites what the other has kept."""
+    hidden, weight = some_inputs()
+    batches = [Queries.of(*some_queries(seed=seed), "cpu") for seed in range(3)]
+    expected = []
+    for queries in batches:
+        logps = query_logps(hidden, weight, queries, VOCAB, chunk_logits=3 * ROWS)
+        expected.append(torch.autograd.grad(logps.sum(), (hidden, weight)))
+    waiting = [query_logps(hidden, weight, q, VOCAB, chunk_logits=3 * ROWS) for q in batches]
+    for logps, slow in zip(waiting, expected, strict=True):
+        for found, gradient in zip(
+            torch.autograd.grad(logps.sum(), (hidden, weight)), slow, strict=True
+        ):
+            assert torch.equal(found, gradient)
 
 
 def test_rows_that_pad_the_vocabulary_do_not_count() -> None:
@@ -299,23 +338,34 @@ def test_memory_measures_what_it_says() -> None:
     assert memory.peak == 8000
 
 
-def test_memory_does_not_grow_with_the_vocabulary_times_the_queries() -> None:
-    """16,384 positions by 50,257 tokens would be 3.3 GB of float32 logits; chunks are 8 MiB.
+@pytest.mark.parametrize("kept_chunks", [0, 3])
+def test_memory_does_not_grow_with_the_vocabulary_times_the_queries(kept_chunks: int) -> None:
+    """8,192 positions by 50,257 tokens would be 1.6 GB of float32 logits; chunks are 8 MiB.
 
-    Alive at a time are a few chunks and a few copies of what is there anyway: the output layer (3.2
-    MB), its gradients and the hidden states (1 MB). Nothing is kept from one chunk to the next.
+    Alive at a time are what may be kept, one chunk beyond it, a few copies of what is there anyway:
+    the output layer (3.2 MB), its gradients and the hidden states (0.5 MB). Without a gradient
+    nothing is kept.
     """
-    rows, vocab, width, chunk = 16_384, 50_257, 16, 2**21
+    rows, vocab, width, chunk = 8192, 50_257, 16, 2**21
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows // 2, 2, width, generator=generator, requires_grad=True)
     weight = torch.randn(50_304, width, generator=generator, requires_grad=True)
     positions = torch.arange(rows // 2).expand(2, -1).contiguous()
     targets = torch.randint(vocab, (2, rows // 2), generator=generator)
     queries = Queries.of(positions, targets, "cpu")
+    chunks = {"chunk_logits": chunk, "kept_logits": kept_chunks * chunk}
+    chunk_bytes, input_bytes = 4 * chunk, 4 * (weight.numel() + hidden.numel())
+    logprobs._SPARE.clear()  # what other tests left would not be counted
+    with Memory() as memory, torch.no_grad():
+        query_logps(hidden, weight, queries, vocab, **chunks)
+    assert memory.peak <= chunk_bytes + input_bytes
+    logprobs._SPARE.clear()
     with Memory() as memory:
-        logps = query_logps(hidden, weight, queries, vocab, chunk_logits=chunk)
+        logps = query_logps(hidden, weight, queries, vocab, **chunks)
         logps.sum().backward()
     assert len(logps) == rows
-    chunk_bytes, input_bytes = 4 * chunk, 4 * (weight.numel() + hidden.numel())
     assert memory.largest <= max(chunk_bytes, input_bytes)
-    assert memory.peak <= 2 * chunk_bytes + 4 * input_bytes < 0.02 * 4 * rows * vocab
+    bound = (kept_chunks + 1) * chunk_bytes + 4 * input_bytes
+    assert kept_chunks * chunk_bytes < memory.peak <= bound < 0.04 * 4 * rows * vocab
+    # Kept for the next micro-batch is the workspace, no more.
+    assert 4 * sum(map(len, logprobs._SPARE)) <= (kept_chunks + 1) * chunk_bytes

@@ -129,17 +129,22 @@ class TreeAttention(nn.Module):
         return torch.stack([self._one_row(q, k, v, row) for q, k, v, row in inputs])
 
     def _one_row(self, query: Tensor, key: Tensor, value: Tensor, blocks: list[_Block]) -> Tensor:
-        out = []
-        for block in blocks:
-            attended = scaled_dot_product_attention(
-                query[None, :, block.first : block.last],
-                key[None, :, block.keys],
-                value[None, :, block.keys],
+        # One gather for all blocks: its backward is one sum into the keys, where a gather for each
+        # block would make and add a whole row's gradient for each.
+        live, counts = torch.cat([b.keys for b in blocks]), [len(b.keys) for b in blocks]
+        queries = query.split([b.last - b.first for b in blocks], dim=1)
+        keys, values = (t.index_select(1, live).split(counts, dim=1) for t in (key, value))
+        out = [
+            scaled_dot_product_attention(
+                q[None],
+                k[None],
+                v[None],
                 attn_mask=block.mask,
                 scale=self.softmax_scale,
                 enable_gqa=key.shape[0] != query.shape[0],
-            )
-            out.append(attended[0])
+            )[0]
+            for q, k, v, block in zip(queries, keys, values, blocks, strict=True)
+        ]
         return torch.cat(out, dim=1)
 
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:

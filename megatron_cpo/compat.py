@@ -4,6 +4,7 @@ Branches look at names and signatures, never at version numbers: a checkout betw
 the number of one and the code of the other.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -89,6 +90,33 @@ def hooked(provider: Callable, hook: Callable[[list[Any]], list[Any]]) -> Callab
     return build
 
 
+def _allow_context_parallelism() -> None:
+    """Let a model of local modules be built under context parallelism; twice is once.
+
+    `DotProductAttention` refuses it when it is built, which is before tree attention takes its
+    place. It refuses when it is called instead.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    build, run = DotProductAttention.__init__, DotProductAttention.forward
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def without_refusal(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        build(self, alone, *args, **kwargs)
+        self.config = config
+
+    @functools.wraps(run)
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self.config.context_parallel_size == 1, "tree attention is not in its place"
+        return run(self, *args, **kwargs)
+
+    DotProductAttention.__init__, DotProductAttention.forward = without_refusal, refuse
+
+
 def hook_pretrain(
     arguments: dict[str, Any], hook: Callable[[list[Any]], list[Any]]
 ) -> dict[str, Any]:
@@ -97,6 +125,7 @@ def hook_pretrain(
     0.19 builds from the config's `model` if there is one, else by `model_provider`; 0.18 always by
     the latter, and pretrain_hybrid.py passes both. So both are hooked, and one of them is used.
     """
+    _allow_context_parallelism()
     model_config = getattr(arguments["cfg_container"], "model", None)
     if model_config is not None:
         model_config.pre_wrap_hooks.append(hook)
@@ -119,6 +148,7 @@ def build_gpt(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
     from megatron.core.enums import ModelType
     from megatron.training import argument_utils
 
+    _allow_context_parallelism()
     if hasattr(argument_utils, "gpt_config_from_args"):
         from megatron.core.process_groups_config import ProcessGroupCollection
 

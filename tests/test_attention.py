@@ -144,7 +144,7 @@ def test_the_block_size_changes_nothing(monkeypatch, block: int) -> None:
     ends = torch.stack([ends_of(random_parents(100, seed)) for seed in range(2)])
     tensors = qkv(100, 2, 4, 2)
     expected = TreeAttention(0.3, TreeMaskCache())(*tensors, ends)
-    monkeypatch.setattr(attention, "live_blocks", lambda end: live_blocks(end, block))
+    monkeypatch.setattr(attention, "live_blocks", lambda end, **own: live_blocks(end, block, **own))
     assert relative(TreeAttention(0.3, TreeMaskCache())(*tensors, ends), expected) < 1e-6
 
 
@@ -177,9 +177,9 @@ def test_padding_sees_itself_and_stays_finite() -> None:
 def test_the_blocks_are_worked_out_once_for_all_layers_and_anew_for_a_new_mask(monkeypatch) -> None:
     calls = []
 
-    def counted(end: Tensor) -> list:
+    def counted(end: Tensor, **own: Tensor | None) -> list:
         calls.append(end)
-        return live_blocks(end)
+        return live_blocks(end, **own)
 
     monkeypatch.setattr(attention, "live_blocks", counted)
     cache = TreeMaskCache()

@@ -27,6 +27,8 @@ TRAIN = (
 CPO = "--cpo-aux-loss --cpo-k 5 --cpo-objective ranked --cpo-beta 0.2".split()
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
+    "TP=2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "CP=2": (2, "--context-parallel-size 2"),
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
     "TP=2 x PP=2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "PP=2, VPP=2": (

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from megatron_cpo.model.attention import TreeAttention, TreeMaskCache
+from megatron_cpo.model.context import context_group
 from megatron_cpo.model.rope import DepthRotaryEmbedding
 
 
@@ -25,14 +26,14 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
                 f"{type(chunk).__name__} has no output_processor, "
                 "so the log-prob head cannot be attached; CPO trains GPTModel"
             )
-        config, cache = chunk.config, TreeMaskCache()
+        config, cache, cp_group = chunk.config, TreeMaskCache(), context_group()
         scale = config.softmax_scale
         if scale is None:
             scale = 1.0 / math.sqrt(config.kv_channels)
         replaced = 0
         for module in list(chunk.modules()):
             if isinstance(getattr(module, "core_attention", None), nn.Module):
-                module.core_attention = TreeAttention(scale, cache)
+                module.core_attention = TreeAttention(scale, cache, cp_group)
                 replaced += 1
         if not replaced:
             raise ValueError(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_cpo.model.context import gather_row, own_indices
+
 QUERY_BLOCK = 64
 """Queries of a block on a CPU: larger gathers more dead keys, smaller calls more kernels."""
 
@@ -34,7 +36,7 @@ def tree_mask(subtree_end: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [first, last) of one row and the keys they can see."""
+    """Queries [first, last) of a rank's part of one row and the keys they can see."""
 
     first: int
     last: int
@@ -44,17 +46,26 @@ class _Block:
     """[last - first, k] bool."""
 
 
-def live_blocks(subtree_end: Tensor, block: int = QUERY_BLOCK) -> list[_Block]:
-    """Cut one row's queries into blocks with their live keys. `subtree_end` is [S] on the CPU."""
-    size = len(subtree_end)
-    index = torch.arange(size)
+def live_blocks(
+    subtree_end: Tensor, block: int = QUERY_BLOCK, own: Tensor | None = None
+) -> list[_Block]:
+    """Cut one row's queries into blocks with their live keys. `subtree_end` is [S] on the CPU.
+
+    Args:
+        own: row indices of the queries, increasing; None: the whole row.
+    """
+    index = torch.arange(len(subtree_end))
+    own = index if own is None else own
     blocks = []
-    for first in range(0, size, block):
-        last = min(first + block, size)
-        keys = index[:last][subtree_end[:last] > first]
-        queries = index[first:last, None]
+    for first in range(0, len(own), block):
+        queries = own[first : first + block, None]
+        lowest, end = int(queries[0]), int(queries[-1]) + 1
+        keys = index[:end][subtree_end[:end] > lowest]
         mask = (keys <= queries) & (queries < subtree_end[keys])
-        blocks.append(_Block(first, last, keys, mask))
+        if end - lowest > len(queries):  # a gap, in which keys may serve nobody
+            seen = mask.any(dim=0)
+            keys, mask = keys[seen], mask[:, seen]
+        blocks.append(_Block(first, first + len(queries), keys, mask))
     return blocks
 
 
@@ -87,11 +98,15 @@ class TreeAttention(nn.Module):
     Args:
         softmax_scale: factor on the scores, usually 1 / sqrt(D).
         cache: shared by the layers of a model chunk.
+        cp_group: context-parallel group; a rank then has the queries, keys and values of its own
+            tokens (`context.row_order`) and gathers the other ranks' keys and values.
     """
 
-    def __init__(self, softmax_scale: float, cache: TreeMaskCache) -> None:
+    def __init__(
+        self, softmax_scale: float, cache: TreeMaskCache, cp_group: Any | None = None
+    ) -> None:
         super().__init__()
-        self.softmax_scale, self._cache = softmax_scale, cache
+        self.softmax_scale, self._cache, self._cp_group = softmax_scale, cache, cp_group
 
     def forward(
         self,
@@ -107,8 +122,9 @@ class TreeAttention(nn.Module):
         """Attend within each row's trees.
 
         Args:
-            query: [S, B, H, D]; key, value: [S, B, G, D], H a multiple of G.
-            attention_mask: `subtree_end`, [B, S] integers.
+            query: [S, B, H, D]; key, value: [S, B, G, D], H a multiple of G. Under context
+                parallelism S is this rank's part of the row.
+            attention_mask: `subtree_end`, [B, S] integers, of the whole row.
 
         Returns:
             [S, B, H * D], as Megatron's own core attention.
@@ -118,13 +134,25 @@ class TreeAttention(nn.Module):
                 "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; "
                 "the rows of the CPO data loader carry it, another forward step does not"
             )
+        if self._cp_group is not None:
+            both = gather_row(torch.cat([key, value], dim=-1), self._cp_group)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [B, heads, S, D]
         run = self._flex if query.is_cuda else self._blocked
         context = run(query, key, value, attention_mask)
         return context.permute(2, 0, 1, 3).flatten(2).contiguous()
 
+    def _own(self, subtree_end: Tensor) -> Tensor | None:
+        """Row indices of this rank's queries, on the CPU; None: all."""
+        if self._cp_group is None:
+            return None
+        return own_indices(subtree_end.shape[1], self._cp_group)
+
     def _blocked(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:
-        rows = self._cache.get(subtree_end, lambda ends: [live_blocks(end) for end in ends])
+        own = self._own(subtree_end)
+        rows = self._cache.get(
+            subtree_end, lambda ends: [live_blocks(end, own=own) for end in ends]
+        )
         inputs = zip(query, key, value, rows, strict=True)
         return torch.stack([self._one_row(q, k, v, row) for q, k, v, row in inputs])
 
@@ -150,5 +178,6 @@ class TreeAttention(nn.Module):
     def _flex(self, query: Tensor, key: Tensor, value: Tensor, subtree_end: Tensor) -> Tensor:
         from megatron_cpo.model.flex import flex_attend, tree_block_mask
 
-        block_mask = self._cache.get(subtree_end, tree_block_mask)
+        own = self._own(subtree_end)
+        block_mask = self._cache.get(subtree_end, lambda ends: tree_block_mask(ends, own))
         return flex_attend(query, key, value, block_mask, self.softmax_scale)

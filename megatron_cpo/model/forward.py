@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cpo.model.context import context_group, own_indices, sum_over_context
 from megatron_cpo.model.logprobs import Queries, query_logps
 
 Batch = dict[str, Tensor]
@@ -14,8 +15,10 @@ Batch = dict[str, Tensor]
 def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots: int) -> Tensor:
     """Sum of the queries' log-probs over each candidate slot, [slots] float32, nats.
 
+    Under context parallelism a rank has its own queries only, and the sums are over all ranks'.
+
     Args:
-        logps: [Q] log-prob of each query.
+        logps: [Q] log-prob of each query of this rank.
         first_slot, last_slot: [Q] the slots [first, last) whose candidate passes through the query.
 
     A query opens at its first slot and closes at its last, so a running sum over the slots gives
@@ -24,7 +27,7 @@ def candidate_logps(logps: Tensor, first_slot: Tensor, last_slot: Tensor, slots:
     edges = torch.zeros(slots + 1, dtype=torch.float64, device=logps.device)
     wide = logps.double()
     edges = edges.index_add(0, first_slot, wide).index_add(0, last_slot, -wide)
-    return edges.cumsum(0)[:-1].float()
+    return sum_over_context(edges.cumsum(0)[:-1].float())
 
 
 class RowForward:
@@ -44,25 +47,29 @@ class RowForward:
             batch: collated rows on the CPU, [B, ...] each (`groups.rows.Row`).
 
         Returns:
-            On the last pipeline stage the log-probs of the queries, [Q] float32; elsewhere the
-            hidden states for the next stage. And the batch on the device, with its queries
-            flattened: `first_slot`, `last_slot` and `lm`, [Q] each.
+            On the last pipeline stage the log-probs of the queries at this context-parallel rank's
+            tokens, [Q] float32; elsewhere the hidden states for the next stage. And the batch on
+            the device, with these queries flattened: `first_slot`, `last_slot`, `lm`, [Q] each.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        # Compacted on the CPU, where the loader left it: on a GPU it would wait for the device.
-        queries = Queries.of(batch["query_positions"], batch["query_targets"], device)
-        real = batch["query_targets"] >= 0
+        # All on the CPU, where the loader left it: on a GPU it would wait for the device.
+        own = own_indices(batch["tokens"].shape[1], context_group())
+        positions, targets = _own_queries(batch, own)
+        queries = Queries.of(positions, targets, device)
+        real = targets >= 0
         slots = batch["candidate_mask"][0].numel()
         offset = slots * torch.arange(len(real))[:, None]
         flat = {
             "first_slot": (batch["query_first_slot"] + offset)[real],
             "last_slot": (batch["query_last_slot"] + offset)[real],
             "lm": batch["query_lm"][real],
+            "own_tokens": batch["tokens"][:, own],
+            "own_position_ids": batch["position_ids"][:, own],
         }
         on_device = {n: t.to(device, non_blocking=True) for n, t in (batch | flat).items()}
         output = model(
-            on_device["tokens"],
-            on_device["position_ids"],
+            on_device["own_tokens"],
+            on_device["own_position_ids"],
             on_device["subtree_end"],
             output_processor=self._head,
             output_processor_context=queries,
@@ -91,3 +98,12 @@ class RowForward:
             output_layer.tp_group,
             output_layer.sequence_parallel,
         )
+
+
+def _own_queries(batch: Batch, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions as indices into this rank's tokens, and targets: -1 where another rank has it."""
+    place = torch.full((batch["tokens"].shape[1],), -1)
+    place[own] = torch.arange(len(own))
+    positions = place[batch["query_positions"]]
+    targets = torch.where(positions >= 0, batch["query_targets"], -1)
+    return positions.clamp(min=0), targets

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class DepthRotaryEmbedding(nn.Module):
     """Wraps Megatron's `RotaryEmbedding`, which ignores `position_ids`, and looks depths up in it.
 
-    Megatron calls it with a length and gets angles [S, 1, 1, D] by row index; this returns
+    Megatron calls it with the length of the whole row and gets angles [S, 1, 1, D] by row index; this returns
     [S, B, 1, D] by depth, which its unfused RoPE broadcasts over the heads. The depths come from
     the model's own `position_ids` argument through `remember`, a forward pre-hook of the model.
     """
@@ -26,7 +26,8 @@ class DepthRotaryEmbedding(nn.Module):
         """Angles [S, B, 1, D] of the depths of this micro-batch's tokens."""
         assert self._position_ids is not None
         # A depth is smaller than its row index + 1, so a table as long as the row has them all.
-        table = self.rotary(self._position_ids.shape[1])
+        # As if packed: else Megatron cuts the table to a context-parallel rank's row indices.
+        table = self.rotary(max_seq_len, packed_seq=True)
         angles: Tensor = table[:, 0][self._position_ids.t()]
         return angles
 

@@ -10,6 +10,7 @@ changes torch for the whole process, on machines without CUDA only; it refuses t
 """
 
 import argparse
+import copy
 import functools
 import importlib.util
 import itertools
@@ -303,6 +304,28 @@ def _load_torch_adam() -> None:
     cls._set_main_param_and_optimizer_states = without_step
 
 
+def _norm_for_sequence_parallelism() -> None:
+    """Let Megatron's torch norm stand where its tokens are split over tensor-parallel ranks.
+
+    It asserts against that, because torch's norms lack the one thing that Apex's and Transformer
+    Engine's do there: mark their parameters, so that Megatron sums the gradients over the ranks.
+    """
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    build = WrappedTorchNorm.__new__
+
+    @functools.wraps(build)
+    def marked(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
+        split, config = config.sequence_parallel, copy.copy(config)
+        config.sequence_parallel = False
+        norm: Any = build(cls, config, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = split
+        return norm
+
+    _put(WrappedTorchNorm, {"__new__": staticmethod(marked)})
+
+
 def _patch_megatron() -> None:
     from megatron import training
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -326,6 +349,7 @@ def _patch_megatron() -> None:
         lambda queue: functools.partial(queue, mp_mode="fork"),
     )
     _load_torch_adam()
+    _norm_for_sequence_parallelism()
     skip_compiled_helpers()
 
 

@@ -68,7 +68,7 @@ class CPOStep:
         policy = candidate_logps(logps, batch["first_slot"], batch["last_slot"], mask.numel())
         policy = policy.view_as(mask)
         losses = OBJECTIVES[config.objective](policy, reference, ranks, config.beta, mask)
-        nll = -(logps * batch["lm"]).sum()
+        nll = -(logps * batch["lm"]).sum()  # of this context-parallel rank's tokens
         groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
         per_group = losses.sum() / batch["batch_groups"][0].clamp(min=1)
         per_token = nll / batch["batch_lm_tokens"][0].clamp(min=1)
@@ -88,13 +88,17 @@ class CPOStep:
         _reject_bad_loss(args, loss)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel
-        # ranks; the sum above is already over the whole batch, so both are undone here. With
-        # --calculate-per-token-loss it sums gradients instead and divides by the tokens reported
-        # over all ranks and micro-batches: one each.
+        # ranks; the sum above is already over the whole batch, so both are undone here. Gradients
+        # of context-parallel ranks are parts of a sum (each differentiates its own tokens' share),
+        # and averaging over these ranks, too, is undone by Megatron: it multiplies the loss by
+        # their number. With --calculate-per-token-loss it sums gradients instead and divides by the
+        # tokens reported over all ranks and micro-batches: one each, of all context-parallel ranks
+        # together.
         scale = get_num_microbatches() * mpu.get_data_parallel_world_size()
         if args.calculate_per_token_loss:
-            one = torch.ones((), dtype=torch.int, device=loss.device)
-            return loss * scale, one, report
+            one = int(mpu.get_context_parallel_rank() == 0)
+            tokens = torch.tensor(one, dtype=torch.int, device=loss.device)
+            return loss * scale, tokens, report
         return loss * scale, report
 
 

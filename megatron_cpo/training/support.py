@@ -6,8 +6,10 @@ from collections.abc import Callable
 Check = tuple[str, Callable[[argparse.Namespace], bool], str]
 
 _MODEL: tuple[Check, ...] = (
-    ("--context-parallel-size > 1", lambda a: a.context_parallel_size > 1,
-     "rows of trees are not split over context-parallel ranks; use 1"),
+    ("--hierarchical-context-parallel-sizes or --hybrid-context-parallel",
+     lambda a: bool(getattr(a, "hierarchical_context_parallel_sizes", None)
+                    or getattr(a, "hybrid_context_parallel", False)),
+     "keys and values are gathered over one flat group; use --context-parallel-size alone"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
     ("--num-experts", lambda a: bool(a.num_experts),

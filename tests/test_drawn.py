@@ -52,7 +52,7 @@ def slow_sample(policy, prefix, limit, count, rng, sampling):
         tokens = []
         while len(tokens) < limit - 1 and (not tokens or tokens[-1] != EOD):
             p = probs(policy, [*prefix, *tokens])
-            order = np.argsort(-p, kind="stable")[: sampling.top_k or len(p)]
+            order = np.sort(np.argsort(-p, kind="stable")[: sampling.top_k or len(p)])
             cumulative = np.cumsum(p[order])
             number = numbers[len(tokens), sample] * cumulative[-1]
             tokens.append(int(order[np.searchsorted(cumulative, number, side="right")]))

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_cpo.model.memory import PrefixMemory
+
 QUERY_BLOCK = 64
 """Queries of a block on a CPU: larger gathers more dead keys, smaller calls more kernels."""
 
@@ -92,6 +94,8 @@ class TreeAttention(nn.Module):
     def __init__(self, softmax_scale: float, cache: TreeMaskCache) -> None:
         super().__init__()
         self.softmax_scale, self._cache = softmax_scale, cache
+        self.memory: PrefixMemory | None = None
+        """What was read before; set while sequences grow token by token."""
 
     def forward(
         self,
@@ -118,6 +122,11 @@ class TreeAttention(nn.Module):
                 "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; "
                 "the rows of the CPO data loader carry it, another forward step does not"
             )
+        if self.memory is not None:
+            q, k, v = (t.flatten(0, 1) for t in (query, key, value))
+            grown = self.memory.attend(self, q, k, v, self.softmax_scale)
+            if grown is not None:
+                return grown.unflatten(0, query.shape[:2])
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [B, heads, S, D]
         run = self._flex if query.is_cuda else self._blocked
         context = run(query, key, value, attention_mask)

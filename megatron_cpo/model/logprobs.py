@@ -116,7 +116,7 @@ class _QueryLogProbs(torch.autograd.Function):
         tp_group: Any,
         chunk_logits: int,
     ) -> Tensor:
-        shard = _VocabShard(weight, vocab_size, tp_group)
+        shard = VocabShard(weight, vocab_size, tp_group)
         step = max(chunk_logits // len(weight), 1)
         normaliser = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         logps = torch.empty(len(queries.targets), dtype=torch.float32, device=hidden.device)
@@ -137,7 +137,7 @@ class _QueryLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, normaliser = ctx.saved_tensors
-        shard = _VocabShard(weight, *ctx.shard_of)
+        shard = VocabShard(weight, *ctx.shard_of)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for chunk, wanted in _chunks(ctx.queries, ctx.step):
@@ -156,7 +156,7 @@ class _QueryLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-class _VocabShard:
+class VocabShard:
     """This rank's part of the vocabulary and the reductions over the tensor-parallel group."""
 
     def __init__(self, weight: Tensor, vocab_size: int, tp_group: Any) -> None:

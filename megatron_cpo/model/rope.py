@@ -17,6 +17,8 @@ class DepthRotaryEmbedding(nn.Module):
         super().__init__()
         self.rotary = rotary
         self._position_ids: Tensor | None = None
+        self.depths = 0
+        """Depths below this may come, however short the row: when sequences grow by a token."""
 
     def remember(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the `position_ids` [B, S] that the model is called with, for this forward pass."""
@@ -26,7 +28,7 @@ class DepthRotaryEmbedding(nn.Module):
         """Angles [S, B, 1, D] of the depths of this micro-batch's tokens."""
         assert self._position_ids is not None
         # A depth is smaller than its row index + 1, so a table as long as the row has them all.
-        table = self.rotary(self._position_ids.shape[1])
+        table = self.rotary(max(self._position_ids.shape[1], self.depths))
         angles: Tensor = table[:, 0][self._position_ids.t()]
         return angles
 

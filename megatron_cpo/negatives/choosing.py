@@ -34,7 +34,9 @@ def choose(
     if sampling.top_p < 1:
         # A token stays when those before it do not reach top_p, so the first always does.
         probs = probs * (probs.cumsum(1) - probs < sampling.top_p)
-    cumulative = probs.cumsum(1)
+    # In the order of ids: by logits, two that are equal but for rounding would trade places.
+    ids, by_id = ids.sort(dim=1)
+    cumulative = probs.gather(1, by_id).cumsum(1)
     at = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
     return ids.gather(1, at.clamp(max=ids.shape[1] - 1))[:, 0]
 
@@ -42,17 +44,16 @@ def choose(
 def best(logits: Tensor, k: int, first: int = 0, group: Any = None) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row, descending, and their token ids; [R, k] each.
 
-    All of them where k is 0 or more than there are. Equal logits are in the order of their ids; of
-    several that equal the k-th, torch decides which are kept.
+    All of them where k is 0 or more than there are.
     """
     values, ids = torch.topk(logits, min(k or logits.shape[1], logits.shape[1]), dim=1)
     ids = ids + first
     if group is not None:
-        values, ids = _gather(values, group).flatten(1), _gather(ids, group).flatten(1)
-    ids, by_id = ids.sort(dim=1)
-    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    keep = min(k or values.shape[1], values.shape[1])
-    return values[:, :keep], ids.gather(1, by_value)[:, :keep]
+        everything, all_ids = _gather(values, group).flatten(1), _gather(ids, group).flatten(1)
+        size = everything.shape[1]
+        values, at = torch.topk(everything, min(k or size, size), dim=1)
+        ids = all_ids.gather(1, at)
+    return values, ids
 
 
 def draw(logits: Tensor, uniforms: Tensor, first: int = 0, group: Any = None) -> Tensor:

@@ -136,12 +136,17 @@ def sampling_from_args(args: argparse.Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens)
 
 
-def policy_from_args(args: argparse.Namespace, tokenizer: Any) -> Policy | None:
+def policy_from_args(
+    args: argparse.Namespace, tokenizer: Any, extra_args_provider: Any = None
+) -> Policy | None:
     """The policy that the flags name, ready for use; None if they name none.
+
+    On every rank of a policy that Megatron runs; a Hugging Face model is whole on each rank.
 
     Args:
         args: parsed flags, Megatron's among them.
         tokenizer: Megatron's, of the build.
+        extra_args_provider: added the caller's own flags to Megatron's parser.
 
     Raises:
         ValueError: the policy cannot be opened, or does not fit the tokenizer or --max-length.
@@ -157,8 +162,15 @@ def policy_from_args(args: argparse.Namespace, tokenizer: Any) -> Policy | None:
 
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         policy = HuggingFacePolicy(which.removeprefix("hf:"), tokenizer, args.policy_batch, dtype)
+    elif which == "megatron":
+        from megatron_cpo.negatives.megatron_policy import MegatronPolicy
+        from megatron_cpo.negatives.scoring import score_args
+
+        policy = MegatronPolicy.load(score_args(extra_args_provider), tokenizer, args.policy_batch)
     else:
-        raise ValueError(f"--policy {which}: unknown; give hf:PATH")
+        raise ValueError(
+            f"--policy {which}: unknown; give hf:PATH, or megatron with --load CHECKPOINT"
+        )
     if args.max_length and policy.positions and args.max_length > policy.positions:
         raise ValueError(
             f"--max-length {args.max_length}: the policy of --policy {which} reads at most "

@@ -223,7 +223,7 @@ def test_flags_are_refused_before_anything_is_read(options, match):
     ("records", "options", "match"),
     [
         ([], {"negatives": "bn=5"}, r"--negatives bn=5: .* of 5 usable records only 4 are others"),
-        ([], {"negatives": "MixN"}, r"--negatives mn=5: drawn from a policy, .* not available yet"),
+        ([], {"negatives": "MixN"}, r"--negatives mn=5: drawn from a policy; give --load"),
         ([b"x"], {}, r"r\.jsonl: no usable record .dropped: 1 not JSON"),
         ([b"x"], {"on_bad_record": "refuse"}, r"r\.jsonl:1: not JSON; correct this record"),
         ([], {"max_length": 4}, r"no usable record .dropped: 5 longer than 4 tokens"),

@@ -13,7 +13,7 @@ from megatron_cpo.model.forward import candidate_logps
 from megatron_cpo.training.metrics import group_metrics, packing_metrics
 from tests.stores import random_group
 
-GT, AN, BN, MN, TN, GIVEN = range(len(KINDS))
+GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
 
 
 def quotients(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -62,6 +62,7 @@ def test_two_groups_by_hand() -> None:
             "cpo reward mn": (-1.0 + 0.2) / 2,
             "cpo reward tn": 3.0,
             "cpo reward given": 0,
+            "cpo reward pss": 0,
         },
         rel=1e-5,
         abs=1e-9,

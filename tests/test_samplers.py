@@ -132,6 +132,8 @@ def test_samplers_are_named_as_kinds():
         (" tn = 1 , bn=2", {"tn": 1, "bn": 2}),
         ("BN4", {"bn": 4}),
         ("mixn", {"bn": 3, "mn": 5, "tn": 3}),
+        ("AN", {"an": 11}),
+        ("pss=3", {"pss": 3}),
         ("given=1", {"given": 1}),
     ],
 )
@@ -143,7 +145,10 @@ def test_mixes(text, mix):
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("xn=3", r"unknown kind 'xn'; known are bn, tn, given, an, mn, and the mixes MixN, BN4"),
+        (
+            "xn=3",
+            r"unknown kind 'xn'; known are bn, tn, given, an, mn, pss, and the mixes MixN, AN, BN4",
+        ),
         ("gt=1", r"unknown kind 'gt'"),
         ("", r"unknown kind ''"),
         ("bn", r"got 'bn'; write each kind once with a count of at least 1"),
@@ -160,9 +165,13 @@ def test_mixes_that_are_none(text, match):
 
 def test_kinds_that_cannot_be_drawn():
     check_kinds({"bn": 1}, NEGATIVES)
-    with pytest.raises(ValueError, match=r"mn=5: drawn from a policy, .* --negatives bn=3,tn=3"):
+    with pytest.raises(ValueError, match=r"mn=5: drawn from a policy; .* --negatives bn=3,tn=3"):
         check_kinds(parse_mix("MixN"), NEGATIVES)
-    with pytest.raises(ValueError, match=r"an=11: drawn from a policy, .* --negatives bn=3,tn=8"):
+    with pytest.raises(
+        ValueError, match=r"an=11: drawn from a policy; give --load .* --policy hf:"
+    ):
+        check_kinds({"an": 11}, NEGATIVES)
+    with pytest.raises(ValueError, match=r"an=11: drawn from a policy; .* --negatives bn=3,tn=8"):
         check_kinds({"an": 11}, NEGATIVES)
     with pytest.raises(ValueError, match=r"unknown kind 'xn'; known are bn, tn, given"):
         check_kinds({"xn": 1}, NEGATIVES)

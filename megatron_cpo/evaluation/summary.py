@@ -45,6 +45,7 @@ _KINDS = {
     "mn": "MN, tokens replaced",
     "tn": "TN, the truth cut short",
     "given": "given ones",
+    "pss": "PSS, scheduled sampling",
 }
 
 

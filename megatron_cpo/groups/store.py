@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from megatron_cpo.tree import Ints, build_tree
 
 FORMAT_VERSION = 1
-KINDS = ("gt", "an", "bn", "mn", "tn", "given")
+KINDS = ("gt", "an", "bn", "mn", "tn", "given", "pss")
 """Where a candidate comes from; the index is the stored code. gt = ground truth, y_1."""
 VALUE_ROWS = ("kinds", "similarities", "ranks", "reference_logps", "sizes")
 """Sequences of a document of PREFIX.values, each [K]; `sizes` is [2]: tree tokens, queries."""

@@ -23,7 +23,7 @@ from megatron_cpo.groups.source import Source
 from megatron_cpo.tree import Ints
 
 # Two BPE tokenizers may share a vocabulary and differ in merges: only encoding tells them apart.
-_PROBE = "The naïve café's 1,024 tokens:\n\tdef f(x):  return x != 0  # 漢字 🙂 unbelievably"
+PROBE = "The naïve café's 1,024 tokens:\n\tdef f(x):  return x != 0  # 漢字 🙂 unbelievably"
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     a fixed text, which tells apart two BPE models that differ in their merges only.
     """
     digest = hashlib.sha256()
-    for index, token in sorted(_vocabulary(tokenizer).items()):
+    for index, token in sorted(vocabulary(tokenizer).items()):
         digest.update(json.dumps([index, str(token)]).encode() + b"\n")
     with contextlib.suppress(
         ValueError
     ):  # NullTokenizer reads numbers only; its size is all it has
-        digest.update(json.dumps([int(i) for i in tokenizer.tokenize(_PROBE)]).encode())
+        digest.update(json.dumps([int(i) for i in tokenizer.tokenize(PROBE)]).encode())
     return {
         "library": _name(tokenizer),
         "vocab_size": int(tokenizer.vocab_size),
@@ -211,7 +211,7 @@ def chat_renderer(tokenizer: Any) -> Callable[[list[Message]], str] | None:
     return render
 
 
-def _vocabulary(tokenizer: Any) -> dict[int, Any]:
+def vocabulary(tokenizer: Any) -> dict[int, Any]:
     """Token by id. Empty for a tokenizer that cannot list its vocabulary."""
     for name in ("inv_vocab", "vocab"):
         try:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_cpo.model.context import gather_row, own_indices
+from megatron_cpo.model.memory import PrefixMemory
 
 QUERY_BLOCK = 64
 """Queries of a block on a CPU: larger gathers more dead keys, smaller calls more kernels."""
@@ -107,6 +108,8 @@ class TreeAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale, self._cache, self._cp_group = softmax_scale, cache, cp_group
+        self.memory: PrefixMemory | None = None
+        """What was read before; set while sequences grow token by token."""
 
     def forward(
         self,
@@ -134,6 +137,11 @@ class TreeAttention(nn.Module):
                 "tree attention needs subtree_end [micro-batch, row tokens] as attention_mask; "
                 "the rows of the CPO data loader carry it, another forward step does not"
             )
+        if self.memory is not None:
+            q, k, v = (t.flatten(0, 1) for t in (query, key, value))
+            grown = self.memory.attend(self, q, k, v, self.softmax_scale)
+            if grown is not None:
+                return grown.unflatten(0, query.shape[:2])
         if self._cp_group is not None:
             both = gather_row(torch.cat([key, value], dim=-1), self._cp_group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)

@@ -125,7 +125,7 @@ class _QueryLogProbs(torch.autograd.Function):
         chunk_logits: int,
         kept_logits: int,
     ) -> Tensor:
-        shard = _VocabShard(weight, vocab_size, tp_group)
+        shard = VocabShard(weight, vocab_size, tp_group)
         step = max(chunk_logits // len(weight), 1)
         keep = kept_logits // (step * len(weight))
         largest, sums = hidden.new_empty(2, len(hidden), dtype=torch.float32)
@@ -154,7 +154,7 @@ class _QueryLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, largest, sums = ctx.saved_tensors
-        shard = _VocabShard(weight, *ctx.shard_of)
+        shard = VocabShard(weight, *ctx.shard_of)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # The kept chunks, the first ones, are overwritten: a second backward computes all again.
@@ -183,7 +183,7 @@ class _QueryLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-class _VocabShard:
+class VocabShard:
     """This rank's part of the vocabulary and the reductions over the tensor-parallel group."""
 
     def __init__(self, weight: Tensor, vocab_size: int, tp_group: Any) -> None:
@@ -195,8 +195,12 @@ class _VocabShard:
         self.real = min(max(vocab_size - self.first, 0), len(weight))
         """Rows of the shard that stand for a token; the rest pad the vocabulary."""
 
-    def logits(self, hidden: Tensor, buffer: Tensor) -> Tensor:
-        """[r, V] float32 in the buffer, minus infinity at padding rows."""
+    def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """[r, V] float32, in the buffer if there is one; minus infinity at padding rows."""
+        if buffer is None:
+            buffer = torch.empty(
+                len(hidden) * len(self.weight), dtype=torch.float32, device=hidden.device
+            )
         logits = self.view(buffer, len(hidden))
         _matmul(hidden.to(self.weight.dtype), self.weight.t(), out=logits)
         logits[:, self.real :] = float("-inf")

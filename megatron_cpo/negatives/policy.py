@@ -1,10 +1,11 @@
 """What negatives, rankings and references ask of a language model, whatever runs it.
 
-A back-end is a class with the methods of `Policy`; `open_policy` picks one by the flags. Draws use
-the generators they are given and nothing else, so a group's negatives depend on (seed, group, kind)
-and on the policy, never on which worker drew them.
+A back-end is a class with the methods of `Policy`; `policy_from_args` picks one by the flags. Draws
+use the generators they are given and nothing else, so a group's negatives depend on (seed, group,
+kind) and on the policy, never on which worker drew them.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,21 +25,36 @@ class Sampling:
     top_k: int = 50
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the most likely tokens that together reach this probability; in (0, 1]."""
+    """Of those, keep the most likely that together reach this probability; in (0, 1]."""
     max_new_tokens: int = 256
     """Most tokens of a continuation, EOD included."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature {self.temperature}: needs a number above 0")
+        if self.top_k < 0:
+            raise ValueError(f"--top-k {self.top_k}: needs a number above 0, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p}: needs a number above 0 and at most 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens}: needs at least 1, for EOD")
 
 
 class Policy(Protocol):
     """A language model, seen through the four questions the build asks.
 
     Every method takes a block of records at once and may batch it as it likes; the block, not the
-    batch, is what its results may depend on.
+    batch, is what its results may depend on. A policy that is spread over ranks is called on all
+    of them with the same arguments, and gives all of them the same results.
     """
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its answers, for the manifest: JSON-able, no path of this machine."""
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens of prefix + continuation that it can read. None: no limit known."""
 
     def sample(
         self,
@@ -51,8 +67,8 @@ class Policy(Protocol):
         """`count` continuations of each prefix, int32 ids, EOD last.
 
         Args:
-            limits: most tokens of a continuation of each prefix, EOD included; one that reaches it
-                is cut there, with EOD as its last token.
+            limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
+                reaches it is cut there, with EOD as its last token.
             rngs: one generator a prefix.
         """
 
@@ -60,13 +76,20 @@ class Policy(Protocol):
         self,
         prefixes: Sequence[Ints],
         truths: Sequence[Ints],
-        count: int,
+        places: Sequence[NDArray[np.bool_]],
+        tries: int,
         rngs: Sequence[np.random.Generator],
     ) -> list[NDArray[np.int32]]:
-        """Draws from pi(. | prefix, true tokens before t) for every position t, in one forward.
+        """Truths with draws from pi(. | prefix, true tokens before t) at some positions t.
+
+        One forward per record, whatever the number of copies and tries.
+
+        Args:
+            places: per record [count, len(truth)], True where a copy gets a draw.
+            tries: independent draws of every place.
 
         Returns:
-            Per record [count, len(truth)] token ids, independent over positions and copies.
+            Per record [tries, count, len(truth)]: the truth, but for the places.
         """
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
@@ -76,3 +99,81 @@ class Policy(Protocol):
         self, prefixes: Sequence[Ints], candidates: Sequence[Sequence[Ints]]
     ) -> list[NDArray[np.float32]]:
         """log pi(y_k | x) of every candidate, nats, summed over its tokens; [K] per record."""
+
+
+def add_policy_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that choose a policy and say how negatives are drawn from it, in one group."""
+    add = parser.add_argument_group("policy").add_argument
+    add("--policy", metavar="WHICH",
+        help="where an, mn and pss negatives come from: hf:PATH, a Hugging Face causal LM; "
+        "http://HOST:PORT/v1, an OpenAI-compatible completions server (an only); or megatron, the "
+        "checkpoint of --load (default: megatron if --load is given)")  # fmt: skip
+    add("--policy-model", metavar="NAME",
+        help="the server's name of the model (default: the only one it serves)")  # fmt: skip
+    add("--policy-batch", type=int, default=256, metavar="N",
+        help="most sequences the policy works on at a time, or requests to a server "
+        "(default: %(default)s)")  # fmt: skip
+    add("--temperature", type=float, default=1.0, help="of an negatives (default: %(default)s)")
+    add("--top-k", type=int, default=50, metavar="K",
+        help="an: draw from the K most likely tokens; 0 = all (default: %(default)s)")  # fmt: skip
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="an: of those, the most likely that reach probability P (default: all)")  # fmt: skip
+    add("--max-new-tokens", type=int, default=256, metavar="N",
+        help="an: most tokens of a continuation, EOD included (default: %(default)s)")  # fmt: skip
+    add("--mask-share", type=float, default=0.15, metavar="F",
+        help="mn: share of y_1's tokens that are drawn anew (default: %(default)s)")  # fmt: skip
+    add("--replace-share", type=float, default=0.5, metavar="F",
+        help="pss: probability that a token is drawn anew (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def sampling_from_args(args: argparse.Namespace) -> Sampling:
+    """How continuations are sampled, by the flags.
+
+    Raises:
+        ValueError: a flag is out of range.
+    """
+    return Sampling(args.temperature, args.top_k, args.top_p, args.max_new_tokens)
+
+
+def policy_from_args(
+    args: argparse.Namespace, tokenizer: Any, extra_args_provider: Any = None
+) -> Policy | None:
+    """The policy that the flags name, ready for use; None if they name none.
+
+    On every rank of a policy that Megatron runs; a Hugging Face model is whole on each rank.
+
+    Args:
+        args: parsed flags, Megatron's among them.
+        tokenizer: Megatron's, of the build.
+        extra_args_provider: added the caller's own flags to Megatron's parser.
+
+    Raises:
+        ValueError: the policy cannot be opened, or does not fit the tokenizer or --max-length.
+    """
+    which = args.policy or ("megatron" if args.load else None)
+    if args.policy_batch < 1:
+        raise ValueError(f"--policy-batch {args.policy_batch}: needs at least 1")
+    if which is None:
+        return None
+    policy: Policy
+    if which.startswith("hf:"):
+        from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
+
+        dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        policy = HuggingFacePolicy(which.removeprefix("hf:"), tokenizer, args.policy_batch, dtype)
+    elif which == "megatron":
+        from megatron_cpo.negatives.megatron_policy import MegatronPolicy
+        from megatron_cpo.negatives.scoring import score_args
+
+        policy = MegatronPolicy.load(score_args(extra_args_provider), tokenizer, args.policy_batch)
+    else:
+        raise ValueError(
+            f"--policy {which}: unknown; give hf:PATH, or megatron with --load CHECKPOINT"
+        )
+    if args.max_length and policy.positions and args.max_length > policy.positions:
+        raise ValueError(
+            f"--max-length {args.max_length}: the policy of --policy {which} reads at most "
+            f"{policy.positions} tokens; give at most that"
+        )
+    return policy

@@ -1,7 +1,7 @@
 """Negatives that need no model: batch negatives, truncations, and given rejected answers.
 
 Feng et al., arXiv:2502.16433: BN = the continuation of another sample, TN = y_1 cut at a random
-place with the end of document (EOD) appended. AN and MN are drawn from the policy.
+place with the end of document (EOD) appended. AN, MN and PSS are drawn from a policy (`drawn.py`).
 
 A sampler is a plain function `(context, count, rng) -> count token sequences`, listed in
 `NEGATIVES`. Its randomness comes from `group_rng` alone, that is from (seed, epoch, group, kind):
@@ -17,9 +17,9 @@ from megatron_cpo.groups.pairs import PairReader
 from megatron_cpo.groups.store import KINDS
 from megatron_cpo.tree import Ints
 
-PRESETS = {"MixN": {"bn": 3, "mn": 5, "tn": 3}, "BN4": {"bn": 4}}
-"""Mixes with a name; MixN is the paper's."""
-NEEDS_POLICY = ("an", "mn")
+PRESETS = {"MixN": {"bn": 3, "mn": 5, "tn": 3}, "AN": {"an": 11}, "BN4": {"bn": 4}}
+"""The paper's mixes, by its names."""
+NEEDS_POLICY = ("an", "mn", "pss")
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,9 @@ def check_kinds(mix: Mapping[str, int], available: Mapping[str, Sampler]) -> Non
     rest = rest or {"bn": 3, "tn": 8}
     example = ",".join(f"{kind}={count}" for kind, count in rest.items())
     raise ValueError(
-        f"--negatives {', '.join(f'{kind}={mix[kind]}' for kind in missing)}: drawn from a policy, "
-        f"which is not available yet; use kinds that need none, such as --negatives {example}"
+        f"--negatives {', '.join(f'{kind}={mix[kind]}' for kind in missing)}: drawn from a policy; "
+        "give --load CHECKPOINT and its model flags, or --policy hf:PATH, or use kinds that need "
+        f"none, such as --negatives {example}"
     )
 
 

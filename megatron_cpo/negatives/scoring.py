@@ -4,7 +4,7 @@ Under torchrun with the reference's own model flags, at any TP x PP x DP. Rows a
 data-parallel ranks, every pipeline stage walks them in step, and rank 0 writes the store.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader, write_reference_logps
 from megatron_cpo.model.forward import RowForward, candidate_logps
+from megatron_cpo.tree import Ints, build_tree
 
 
 def score_args(extra_args_provider: Any = None) -> Any:
@@ -24,7 +25,11 @@ def score_args(extra_args_provider: Any = None) -> Any:
     Args:
         extra_args_provider: adds the caller's own flags to Megatron's parser.
     """
+    from megatron.training import global_vars
     from megatron.training.arguments import parse_and_validate_args
+
+    if global_vars._GLOBAL_ARGS is not None:  # Megatron takes them once per process
+        return global_vars._GLOBAL_ARGS
 
     def provider(parser: Any) -> Any:
         parser = extra_args_provider(parser) if extra_args_provider is not None else parser
@@ -38,26 +43,21 @@ def score_args(extra_args_provider: Any = None) -> Any:
     return args
 
 
-def score_groups(path_prefix: str, args: Any) -> None:
+def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) -> None:
     """Score every group of a store under the checkpoint `args.load` and write the result into it.
 
     Args:
         path_prefix: the store's PREFIX.
         args: Megatron's parsed and validated arguments; rows are `--seq-length` tokens,
             `--micro-batch-size` of them at a time.
+        model: what `load_model` gave for these arguments, if it is loaded already.
 
     Raises:
         ValueError: no checkpoint there, or a group's tree is longer than a row.
     """
-    from megatron.training.initialize import initialize_megatron
-
-    reference = checkpoint_identity(args.load, args.ckpt_step)
-    if reference is None:
-        raise ValueError(
-            f"--load {args.load}: no Megatron checkpoint there (no "
-            "latest_checkpointed_iteration.txt); give the folder that --save wrote"
-        )
-    initialize_megatron()
+    reference = require_checkpoint(args)
+    if model is None:
+        start_megatron()
     torch.distributed.barrier()  # rank 0 may have built the store just now
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
@@ -67,7 +67,7 @@ def score_groups(path_prefix: str, args: Any) -> None:
             f"--seq-length {args.seq_length}: {rows.too_long} of {len(reader)} groups have more "
             "tokens in their tree; raise --seq-length (it may exceed --max-position-embeddings)"
         )
-    scored = _score_rows(rows, _load_policy(args), args)
+    scored = _score_rows(rows, load_model(args) if model is None else model, args)
     everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, scored)
     if torch.distributed.get_rank() == 0:
@@ -80,8 +80,35 @@ def score_groups(path_prefix: str, args: Any) -> None:
     torch.distributed.barrier()  # nobody reads the store before it is whole
 
 
-def _load_policy(args: Any) -> list[Any]:
-    """The model of Megatron's flags with the weights of `args.load`, in evaluation mode."""
+def require_checkpoint(args: Any) -> dict[str, Any]:
+    """The identity of the checkpoint `args.load`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    identity = checkpoint_identity(args.load, args.ckpt_step)
+    if identity is None:
+        raise ValueError(
+            f"--load {args.load}: no Megatron checkpoint there (no "
+            "latest_checkpointed_iteration.txt); give the folder that --save wrote"
+        )
+    return identity
+
+
+def start_megatron() -> None:
+    """Megatron's process groups and seeds, once."""
+    from megatron.core import parallel_state
+    from megatron.training.initialize import initialize_megatron
+
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_megatron()
+
+
+def load_model(args: Any) -> list[Any]:
+    """The model of Megatron's flags with the weights of `args.load`, in evaluation mode.
+
+    Tree attention and depth RoPE are in place; a chunk per virtual pipeline stage.
+    """
     from megatron.training.checkpointing import load_checkpoint
 
     from megatron_cpo.compat import build_gpt
@@ -136,18 +163,18 @@ def _score_rows(rows: GroupDataset, model: list[Any], args: Any) -> dict[int, ND
         for result, at in zip(results, range(0, len(part), batch), strict=False):
             for row, logps in zip(part[at : at + batch], result["logps"], strict=True):
                 for g, group in enumerate(rows.group_indices(row)):
-                    scored[int(group)] = _input_order(rows, int(group), logps[g])
+                    stored = rows.reader[int(group)]
+                    scored[int(group)] = by_candidate(stored.prefix, stored.candidates, logps[g])
         bar.update(min(len(part) * dp_size, len(rows) - bar.n))
     bar.close()
     return scored
 
 
-def _input_order(rows: GroupDataset, group: int, logps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A group's log-probs by candidate instead of by slot."""
-    from megatron_cpo.tree import build_tree
-
-    stored = rows.reader[group]
-    order = build_tree(stored.prefix, stored.candidates).candidate_order
+def by_candidate(
+    prefix: Ints, candidates: Sequence[Ints], logps: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A group's log-probs by candidate, from those by slot."""
+    order = build_tree(prefix, candidates).candidate_order
     result = np.empty(len(order), dtype=np.float32)
     result[order] = logps[: len(order)]
     return result

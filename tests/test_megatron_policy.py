@@ -1,0 +1,206 @@
+"""The Megatron policy with its cache against forwards over everything, and at every layout.
+
+Two real checkpoints: a GPT with learned positions and tied embeddings, and a Llama-like model with
+RoPE, grouped-query attention, RMSNorm and SwiGLU, both written by Megatron's training loop.
+"""
+
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.samplers import group_rng
+from tests.ranks import run_pretrain, run_ranks
+from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group, write_store
+
+COMMON = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
+).split() + TOKENIZER_FLAGS
+MODELS = {
+    "gpt": COMMON,
+    "llama": [
+        *COMMON,
+        *(
+            "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
+            "--normalization RMSNorm --swiglu --disable-bias-linear "
+            "--untie-embeddings-and-output-weights"
+        ).split(),
+    ],
+}
+LAYOUTS = {
+    "TP=2": (2, "--tensor-model-parallel-size 2"),
+    "PP=2": (2, "--pipeline-model-parallel-size 2"),
+}
+SAMPLING = Sampling(top_k=20)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def flags(request, tmp_path_factory):
+    """Model flags and --load of a checkpoint after one step from random weights."""
+    folder = tmp_path_factory.mktemp(request.param)
+    store = write_store(folder / "groups", 8, 3)
+    train = (
+        f"--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
+        f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
+        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
+    )
+    run_pretrain([*MODELS[request.param], *train.split()], 1)
+    return [*MODELS[request.param], "--load", f"{folder}/model"]
+
+
+def records():
+    """Prefixes of 1 to 20 tokens, truths, and limits from 1 on."""
+    rng = np.random.default_rng(3)
+    groups = [random_group(rng, 5) for _ in range(14)]
+    groups[0].prefix.resize(1, refcheck=False)
+    return groups, [1 + (5 * i) % 30 for i in range(len(groups))]
+
+
+def load(flags, layout="", batch=32):
+    from megatron_cpo import install
+    from megatron_cpo.negatives.megatron_policy import MegatronPolicy
+    from megatron_cpo.negatives.scoring import score_args
+
+    install()
+    sys.argv = ["policy", *flags, *layout.split(), "--micro-batch-size", "1"]
+    return MegatronPolicy.load(score_args(), null_tokenizer(), batch)
+
+
+def sample(policy):
+    """Samples whose end is the token they have most of: random weights hardly ever give the EOD."""
+    groups, limits = records()
+
+    def draw():
+        rngs = [group_rng(1, i, "an") for i in range(len(groups))]
+        drawn = policy.sample([g.prefix for g in groups], limits, 5, rngs, SAMPLING)
+        return [[c.tolist() for c in found] for found in drawn]
+
+    often = np.bincount([t for found in draw() for c in found for t in c[:-1]]).argmax()
+    policy._eod = int(often)
+    return draw()
+
+
+def replace(policy):
+    groups, _ = records()
+    truths = [g.candidates[0] for g in groups]
+    places = [np.random.default_rng(i).random((3, len(y))) < 0.5 for i, y in enumerate(truths)]
+    rngs = [group_rng(1, i, "mn") for i in range(len(groups))]
+    return policy.replacements([g.prefix for g in groups], truths, places, 2, rngs), places
+
+
+def score(policy):
+    groups, _ = records()
+    return policy.logps([g.prefix for g in groups], [g.candidates for g in groups])
+
+
+def answers(flags, layout=""):
+    """Everything that a policy answers, on one rank."""
+    policy = load(flags, layout)
+    groups, _ = records()
+    sequences = [g.candidates[0] for g in groups] + [np.zeros(0, dtype=np.int32)]
+    drawn, _ = replace(policy)
+    return sample(policy), drawn, score(policy), policy.embed(sequences), policy.identity
+
+
+@pytest.fixture(scope="module")
+def one_process(flags):
+    [found] = run_ranks(answers, 1, flags)
+    return found
+
+
+def slow_twin(flags, eod):
+    """The same answers by one forward per token, place and candidate, each over everything."""
+    import torch
+
+    policy = load(flags)
+    groups, limits = records()
+
+    @torch.no_grad()
+    def logits_and_states(tokens):
+        states = []
+
+        def head(hidden, shard):
+            states.append(hidden)
+            return shard.logits(hidden)
+
+        logits = policy._model.run([np.array(tokens, dtype=np.int32)], head)
+        return logits[:, : VOCAB_SIZE + 1].double(), states[0]
+
+    def one_sample(prefix, limit, numbers):
+        tokens = []
+        while len(tokens) < limit - 1 and tokens[-1:] != [eod]:
+            p = torch.softmax(logits_and_states([*prefix, *tokens])[0][-1], 0).numpy()
+            order = np.sort(np.argsort(-p, kind="stable")[: SAMPLING.top_k])
+            total = np.cumsum(p[order])
+            number = numbers[len(tokens)] * total[-1]
+            tokens.append(int(order[np.searchsorted(total, number, side="right")]))
+        return tokens if tokens[-1:] == [eod] else [*tokens, eod]
+
+    samples = []
+    for i, (group, limit) in enumerate(zip(groups, limits, strict=True)):
+        numbers = group_rng(1, i, "an").random((limit, 5))
+        samples.append([one_sample(group.prefix, limit, numbers[:, k]) for k in range(5)])
+    logps, embeddings, softmax = [], [], []
+    for group in groups:
+        p = len(group.prefix)
+        sums = []
+        for y in group.candidates:
+            logits, _ = logits_and_states([*group.prefix, *y])
+            at = torch.arange(len(y)) + p - 1
+            sums.append(float(torch.log_softmax(logits, -1)[at, torch.from_numpy(y).long()].sum()))
+        logps.append(sums)
+        truth = group.candidates[0]
+        embeddings.append(logits_and_states(truth)[1].mean(0).numpy())
+        logits, _ = logits_and_states([*group.prefix, *truth])
+        softmax.append(torch.softmax(logits[p - 1 : -1], -1).numpy())
+    return samples, logps, embeddings, softmax
+
+
+@pytest.fixture(scope="module")
+def twin(flags, one_process):
+    eod = one_process[0][0][0][-1]
+    [found] = run_ranks(slow_twin, 1, flags, eod)
+    return found
+
+
+def test_samples_equal_those_without_a_cache(one_process, twin):
+    """Token for token in float32; prefixes of 1 to 20 tokens in batches of 6, limits of 1 to 30."""
+    assert one_process[0] == twin[0]
+    lengths = [len(c) for found in one_process[0] for c in found]
+    assert min(lengths) == 1 and max(lengths) > 20 and len(set(lengths)) > 10
+
+
+def test_replacements_are_the_inverse_of_the_softmax(one_process, twin):
+    groups, _ = records()
+    for i, (group, probs, drawn) in enumerate(zip(groups, twin[3], one_process[1], strict=True)):
+        truth = group.candidates[0]
+        places = np.random.default_rng(i).random((3, len(truth))) < 0.5
+        numbers = group_rng(1, i, "mn").random((2, 3, len(truth)))
+        for t, p in enumerate(probs):
+            total = np.cumsum(p)
+            expected = np.searchsorted(total, numbers[:, :, t] * total[-1], side="right")
+            expected = np.where(places[:, t], expected, truth[t])
+            assert drawn[:, :, t].tolist() == expected.tolist()
+
+
+def test_logps_and_embeddings(one_process, twin):
+    for found, expected in zip(one_process[2], twin[1], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(one_process[3][:-1], twin[2], rtol=1e-4, atol=1e-5)
+    assert not one_process[3][-1].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_do_not_depend_on_the_layout(flags, one_process, layout):
+    """The same tokens and identity, log-probs within 1e-5, on every rank."""
+    ranks, extra = LAYOUTS[layout]
+    for found in run_ranks(answers, ranks, flags, extra):
+        assert found[0] == one_process[0]
+        for ours, expected in zip(found[1], one_process[1], strict=True):
+            assert ours.tolist() == expected.tolist()
+        for ours, expected in zip(found[2], one_process[2], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+        np.testing.assert_allclose(found[3], one_process[3], rtol=1e-4, atol=1e-5)
+        assert found[4] == one_process[4]

@@ -1,0 +1,42 @@
+"""Tiny causal LMs with random weights, sharp enough that sampling from them is no coin toss."""
+
+from pathlib import Path
+from typing import Any
+
+VOCAB = 100  # of `texts.ToyTokenizer`; its EOD is 99
+
+
+def save_hugging_face(folder: Path, kind: str = "llama", rows: int = VOCAB, seed: int = 0) -> str:
+    """Write a two-layer Llama (grouped-query attention), GPT-2 or Gemma 2; returns the folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig
+
+    shape = {
+        "vocab_size": rows,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    config: Any
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=rows,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            initializer_range=0.3,
+        )
+    elif kind == "gemma2":  # caps its logits, and every other layer has a sliding window
+        config = Gemma2Config(**shape, head_dim=8, sliding_window=8, final_logit_softcapping=3.0)
+    else:
+        config = LlamaConfig(**shape, tie_word_embeddings=False)
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -46,4 +46,32 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
             config.apply_rope_fusion = False
             chunk.rotary_pos_emb = DepthRotaryEmbedding(rotary)
             chunk.register_forward_pre_hook(chunk.rotary_pos_emb.remember, with_kwargs=True)
+        if config.num_moe_experts is not None:
+            _adapt_experts(chunk)
     return model_chunks
+
+
+def _adapt_experts(chunk: Any) -> None:
+    """Keep padding out of the routers' auxiliary losses, and these at one scale."""
+    from megatron.core.transformer.moe.router import Router
+
+    chunk.decoder.register_forward_pre_hook(_split_padding_mask, with_kwargs=True)
+    for module in chunk.modules():
+        if isinstance(module, Router):
+            # With --calculate-per-token-loss a router multiplies its losses by its tokens, which
+            # Megatron is to divide by again. Our step reports one token a micro-batch.
+            module.calculate_per_token_loss = False
+
+
+def _split_padding_mask(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Give a sequence-parallel rank its part of the padding mask [B, S].
+
+    Megatron 0.19 does so for the first pipeline stage of a GPT only.
+    """
+    mask, group = kwargs.get("padding_mask"), decoder.tp_group
+    if mask is None or not decoder.config.sequence_parallel:
+        return args, kwargs
+    hidden = decoder.input_tensor if not decoder.pre_process else kwargs["hidden_states"]
+    if mask.shape[1] != len(hidden):
+        kwargs["padding_mask"] = mask.chunk(group.size(), dim=1)[group.rank()]
+    return args, kwargs

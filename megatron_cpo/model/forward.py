@@ -66,13 +66,17 @@ class RowForward:
             "own_tokens": batch["tokens"][:, own],
             "own_position_ids": batch["position_ids"][:, own],
         }
+        if has_experts(model):
+            flat["own_padding"] = padding_tokens(batch)[:, own]
         on_device = {n: t.to(device, non_blocking=True) for n, t in (batch | flat).items()}
+        extra = {"padding_mask": on_device["own_padding"]} if "own_padding" in flat else {}
         output = model(
             on_device["own_tokens"],
             on_device["own_position_ids"],
             on_device["subtree_end"],
             output_processor=self._head,
             output_processor_context=queries,
+            **extra,
         )
         return output, on_device
 
@@ -98,6 +102,23 @@ class RowForward:
             output_layer.tp_group,
             output_layer.sequence_parallel,
         )
+
+
+def padding_tokens(batch: Batch) -> Tensor:
+    """[B, S] bool: the tokens that only fill a row up: roots that nothing hangs from."""
+    index = torch.arange(1, batch["tokens"].shape[1] + 1)
+    padding = (batch["position_ids"] == 0) & (batch["subtree_end"] == index)
+    rows, at = torch.nonzero(batch["query_targets"] >= 0, as_tuple=True)
+    # A prefix of one token whose candidates are all empty is such a root as well, but is asked.
+    padding[rows, batch["query_positions"][rows, at]] = False
+    return padding
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model chunk, however wrapped, has mixture-of-experts layers."""
+    from megatron.core.utils import get_model_config
+
+    return getattr(get_model_config(model), "num_moe_experts", None) is not None
 
 
 def _own_queries(batch: Batch, own: Tensor) -> tuple[Tensor, Tensor]:

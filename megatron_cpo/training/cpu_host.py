@@ -232,7 +232,44 @@ _RANDOM: dict[str, Any] = {
 }
 
 
-# ---- 5. Putting it in place
+# ---- 5. Collectives: gloo wants all ranks' parts alike, experts have as many tokens as they get
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """`tensor` with zeros behind it, up to `rows` along its first dimension."""
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _uneven_gather(gather: Callable) -> Callable:
+    @functools.wraps(gather)
+    def gather_parts(parts: list[torch.Tensor], own: torch.Tensor, **kwargs: Any) -> Any:
+        sizes = {tuple(part.shape[:1]) for part in parts}
+        if len(sizes) == 1:
+            return gather(parts, own, **kwargs)
+        most = max(map(len, parts))
+        received = [part.new_empty(most, *part.shape[1:]) for part in parts]
+        gather(received, _padded(own, most), group=kwargs.get("group"))
+        for part, padded in zip(parts, received, strict=True):
+            part.copy_(padded[: len(part)])
+
+    return gather_parts
+
+
+def _uneven_scatter(scatter: Callable) -> Callable:
+    @functools.wraps(scatter)
+    def scatter_parts(own: torch.Tensor, parts: list[torch.Tensor], **kwargs: Any) -> Any:
+        sizes = {tuple(part.shape[:1]) for part in parts}
+        if len(sizes) == 1:
+            return scatter(own, parts, **kwargs)
+        most = max(map(len, parts))
+        received = own.new_empty(most, *own.shape[1:])
+        scatter(received, [_padded(part, most) for part in parts], group=kwargs.get("group"))
+        own.copy_(received[: len(own)])
+
+    return scatter_parts
+
+
+# ---- 6. Putting it in place
 
 
 def _put(owner: Any, table: dict[str, Any]) -> None:
@@ -330,6 +367,7 @@ def _patch_megatron() -> None:
     from megatron import training
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
     from megatron.training import training as loop
 
@@ -347,6 +385,14 @@ def _patch_megatron() -> None:
         filesystem_async,
         ("get_write_results_queue",),
         lambda queue: functools.partial(queue, mp_mode="fork"),
+    )
+    # Experts' token counts become numpy on their way off the GPU, and gloo insists on numbers.
+    _wrap(
+        token_dispatcher,
+        ("maybe_move_tensor_to_cpu",),
+        lambda move: lambda tensor, as_numpy=False, **kwargs: (
+            tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        ),
     )
     _load_torch_adam()
     _norm_for_sequence_parallelism()
@@ -371,6 +417,8 @@ def enable() -> None:
     _put(torch.Tensor, dict.fromkeys(("cuda", "pin_memory"), _itself))
     _put(torch.Tensor, {"record_stream": _answer(None)})
     _wrap(torch.utils.data.DataLoader, ("__init__",), _own_generator)
+    _wrap(torch.distributed, ("all_gather",), _uneven_gather)
+    _wrap(torch.distributed, ("reduce_scatter",), _uneven_scatter)
     _put(torch.cuda, _ORDER | _QUERIES | _RANDOM)
     # What Megatron fuses with torch.compile runs as written: compiling would cost minutes here.
     torch.compiler.set_stance("force_eager")

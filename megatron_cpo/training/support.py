@@ -2,8 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 Check = tuple[str, Callable[[argparse.Namespace], bool], str]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
 
 _MODEL: tuple[Check, ...] = (
     ("--hierarchical-context-parallel-sizes or --hybrid-context-parallel",
@@ -12,8 +18,21 @@ _MODEL: tuple[Check, ...] = (
      "keys and values are gathered over one flat group; use --context-parallel-size alone"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
-    ("--num-experts", lambda a: bool(a.num_experts),
-     "padding tokens would take part in the routing and its auxiliary loss; use a dense model"),
+    ("--moe-expert-capacity-factor",
+     lambda a: getattr(a, "moe_expert_capacity_factor", None) is not None,
+     "which tokens are dropped would depend on what else is in the row; drop the flag"),
+    ("--moe-router-load-balancing-type sinkhorn or quantile_balancing",
+     lambda a: bool({"sinkhorn", "quantile_balancing"} & set(_as_list(
+         getattr(a, "moe_router_load_balancing_type", None)))),
+     "a token's experts would depend on what else is in the row; use aux_loss or none"),
+    ("--moe-router-enable-expert-bias",
+     lambda a: getattr(a, "moe_router_enable_expert_bias", False),
+     "Megatron counts padding tokens in the bias, or fails on their mask; use aux_loss"),
+    ("--moe-input-jitter-eps or a --moe-router-force-* flag",
+     lambda a: getattr(a, "moe_input_jitter_eps", None) is not None
+     or getattr(a, "moe_router_force_load_balancing", False)
+     or getattr(a, "moe_router_force_biased", None) is not None,
+     "routing would be random, so the policy would not be its reference; drop the flag"),
     ("--multi-latent-attention", lambda a: a.multi_latent_attention,
      "tree attention replaces the core attention of ordinary and grouped-query attention only"),
     ("--experimental-attention-variant",

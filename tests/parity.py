@@ -1,0 +1,342 @@
+"""The parity matrix: one step of the real loop at every supported layout against one process.
+
+A case is `examples/pretrain_gpt.py` (or pretrain_hybrid.py) with CPO flags on up to eight gloo
+ranks. Every run of an architecture starts from the same checkpoint and reads the same global batch;
+what one process computes is the twin. Compared are
+
+    log-probs   of every candidate, the worst relative difference
+    loss        the CPO and MLE losses of the global batch, relative
+    gradient    of every parameter, whole, after Megatron's reductions and before the optimizer:
+                the worst norm of a difference over the norm of the twin's
+
+`python -m tests.parity` runs all cases and writes the table of docs/parity.md; a few of them are
+tests (`test_parity_matrix.py`).
+"""
+
+import argparse
+import inspect
+import runpy
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.ranks import ROOT, run_ranks
+from tests.stores import TOKENIZER_FLAGS, write_store
+
+K = 5
+TOLERANCE = {"fp32": 1e-5, "bf16": {"log-probs": 2e-2, "loss": 2e-2, "gradient": 1e-1}}
+RUN = (
+    "--seq-length 256 --max-position-embeddings 64 --micro-batch-size 2 --global-batch-size 8 "
+    "--train-iters 1 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 "
+    "--seed 7 --split 1,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 "
+    "--ckpt-format torch_dist --no-load-optim --no-load-rng --clip-grad 0 "
+    f"--cpo-aux-loss --cpo-k {K} --cpo-objective ranked --cpo-beta 0.2"
+).split() + TOKENIZER_FLAGS
+
+DIMENSIONS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4"
+ROPE = "--position-embedding-type rope"
+UNTIED = "--untie-embeddings-and-output-weights"
+LLAMA = (
+    f"{DIMENSIONS} {ROPE} {UNTIED} --group-query-attention --num-query-groups 2 "
+    "--normalization RMSNorm --swiglu --disable-bias-linear"
+)
+ARCHITECTURES = {
+    "learned positions, tied": DIMENSIONS,
+    "learned positions, untied": f"{DIMENSIONS} {UNTIED}",
+    "RoPE, tied": f"{DIMENSIONS} {ROPE}",
+    "RoPE, GQA, RMSNorm, SwiGLU, untied": LLAMA,
+    "4 experts, top 2": (
+        f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
+        "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
+    ),
+}
+TIED, SPLIT, ROTARY, GQA, EXPERTS = ARCHITECTURES
+
+TP, PP, CP, EP, ETP = (
+    "--tensor-model-parallel-size",
+    "--pipeline-model-parallel-size",
+    "--context-parallel-size",
+    "--expert-model-parallel-size",
+    "--expert-tensor-parallel-size",
+)
+SP, VPP = "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage 1"
+PER_TOKEN = "--calculate-per-token-loss"
+ZERO = "--use-distributed-optimizer"
+OVERLAP = f"{ZERO} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000"
+SELECTIVE = "--recompute-granularity selective"
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of an architecture."""
+
+    architecture: str
+    ranks: int
+    flags: str
+    quick: bool = False
+    """Runs in `make test`, too."""
+
+    @property
+    def name(self) -> str:
+        """Architecture, ranks and flags."""
+        return f"{self.architecture} | {self.ranks} | {self.flags}"
+
+
+CASES = [
+    Case(TIED, 1, SELECTIVE),
+    Case(TIED, 1, FULL),
+    Case(TIED, 2, f"{TP} 2"),
+    Case(TIED, 2, f"{TP} 2 {SP}"),
+    Case(TIED, 2, f"{PP} 2"),
+    Case(TIED, 2, f"{PP} 2 {VPP}"),
+    Case(TIED, 2, f"{CP} 2"),
+    Case(TIED, 2, ""),
+    Case(TIED, 2, PER_TOKEN),
+    Case(TIED, 2, f"{CP} 2 {PER_TOKEN}"),
+    Case(TIED, 2, OVERLAP),
+    Case(TIED, 4, f"{TP} 2 {SP} {PP} 2 {FULL}"),
+    Case(TIED, 4, f"{CP} 4"),
+    Case(TIED, 4, f"{CP} 2 {PP} 2 {VPP} {OVERLAP} {PER_TOKEN}", quick=True),
+    Case(TIED, 8, f"{TP} 2 {SP} {CP} 2 {PP} 2 {ZERO} {SELECTIVE}"),
+    Case(SPLIT, 4, f"{TP} 2 {CP} 2"),
+    Case(SPLIT, 4, f"{PP} 2 {OVERLAP}"),
+    Case(ROTARY, 4, f"{TP} 2 {SP} {CP} 2 {FULL}"),
+    Case(ROTARY, 4, f"{PP} 2 {CP} 2 {PER_TOKEN}"),
+    Case(GQA, 2, f"{TP} 2 {SP}"),
+    Case(GQA, 2, f"{CP} 2"),
+    Case(GQA, 4, f"{TP} 2 {SP} {CP} 2 {OVERLAP} {SELECTIVE}", quick=True),
+    Case(GQA, 8, f"{TP} 2 {SP} {CP} 2 {PP} 2 {VPP} {OVERLAP} {PER_TOKEN} {FULL}"),
+    Case(GQA, 8, f"{TP} 2 {SP} {PP} 2 {OVERLAP}"),
+    Case(GQA, 8, f"{CP} 4 {ZERO}"),
+    Case(TIED, 2, f"{TP} 2 --bf16"),
+    Case(TIED, 2, f"{CP} 2 --bf16"),
+    Case(GQA, 4, f"{TP} 2 {SP} {CP} 2 {OVERLAP} --bf16"),
+    Case(GQA, 4, f"{PP} 2 {VPP} {PER_TOKEN} {ZERO} {FULL} --bf16"),
+    Case(EXPERTS, 2, ""),
+    Case(EXPERTS, 2, f"{EP} 2 --moe-token-dispatcher-type allgather"),
+    Case(EXPERTS, 2, PER_TOKEN),
+    Case(EXPERTS, 2, f"{EP} 2"),
+    Case(EXPERTS, 2, f"{TP} 2 {SP}"),
+    Case(EXPERTS, 2, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
+    Case(EXPERTS, 2, f"{CP} 2 {EP} 2 {PER_TOKEN}"),
+    Case(EXPERTS, 4, f"{TP} 2 {SP} {PP} 2 {PER_TOKEN}"),
+    Case(EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 2 {ZERO}"),
+    Case(EXPERTS, 4, f"{TP} 2 {SP} {CP} 2 {EP} 4 {ETP} 1 {SELECTIVE}"),
+    Case(EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP} {FULL}"),
+    Case(EXPERTS, 8, f"{TP} 2 {SP} {EP} 4 {ETP} 1 {OVERLAP} {PER_TOKEN}"),
+]
+
+
+@dataclass
+class Step:
+    """What one step computed, whole."""
+
+    losses: dict[str, float]
+    logps: dict[bytes, torch.Tensor]
+    """[K] by group."""
+    gradients: dict[str, torch.Tensor]
+
+
+def measure(script: str, argv: list[str], folder: str) -> dict[str, Any]:
+    """Run one iteration on this rank, and keep the parts of a `Step` that it has.
+
+    The gradients are written to `folder` in the place of the weights, by Megatron's own sharded
+    checkpoint, which knows which part of what a rank has.
+    """
+    from megatron.training import training
+
+    from megatron_cpo.model.forward import candidate_logps
+    from megatron_cpo.training.step import CPOStep
+
+    found: dict[str, Any] = {"losses": {}, "logps": {}}
+    train_step, loss = training.train_step, CPOStep.loss
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(train_step).bind(*args, **kwargs).arguments
+
+        def keep_gradients() -> tuple[bool, float, int]:
+            _save_gradients(bound["model"], folder)
+            return True, 0.0, 0
+
+        bound["optimizer"].step = keep_gradients
+        result = train_step(*args, **kwargs)
+        found["losses"] |= {name: float(value) for name, value in result[0].items()}
+        return result
+
+    def recording_loss(self: Any, batch: Any, logps: torch.Tensor) -> Any:
+        mask = batch["candidate_mask"].flatten(0, 1)
+        slots = batch["first_slot"], batch["last_slot"], mask.numel()
+        sums = candidate_logps(logps.detach(), *slots).view_as(mask)
+        for here, reference, policy in zip(
+            mask, batch["reference_logps"].flatten(0, 1), sums, strict=True
+        ):
+            if here[0]:
+                found["logps"][reference.numpy().tobytes()] = policy[here].clone()
+        return loss(self, batch, logps)
+
+    training.train_step, CPOStep.loss = step, recording_loss
+    sys.argv = [script, *argv]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            raise RuntimeError(f"{script} exited with {stop.code!r}") from stop
+    return found
+
+
+def _save_gradients(chunks: list[Any], folder: str) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    for chunk in chunks:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            if chunk.ddp_config.use_distributed_optimizer:
+                _gather_shards(buffer)
+        for parameter in chunk.parameters():
+            parameter.data = parameter.main_grad.detach().float()
+    state = {
+        f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(unwrap_model(chunks))
+    }
+    if torch.distributed.get_rank() == 0:
+        Path(folder).mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, folder)
+
+
+def _gather_shards(buffer: Any) -> None:
+    """The distributed optimizer leaves each rank the sum of its shard alone; put them together."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        shards = bucket.grad_data.view(group.size(), -1)
+        torch.distributed.all_gather_into_tensor(
+            bucket.grad_data, shards[group.rank()].clone(), group=group
+        )
+
+
+def gradients(folder: str) -> dict[str, torch.Tensor]:
+    """What `_save_gradients` wrote, by parameter."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    torch.distributed.init_process_group("gloo")
+    tensors = load_plain_tensors(folder)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and "extra_state" not in name
+    }
+
+
+class Matrix:
+    """Runs cases, each architecture's twin once.
+
+    Args:
+        folder: for the store, the checkpoints and the gradients.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._twins: dict[tuple[str, bool], Step] = {}
+        self._runs = 0
+        self.store = write_store(folder / "groups", 60, K, longest=16, scored=False)
+        _score_at_random(self.store)
+
+    def compare(self, case: Case) -> dict[str, float]:
+        """Worst relative differences between a case and one process."""
+        bf16 = "--bf16" in case.flags
+        key = case.architecture, bf16
+        if key not in self._twins:
+            self._twins[key] = self._step(case.architecture, 1, "--bf16" if bf16 else "")
+        return differences(self._step(case.architecture, case.ranks, case.flags), self._twins[key])
+
+    def _step(self, architecture: str, ranks: int, flags: str) -> Step:
+        run = ["--load", self._start(architecture), "--finetune", *flags.split()]
+        self._runs += 1
+        folder = str(self.folder / f"gradients-{self._runs}")
+        parts = run_ranks(measure, ranks, *self._command(architecture, run), folder)
+        logps: dict[bytes, torch.Tensor] = {}
+        for part in parts:
+            logps |= part["logps"]
+        [whole] = run_ranks(gradients, 1, folder)
+        return Step(parts[-1]["losses"], logps, whole)
+
+    def _start(self, architecture: str) -> str:
+        """The checkpoint that all runs of an architecture start from."""
+        folder = self.folder / f"start-{list(ARCHITECTURES).index(architecture)}"
+        if not folder.exists():
+            run = ["--lr", "0", "--save", str(folder), "--save-interval", "1", "--no-save-optim"]
+            run_ranks(_train, 1, *self._command(architecture, run))
+        return str(folder)
+
+    def _command(self, architecture: str, flags: list[str]) -> tuple[str, list[str]]:
+        model = ARCHITECTURES[architecture].split()
+        script = "pretrain_hybrid.py" if "--hybrid-layer-pattern" in model else "pretrain_gpt.py"
+        argv = [*model, *RUN, *flags, "--cpo-data-path", self.store]
+        return str(ROOT / "examples" / script), argv
+
+
+def _train(script: str, argv: list[str]) -> None:
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def _score_at_random(store: str) -> None:
+    """Reference log-probs that name their group: no two alike."""
+    from megatron_cpo.groups.store import GroupReader, write_reference_logps
+
+    rng, reader = np.random.default_rng(1), GroupReader(store)
+    scores = [
+        (rng.normal(size=K) - 6 * np.array([len(c) for c in group.candidates])).astype(np.float32)
+        for group in (reader[i] for i in range(len(reader)))
+    ]
+    identity = {"name": "random", "iteration": "0", "sha256": "0" * 64}
+    write_reference_logps(store, scores, identity)
+
+
+def differences(found: Step, twin: Step) -> dict[str, float]:
+    """Worst relative differences, by what is compared; see the module's docstring."""
+    assert found.logps.keys() == twin.logps.keys() and len(twin.logps) > 10
+    assert found.gradients.keys() == twin.gradients.keys() and len(twin.gradients) > 5
+    logps = max(
+        float(((found.logps[group] - right).abs() / right.abs()).max())
+        for group, right in twin.logps.items()
+    )
+    loss = max(
+        abs(found.losses[name] / twin.losses[name] - 1) for name in ("cpo loss", "lm loss")
+    )
+    gradient = max(
+        float((found.gradients[name] - right).norm() / right.norm())
+        for name, right in twin.gradients.items()
+    )
+    return {"log-probs": logps, "loss": loss, "gradient": gradient}
+
+
+def tolerance(case: Case) -> dict[str, float]:
+    """What each difference of a case must stay below."""
+    return TOLERANCE["bf16" if "--bf16" in case.flags else "fp32"]
+
+
+def main() -> None:
+    """Run cases, print each as it ends; write the table when all were run."""
+    parser = argparse.ArgumentParser(description="The parity matrix on CPU ranks.")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--write", help="file to write the table to")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        matrix = Matrix(Path(folder))
+        for case in CASES:
+            if args.only in case.name:
+                began = time.monotonic()
+                worst = matrix.compare(case)
+                text = " ".join(f"{name} {value:.1e}" for name, value in worst.items())
+                print(f"{case.name}: {text} ({time.monotonic() - began:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
-"""Pretrain a GPT with Megatron's own loop, for people who have the megatron-core wheel only.
+"""Pretrain with Megatron's own loop, for people who have the megatron-core wheel only.
 
-Megatron's pretrain_gpt.py is not in the wheel; this is its plain path: next-token loss on indexed
+Megatron's pretrain_gpt.py and pretrain_hybrid.py are not in the wheel; this is its plain path: next-token loss on indexed
 datasets, at any TP x PP x VPP x CP x DP, with Megatron's flags, on GPUs or CPU ranks. `install()`
-adds the `--cpo-*` flags; without one of them this is ordinary pretraining.
+adds the `--cpo-*` flags; without one of them this is ordinary pretraining. The model is a GPT, or with
+`--hybrid-layer-pattern '*-*-'` a HybridModel of attention (`*`), MLP (`-`) and expert (`E`) layers.
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --tensor-model-parallel-size 2 ...
 
@@ -32,6 +33,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from megatron.training import get_args, pretrain  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
@@ -107,8 +109,10 @@ def forward_step(data_iterator, model):
 if __name__ == "__main__":
     # Megatron 0.19 has no default here and fails on the missing one long after parsing.
     args = parse_and_validate_args(args_defaults={"eval_interval": 1000})
+    hybrid = args.hybrid_layer_pattern is not None
+    model_config = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
     pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        pretrain_cfg_container_from_args(args, model_config),
         datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,

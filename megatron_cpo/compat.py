@@ -136,7 +136,9 @@ def hook_pretrain(
 
 
 def build_gpt(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
-    """The GPT of Megatron's flags on this rank, a chunk per virtual stage, not wrapped in DDP.
+    """The model of Megatron's flags on this rank, a chunk per virtual stage, not wrapped in DDP.
+
+    A GPT, or with `--hybrid-layer-pattern` a HybridModel.
 
     Args:
         args: Megatron's parsed and validated arguments, after `initialize_megatron`.
@@ -152,7 +154,9 @@ def build_gpt(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
     if hasattr(argument_utils, "gpt_config_from_args"):
         from megatron.core.process_groups_config import ProcessGroupCollection
 
-        config = argument_utils.gpt_config_from_args(args)
+        hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
+        name = "hybrid_config_from_args" if hybrid else "gpt_config_from_args"
+        config = getattr(argument_utils, name)(args)
         config.pre_wrap_hooks.append(hook)
         container = argument_utils.pretrain_cfg_container_from_args(args, config)
         chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(

@@ -1,7 +1,6 @@
 """The parity matrix: one step of the real loop at every supported layout against one process.
 
-A case is `examples/pretrain_gpt.py` (or pretrain_hybrid.py) with CPO flags on up to eight gloo
-ranks. Every run of an architecture starts from the same checkpoint and reads the same global batch;
+A case is `examples/pretrain_gpt.py` with CPO flags on up to eight gloo ranks. Every run of an architecture starts from the same checkpoint and reads the same global batch;
 what one process computes is the twin. Compared are
 
     log-probs   of every candidate, the worst relative difference
@@ -46,6 +45,7 @@ LLAMA = (
     f"{DIMENSIONS} {ROPE} {UNTIED} --group-query-attention --num-query-groups 2 "
     "--normalization RMSNorm --swiglu --disable-bias-linear"
 )
+HYBRID = LLAMA.replace("--num-layers 4", "--hybrid-layer-pattern {}")
 ARCHITECTURES = {
     "learned positions, tied": DIMENSIONS,
     "learned positions, untied": f"{DIMENSIONS} {UNTIED}",
@@ -55,8 +55,14 @@ ARCHITECTURES = {
         f"{LLAMA} --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
         "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
     ),
+    "hybrid *-*-, RoPE, GQA": HYBRID.format("*-*-"),
+    "hybrid *-*E, no positions": (
+        HYBRID.format("*-*E").replace("rope", "none")
+        + " --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
+        "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
+    ),
 }
-TIED, SPLIT, ROTARY, GQA, EXPERTS = ARCHITECTURES
+TIED, SPLIT, ROTARY, GQA, EXPERTS, HYBRID_GQA, HYBRID_EXPERTS = ARCHITECTURES
 
 TP, PP, CP, EP, ETP = (
     "--tensor-model-parallel-size",
@@ -131,6 +137,13 @@ CASES = [
     Case(EXPERTS, 4, f"{TP} 2 {SP} {CP} 2 {EP} 4 {ETP} 1 {SELECTIVE}"),
     Case(EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP} {FULL}"),
     Case(EXPERTS, 8, f"{TP} 2 {SP} {EP} 4 {ETP} 1 {OVERLAP} {PER_TOKEN}"),
+    Case(HYBRID_GQA, 2, f"{TP} 2 {SP}"),
+    Case(HYBRID_GQA, 2, f"{CP} 2 {PER_TOKEN}"),
+    Case(HYBRID_GQA, 2, f"{PP} 2"),
+    Case(HYBRID_GQA, 2, f"{OVERLAP} {SELECTIVE}"),
+    Case(HYBRID_GQA, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {FULL} {ZERO}"),
+    Case(HYBRID_EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
+    Case(HYBRID_EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP}"),
 ]
 
 
@@ -276,9 +289,8 @@ class Matrix:
 
     def _command(self, architecture: str, flags: list[str]) -> tuple[str, list[str]]:
         model = ARCHITECTURES[architecture].split()
-        script = "pretrain_hybrid.py" if "--hybrid-layer-pattern" in model else "pretrain_gpt.py"
         argv = [*model, *RUN, *flags, "--cpo-data-path", self.store]
-        return str(ROOT / "examples" / script), argv
+        return str(ROOT / "examples" / "pretrain_gpt.py"), argv
 
 
 def _train(script: str, argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Puts tree attention and depth RoPE into a built Megatron GPT model, before DDP wraps it."""
+"""Puts tree attention and depth RoPE into a built Megatron model, before DDP wraps it."""
 
 import inspect
 import math
@@ -21,10 +21,16 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
         ValueError: a chunk has no attention that can be replaced.
     """
     for chunk in model_chunks:
-        if "output_processor" not in inspect.signature(chunk.forward).parameters:
+        hybrid = type(chunk).__name__ == "HybridModel"
+        if hybrid:
+            # Only where it is needed: Megatron 0.18 has no such model to import.
+            from megatron_cpo.model.hybrid import add_output_processor
+
+            add_output_processor(chunk)
+        elif "output_processor" not in inspect.signature(chunk.forward).parameters:
             raise ValueError(
                 f"{type(chunk).__name__} has no output_processor, "
-                "so the log-prob head cannot be attached; CPO trains GPTModel"
+                "so the log-prob head cannot be attached; CPO trains GPTModel and HybridModel"
             )
         config, cache, cp_group = chunk.config, TreeMaskCache(), context_group()
         scale = config.softmax_scale
@@ -35,7 +41,7 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
             if isinstance(getattr(module, "core_attention", None), nn.Module):
                 module.core_attention = TreeAttention(scale, cache, cp_group)
                 replaced += 1
-        if not replaced:
+        if not replaced and not hybrid:  # a stage of a hybrid may have MLP layers alone
             raise ValueError(
                 f"{type(chunk).__name__} has no core_attention submodule, so it cannot follow a "
                 "token tree; CPO trains GPTModel with self-attention layers"

@@ -18,7 +18,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -394,6 +394,12 @@ def _patch_megatron() -> None:
             tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
         ),
     )
+    # The one norm of a HybridStack that is not in its spec.
+    with suppress(ImportError):  # 0.18 has no such module
+        from megatron.core.models.hybrid import hybrid_block
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+        _put(hybrid_block, {"TENorm": WrappedTorchNorm})
     _load_torch_adam()
     _norm_for_sequence_parallelism()
     skip_compiled_helpers()
@@ -433,6 +439,12 @@ def set_parser_defaults(parser: argparse.ArgumentParser) -> None:
     # Loader processes would compete with the ranks for the same cores; --num-workers still works.
     defaults = CPU_FLAGS | {"num_workers": 0}
     parser.set_defaults(**{dest: value for dest, value in defaults.items() if dest in known})
+
+
+def complete_args(args: argparse.Namespace) -> None:
+    """Set what depends on other arguments: a hybrid model's stock layers need Transformer Engine."""
+    if getattr(args, "hybrid_layer_pattern", None) is not None and args.spec is None:
+        args.spec = ["megatron_cpo.model.hybrid", "local_stack_spec"]
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -99,6 +99,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         from megatron_cpo.training import cpu_host
 
         cpu_host.check_args(args)
+        cpu_host.complete_args(args)
     training = _config(args) is not None
     if not training and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)

@@ -16,6 +16,10 @@ _MODEL: tuple[Check, ...] = (
      lambda a: bool(getattr(a, "hierarchical_context_parallel_sizes", None)
                     or getattr(a, "hybrid_context_parallel", False)),
      "keys and values are gathered over one flat group; use --context-parallel-size alone"),
+    ("--hybrid-layer-pattern with layers other than * - E",
+     lambda a: bool(set(getattr(a, "hybrid_layer_pattern", None) or "") - set("*-E|")),
+     "Mamba-like layers carry a state along the row, across branches and groups, and MTP (/) looks "
+     "ahead in it; use attention *, MLP - and expert E layers"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
     ("--moe-expert-capacity-factor",
@@ -43,8 +47,8 @@ _MODEL: tuple[Check, ...] = (
     ("--softmax-type other than vanilla", lambda a: a.softmax_type != "vanilla",
      "tree attention has no attention sink"),
     ("--position-embedding-type",
-     lambda a: a.position_embedding_type not in ("learned_absolute", "rope"),
-     "tree depths are known to learned_absolute and rope; use one of these"),
+     lambda a: a.position_embedding_type not in ("learned_absolute", "rope", "none"),
+     "tree depths are known to learned_absolute and rope; use one of these, or none"),
     ("--use-mup", lambda a: a.use_mup, "the log-prob head does not scale logits"),
     ("Megatron or PyTorch FSDP", lambda a: a.use_megatron_fsdp or a.use_torch_fsdp2,
      "the output layer's weight must be whole on its rank; use --use-distributed-optimizer"),

@@ -1,14 +1,12 @@
 """Pretrain with Megatron's own loop, for people who have the megatron-core wheel only.
 
-Megatron's pretrain_gpt.py and pretrain_hybrid.py are not in the wheel; this is its plain path: next-token loss on indexed
-datasets, at any TP x PP x VPP x CP x DP, with Megatron's flags, on GPUs or CPU ranks. `install()`
-adds the `--cpo-*` flags; without one of them this is ordinary pretraining. The model is a GPT, or with
-`--hybrid-layer-pattern '*-*-'` a HybridModel of attention (`*`), MLP (`-`) and expert (`E`) layers.
+Megatron's pretrain_gpt.py and pretrain_hybrid.py are not in the wheel; this is their plain path:
+next-token loss on indexed datasets, at any TP x PP x VPP x CP x DP, with Megatron's flags, on GPUs
+or CPU ranks. `install()` adds the `--cpo-*` flags; without one of them this is ordinary
+pretraining. The model is a GPT, or with `--hybrid-layer-pattern '*-*-'` a HybridModel of attention
+(`*`), MLP (`-`) and expert (`E`) layers.
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --tensor-model-parallel-size 2 ...
-
-It needs megatron-core 0.19. With 0.18, whose `pretrain` wants a model provider, run
-`python -m megatron_cpo pretrain_gpt.py` in a Megatron-LM checkout.
 """
 
 from megatron_cpo import install
@@ -31,16 +29,13 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank  # noqa: E402
 from megatron.training import get_args, pretrain  # noqa: E402
-from megatron.training.argument_utils import (  # noqa: E402
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
 from megatron.training.utils import (  # noqa: E402
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
 )
+
+from megatron_cpo.compat import model_arguments  # noqa: E402
 
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
@@ -109,11 +104,10 @@ def forward_step(data_iterator, model):
 if __name__ == "__main__":
     # Megatron 0.19 has no default here and fails on the missing one long after parsing.
     args = parse_and_validate_args(args_defaults={"eval_interval": 1000})
-    hybrid = args.hybrid_layer_pattern is not None
-    model_config = hybrid_config_from_args(args) if hybrid else gpt_config_from_args(args)
+    # By name: the order of `pretrain`'s parameters, and what builds the model, differ by version.
     pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
+        **model_arguments(args),
+        train_valid_test_dataset_provider=datasets_provider,
+        model_type=ModelType.encoder_or_decoder,
+        forward_step_func=forward_step,
     )

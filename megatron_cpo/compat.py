@@ -135,48 +135,93 @@ def hook_pretrain(
     return arguments
 
 
+def model_arguments(args: Any) -> dict[str, Any]:
+    """`pretrain`'s `cfg_container` and `model_provider` for the model of Megatron's flags.
+
+    A GPT, or with `--hybrid-layer-pattern` a HybridModel. 0.19 builds either from a config; 0.18
+    has one for hybrids only, and builds by functions, of which its wheel lacks the GPT's.
+    """
+    from megatron.training import argument_utils
+
+    hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
+    name = "hybrid_config_from_args" if hybrid else "gpt_config_from_args"
+    make_config = getattr(argument_utils, name, None)
+    config = None if make_config is None else make_config(args)
+    provider: Callable | None = None
+    if not hasattr(argument_utils, "gpt_config_from_args"):
+        provider = functools.partial(_build_gpt, args)
+        if config is not None:
+            provider = functools.partial(_build_from_config, config)
+    container = argument_utils.pretrain_cfg_container_from_args(args, config)
+    return {"cfg_container": container, "model_provider": provider}
+
+
+def _build_from_config(model_config: Any, config: Any = None, **stage: Any) -> Any:
+    """One chunk by the builder of 0.18's model config; `stage` says which."""
+    return model_config.get_builder_cls()(model_config).build_model(**stage)
+
+
+def _build_gpt(args: Any, config: Any = None, **stage: Any) -> Any:
+    """One chunk of a GPT from Megatron's flags, for 0.18; `stage` says which."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.spec_utils import import_module
+    from megatron.training.argument_utils import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args) if config is None else config
+    if args.spec is not None:
+        spec = import_module(args.spec)
+    else:
+        spec = get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            qk_l2_norm=args.qk_l2_norm,
+            vp_stage=stage.get("vp_stage"),
+        )
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        fp16_lm_cross_entropy=args.fp16_lm_cross_entropy,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        **stage,
+    )
+
+
 def build_gpt(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
     """The model of Megatron's flags on this rank, a chunk per virtual stage, not wrapped in DDP.
-
-    A GPT, or with `--hybrid-layer-pattern` a HybridModel.
 
     Args:
         args: Megatron's parsed and validated arguments, after `initialize_megatron`.
         hook: receives the chunks before they are moved and cast, as in `pre_wrap_hooks`.
-
-    Raises:
-        ImportError: this Megatron builds a GPT with files that are not in its wheel.
     """
     from megatron.core.enums import ModelType
-    from megatron.training import argument_utils
 
     _allow_context_parallelism()
-    if hasattr(argument_utils, "gpt_config_from_args"):
-        from megatron.core.process_groups_config import ProcessGroupCollection
+    arguments = model_arguments(args)
+    container, provider = arguments["cfg_container"], arguments["model_provider"]
+    if provider is not None:
+        from megatron.training.training import get_model
 
-        hybrid = getattr(args, "hybrid_layer_pattern", None) is not None
-        name = "hybrid_config_from_args" if hybrid else "gpt_config_from_args"
-        config = getattr(argument_utils, name)(args)
-        config.pre_wrap_hooks.append(hook)
-        container = argument_utils.pretrain_cfg_container_from_args(args, config)
-        chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-            ddp_config=container.ddp,
-            wrap_with_ddp=False,
-            model_type=ModelType.encoder_or_decoder,
+        chunks: list[Any] = get_model(
+            hooked(provider, hook), ModelType.encoder_or_decoder, wrap_with_ddp=False
         )
         return chunks
-    try:
-        builder = importlib.import_module("gpt_builders").gpt_builder
-        provider = importlib.import_module("model_provider").model_provider
-    except ImportError as error:
-        raise ImportError(
-            f"{host()} builds a GPT with gpt_builders.py and model_provider.py, which lie beside "
-            f"pretrain_gpt.py in a Megatron-LM checkout ({error}): add the checkout's folder to "
-            "PYTHONPATH, or install megatron-core[training] 0.19"
-        ) from error
-    from megatron.training.training import get_model
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
-    build = hooked(functools.partial(provider, builder), hook)
-    chunks = get_model(build, ModelType.encoder_or_decoder, wrap_with_ddp=False)
+    config = container.model
+    config.pre_wrap_hooks.append(hook)
+    chunks = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=container.ddp,
+        wrap_with_ddp=False,
+        model_type=ModelType.encoder_or_decoder,
+    )
     return chunks

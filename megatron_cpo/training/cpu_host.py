@@ -442,7 +442,7 @@ def set_parser_defaults(parser: argparse.ArgumentParser) -> None:
 
 
 def complete_args(args: argparse.Namespace) -> None:
-    """Set what depends on other arguments: a hybrid model's stock layers need Transformer Engine."""
+    """Set what depends on other arguments: a hybrid's stock layers need Transformer Engine."""
     if getattr(args, "hybrid_layer_pattern", None) is not None and args.spec is None:
         args.spec = ["megatron_cpo.model.hybrid", "local_stack_spec"]
 

@@ -143,10 +143,17 @@ def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
 
 
 REFUSED = [
-    ("--context-parallel-size 2", r"--context-parallel-size > 1.*use 1"),
+    (
+        "--hierarchical-context-parallel-sizes 2 2",
+        r"--hierarchical-context-parallel-sizes or.*use --context-parallel-size alone",
+    ),
     ("--dataloader-type cyclic", r"--dataloader-type other than single.*drop the flag"),
     ("--rampup-batch-size 2 2 100", r"--rampup-batch-size.*drop the flag"),
     ("--step-batch-size-schedule 0:8", r"--step-batch-size-schedule.*use --global-batch-size"),
+    (
+        "--hybrid-layer-pattern M*-",
+        r"--hybrid-layer-pattern with layers other than \* - E.*use attention \*, MLP -",
+    ),
     ("--mtp-num-layers 1", r"--mtp-num-layers.*drop the flag"),
     ("--multi-latent-attention", r"--multi-latent-attention.*ordinary and grouped-query attention"),
     (
@@ -155,10 +162,6 @@ REFUSED = [
     ),
     ("--window-size 128,0", r"--window-size.*a tree counts depths"),
     ("--softmax-type off-by-one", r"--softmax-type other than vanilla.*no attention sink"),
-    (
-        "--position-embedding-type none",
-        r"--position-embedding-type.*learned_absolute and rope; use",
-    ),
     (
         "--position-embedding-type yarn",
         r"--position-embedding-type.*learned_absolute and rope; use",
@@ -173,7 +176,13 @@ REFUSED = [
         r"--eod-mask-loss with --cpo-fraction < 1.*drop one of them",
     ),
     ("--cuda-graph-impl local", r"CUDA graphs.*pass --cuda-graph-impl none"),
-    ("--num-experts 4", r"--num-experts.*use a dense model"),
+    ("--moe-expert-capacity-factor 1.0", r"--moe-expert-capacity-factor.*drop the flag"),
+    (
+        "--moe-router-load-balancing-type sinkhorn",
+        r"--moe-router-load-balancing-type sinkhorn or.*use aux_loss or none",
+    ),
+    ("--moe-router-enable-expert-bias", r"--moe-router-enable-expert-bias.*use aux_loss"),
+    ("--moe-input-jitter-eps 0.1", r"--moe-input-jitter-eps or.*drop the flag"),
     (
         "--tensor-parallel-num-weight-shards 2",
         r"--tensor-parallel-num-weight-shards other than.*drop the flag",
@@ -223,6 +232,10 @@ def test_every_refusal_has_a_case_of_its_own(parser: argparse.ArgumentParser) ->
         "--eod-mask-loss",  # no plain rows, so nothing is masked
         "--cpo-fraction 0.5",
         "--calculate-per-token-loss",
+        "--context-parallel-size 2",
+        "--num-experts 4 --moe-router-load-balancing-type aux_loss",
+        "--hybrid-layer-pattern *-*E|*-",
+        "--position-embedding-type none",
         "--use-distributed-optimizer --recompute-granularity full",
     ],
 )

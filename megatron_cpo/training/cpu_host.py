@@ -390,8 +390,10 @@ def _patch_megatron() -> None:
     _wrap(
         token_dispatcher,
         ("maybe_move_tensor_to_cpu",),
-        lambda move: lambda tensor, as_numpy=False, **kwargs: (
-            tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+        lambda move: (
+            lambda tensor, as_numpy=False, **kwargs: (
+                tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+            )
         ),
     )
     # The one norm of a HybridStack that is not in its spec.

@@ -1,0 +1,68 @@
+"""Which tokens a context-parallel rank holds, and attention over its part of a row."""
+
+import pytest
+import torch
+
+from megatron_cpo.model.attention import QUERY_BLOCK, live_blocks
+from megatron_cpo.model.context import TURN_BLOCK, row_order
+from megatron_cpo.model.flex import BLOCK, flex_attend, tree_block_mask
+from tests.test_attention import dense, ends_of, mask_of, qkv, random_parents, relative
+
+
+def test_zig_zag_by_hand() -> None:
+    """8 tokens, 2 ranks: blocks 0 1 2 3 of two tokens go to ranks 0 1 1 0."""
+    assert row_order(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+
+
+def test_long_rows_take_several_turns() -> None:
+    """Blocks of a long row go to ranks 0 1 1 0 0 1 1 0."""
+    owners = torch.empty(8 * TURN_BLOCK, dtype=torch.long)
+    for rank, indices in enumerate(row_order(len(owners), 2)):
+        owners[indices] = rank
+    assert owners[::TURN_BLOCK].tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("size", [256, 1024, 4096, 80 * 16])
+def test_every_token_has_one_rank(size: int, ranks: int) -> None:
+    order = row_order(size, ranks)
+    assert order.shape == (ranks, size // ranks)
+    assert order.flatten().sort().values.equal(torch.arange(size))
+    assert (order.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize(("size", "groups"), [(8192, 1), (8192, 27), (16384, 61)])
+def test_ranks_have_equal_work(size: int, groups: int) -> None:
+    """One long document, and packed groups: keys seen by the busiest of 8 ranks over the mean."""
+    bounds = torch.linspace(0, size, groups + 1).long()
+    starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+    seen = torch.arange(size) - starts + 1
+    work = torch.stack([seen[own].sum() for own in row_order(size, 8)]).double()
+    assert float(work.max() / work.mean()) < 1.1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_blocks_of_a_part_cover_its_rows_of_the_mask(ranks: int) -> None:
+    """A rank's blocks together are its rows of the mask, with live keys alone."""
+    size = 16 * QUERY_BLOCK
+    parents = random_parents(size, seed=1, padding=10)
+    mask = mask_of(parents)
+    for own in row_order(size, ranks):
+        rebuilt = torch.zeros(len(own), size, dtype=torch.bool)
+        for part in live_blocks(ends_of(parents), own=own):
+            rebuilt[part.first : part.last, part.keys] = part.mask
+            assert part.mask.any(dim=0).all()
+        assert torch.equal(rebuilt, mask[own])
+
+
+@pytest.mark.parametrize("size", [4 * BLOCK, 8 * BLOCK])
+def test_flex_attention_over_a_part_equals_dense_attention(size: int) -> None:
+    """The GPU path's mask for two ranks, run eagerly on the CPU."""
+    parents = random_parents(size, seed=3, padding=20)
+    ends = ends_of(parents)[None]
+    query, key, value = (t.detach() for t in qkv(size, 1, 4, 2))
+    expected = dense(query, key, value, mask_of(parents)[None], 0.3)
+    for own in row_order(size, 2):
+        heads_first = [t.permute(1, 2, 0, 3) for t in (query[own], key, value)]
+        out = flex_attend(*heads_first, tree_block_mask(ends, own), 0.3)
+        assert relative(out.permute(2, 0, 1, 3).flatten(2), expected[own]) < 1e-5

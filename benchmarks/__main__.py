@@ -19,9 +19,11 @@ from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
 from benchmarks.setting import DOLLY, Rows, Setting, temporary_folder
 from benchmarks.step import bench_step
+from benchmarks.trl import bench_trl
 
 PARTS: dict[str, Callable[[Setting], Rows]] = {
     "step": bench_step,
+    "trl": bench_trl,
     "loader": bench_loader,
     "head": bench_head,
 }
@@ -39,7 +41,7 @@ def main() -> None:
     add("--layers", type=int, default=4, help="layers of the model")
     add("--heads", type=int, default=4, help="attention heads of the model")
     add("--groups", type=int, default=4, help="groups of a step")
-    add("--negatives", default="bn=3,tn=8", help="mix of negatives, see tools/build_negatives.py")
+    add("--negatives", default="MixN", help="mix of negatives, such as bn=3,tn=8")
     add("--repeats", type=int, default=5, help="timed repetitions of each step")
     add("--data", type=Path, default=DOLLY, help="JSONL records, as tools/build_negatives.py takes")
     args = vars(parser.parse_args())

@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_cpo.groups.store import Group, GroupReader
+from megatron_cpo.negatives.samplers import Context, Sampler, batch_negative
+from megatron_cpo.tree import Ints
 
 Rows = list[tuple[str, str]]
 """Rows of the table: what was measured, and the result in words."""
@@ -27,8 +30,9 @@ class Setting:
     heads: int = 4
     vocab: int = 50257
     """Rows of the output layer that stand for a token, GPT-2's. Ids come from a small tokenizer."""
-    negatives: str = "bn=3,tn=8"
-    """Mix of negatives; with y_1 it makes K = 12."""
+    negatives: str = "MixN"
+    """Mix of negatives, see `samplers.parse_mix`; the paper's has K = 12. What a policy would draw
+    is drawn by `STAND_INS`."""
     max_length: int = 512
     """Longest prefix + candidate."""
     row_tokens: int = 2048
@@ -79,9 +83,31 @@ def group_store(setting: Setting) -> GroupReader:
     flags = ["--tokenizer-type", "SentencePieceTokenizer"]
     args = parser.parse_args([*flags, "--tokenizer-model", f"{setting.folder}/tokenizer.model"])
     args.rank = 1  # Megatron's builder prints on rank 0
-    config = BuildConfig(source, f"{setting.folder}/groups", setting.negatives)
-    build_groups(config, build_tokenizer(args))
-    return GroupReader(f"{setting.folder}/groups")
+    store = f"{setting.folder}/{setting.negatives}"
+    build_groups(
+        BuildConfig(source, store, setting.negatives), build_tokenizer(args), lambda _: STAND_INS
+    )
+    return GroupReader(store)
+
+
+def _another(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:
+    """In place of AN: continuations of other records; a policy's own are of such lengths."""
+    return batch_negative(context, count, rng)
+
+
+def _replaced(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:
+    """In place of MN: 15% of y_1's tokens drawn uniformly, so trees branch where MN's would."""
+    drawn = []
+    for _ in range(count):
+        tokens = context.truth.copy()
+        at = np.flatnonzero(rng.random(len(tokens) - 1) < 0.15)
+        tokens[at] = rng.integers(0, 4000, len(at))
+        drawn.append(tokens)
+    return drawn
+
+
+STAND_INS: dict[str, Sampler] = {"an": _another, "mn": _replaced}
+"""For the negatives that need a policy: what they cost depends on their lengths and branches."""
 
 
 def build_model(setting: Setting, trees: bool) -> Any:
@@ -124,19 +150,30 @@ def seconds(step: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def side_by_side(steps: dict[str, Callable[[int], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each step, taken in turn so that a busy machine slows all alike.
+class Times(dict[str, list[float]]):
+    """Seconds of each step by name, a number for each repetition."""
+
+    def median(self, name: str) -> float:
+        return statistics.median(self[name])
+
+    def ratio(self, a: str, b: str) -> float:
+        """Median of a / b over the repetitions: what slowed both of one hardly moves it."""
+        return statistics.median(x / y for x, y in zip(self[a], self[b], strict=True))
+
+
+def side_by_side(steps: dict[str, Callable[[int], Any]], repeats: int) -> Times:
+    """Seconds of each step, taken in turn so that a busy machine slows all alike.
 
     Args:
-        steps: by name, a function of the repetition (-1 is the warm-up, which is not counted).
+        steps: by name, a function of the repetition; the first is run once more, as a warm-up.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times = Times({name: [] for name in steps})
     for repeat in range(-1, repeats):
         for name, step in steps.items():
             took = seconds(lambda step=step, repeat=repeat: step(max(repeat, 0)))
             if repeat >= 0:
                 times[name].append(took)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
 
 
 def temporary_folder() -> Any:

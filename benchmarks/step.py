@@ -1,12 +1,14 @@
 """One training step (forward, backward) on the same groups: token trees, padded rows, MLE, floor.
 
+- trees: rows of token trees, the path that training uses.
 - padded K rows: what users run today. K right-padded rows a group through Megatron's own GPT with
   its own attention; logits and log-softmax at every position of every row.
 - padded K rows, our parts: the same rows with our blocked attention and our log-prob head at
   candidate positions only, so that the ratio to it is due to the trees alone.
-- trees: rows of token trees, the path that training uses.
-- MLE: the same prefixes and true continuations as packed plain rows, every token supervised.
-- floor: the model on the trees' tokens and the output layer on their logit rows, nothing else.
+- MLE: the same prefixes and true continuations packed in one row, every token supervised; through
+  Megatron's own attention and loss under a dense mask, and through ours.
+- floor: the model on the trees' tokens, and the output layer's three matrix products on their
+  distinct logit rows into one buffer: no softmax, no loss.
 """
 
 from typing import Any
@@ -25,10 +27,12 @@ from benchmarks.setting import (
 )
 from megatron_cpo.groups.rows import RowShape, documents_row, group_row
 from megatron_cpo.groups.store import Group
+from megatron_cpo.model.attention import tree_mask
 from megatron_cpo.model.forward import RowForward, candidate_logps
-from megatron_cpo.objective import ranked
+from megatron_cpo.objective import OBJECTIVES, ranked
 
 BETA = 5.0
+FLOOR_ROWS = 512
 
 
 def bench_step(setting: Setting) -> Rows:
@@ -37,6 +41,8 @@ def bench_step(setting: Setting) -> Rows:
     model, tree_model = build_model(setting, trees=False), build_model(setting, trees=True)
     forward = RowForward(setting.vocab)
     batches = [sample_groups(reader, setting.groups, i) for i in range(setting.repeats)]
+
+    buffer = torch.empty(FLOOR_ROWS, -(-setting.vocab // 128) * 128, device=setting.device)
 
     def padded(repeat: int) -> None:
         _clear(model)
@@ -49,13 +55,7 @@ def bench_step(setting: Setting) -> Rows:
 
     def trees(repeat: int) -> None:
         _clear(tree_model)
-        groups = batches[repeat]
-        output, batch = forward(default_collate([_tree_row(groups)]), tree_model)
-        mask = batch["candidate_mask"]
-        logps = candidate_logps(output, batch["first_slot"], batch["last_slot"], mask.numel())
-        reference = torch.zeros_like(logps.view_as(mask)[0])
-        losses = ranked(logps.view_as(mask)[0], reference, batch["ranks"][0], BETA, mask[0])
-        losses.mean().backward()
+        tree_losses(forward, tree_model, batches[repeat]).mean().backward()
 
     def mle(repeat: int) -> None:
         _clear(tree_model)
@@ -64,49 +64,70 @@ def bench_step(setting: Setting) -> Rows:
 
     def floor(repeat: int) -> None:
         _clear(tree_model)
-        row = _tree_row(batches[repeat])
-        tokens = torch.from_numpy(row["tokens"])[None].to(setting.device)
-        ends = torch.from_numpy(row["subtree_end"])[None].to(setting.device)
-        positions = torch.from_numpy(row["position_ids"])[None].to(setting.device)
-        at = np.unique(row["query_positions"][row["query_targets"] >= 0])
-        output = tree_model(
-            tokens, positions, ends, output_processor=_project, output_processor_context=at
-        )
-        output.mean().backward()
+        row = _on_device(_tree_row(batches[repeat]), setting)
+        at = row["query_positions"][row["query_targets"] >= 0].unique()
+        inputs = (row["tokens"], row["position_ids"], row["subtree_end"])
+        context = (at, buffer)
+        tree_model(*inputs, output_processor=_project, output_processor_context=context).backward()
+
+    def plain_mle(repeat: int) -> None:
+        _clear(model)
+        row = _on_device(_document_row(batches[repeat]), setting)
+        masked = ~tree_mask(row["subtree_end"])[:, None]
+        targets = row["query_targets"]
+        model(row["tokens"], row["position_ids"], masked, labels=targets).mean().backward()
 
     steps = {
+        "trees": trees,
         "padded": padded,
         "padded, our parts": padded_ours,
-        "trees": trees,
         "MLE": mle,
+        "plain MLE": plain_mle,
         "floor": floor,
     }
     times = side_by_side(steps, setting.repeats)
     tree_tokens, padded_tokens, mle_tokens = _tokens(batches)
-    per_token = (times["trees"] / tree_tokens) / (times["MLE"] / mle_tokens)
+    median, ratio = times.median, times.ratio
+    per_token = mle_tokens / tree_tokens
     one = f"{setting.groups} groups, hidden {setting.hidden}"
     return [
-        (f"step: token trees ({one})", f"{times['trees']:.2f} s, {tree_tokens:.0f} tokens"),
+        (f"step: token trees ({one})", f"{median('trees'):.2f} s, {tree_tokens:.0f} tokens"),
         (
             "step: padded K rows, plain Megatron",
-            f"{times['padded']:.2f} s, {padded_tokens:.0f} tokens: "
-            f"{times['padded'] / times['trees']:.1f} x trees",
+            f"{median('padded'):.2f} s, {padded_tokens:.0f} tokens: "
+            f"{ratio('padded', 'trees'):.1f} x trees",
         ),
         (
             "step: padded K rows with our attention and head",
-            f"{times['padded, our parts']:.2f} s: "
-            f"{times['padded, our parts'] / times['trees']:.1f} x trees",
+            f"{median('padded, our parts'):.2f} s: "
+            f"{ratio('padded, our parts', 'trees'):.1f} x trees",
         ),
-        (
-            "step: MLE on the same true continuations",
-            f"{times['MLE']:.2f} s, {mle_tokens:.0f} tokens: trees take "
-            f"{times['trees'] / times['MLE']:.2f} x it, {per_token:.2f} x per token",
+        *(
+            (
+                f"step: MLE on the same true continuations, {whose}",
+                f"{median(name):.2f} s, {mle_tokens:.0f} tokens: trees take "
+                f"{ratio('trees', name):.2f} x it, {ratio('trees', name) * per_token:.2f} x per "
+                "token",
+            )
+            for name, whose in (("MLE", "our parts"), ("plain MLE", "plain Megatron"))
         ),
         (
             "step: floor (model on tree tokens, output layer on logit rows)",
-            f"{times['floor']:.2f} s: trees take {times['trees'] / times['floor']:.2f} x it",
+            f"{median('floor'):.2f} s: trees take {ratio('trees', 'floor'):.2f} x it",
         ),
     ]
+
+
+def tree_losses(
+    forward: RowForward, model: Any, groups: list[Group], objective: str = "ranked"
+) -> torch.Tensor:
+    """[groups] losses of one row of token trees, the path that training uses."""
+    output, batch = forward(default_collate([_tree_row(groups)]), model)
+    mask = batch["candidate_mask"][0]
+    logps = candidate_logps(output, batch["first_slot"], batch["last_slot"], mask.numel())
+    logps = logps.view_as(mask)
+    reference, ranks = batch["reference_logps"][0].nan_to_num(), batch["ranks"][0]
+    return OBJECTIVES[objective](logps, reference, ranks, BETA, mask)
 
 
 def _clear(model: Any) -> None:
@@ -192,25 +213,36 @@ def _loss(logps: torch.Tensor, groups: list[Group]) -> torch.Tensor:
     return ranked(logps, torch.zeros_like(logps), ranks, BETA).mean()
 
 
+def _on_device(row: dict[str, Any], setting: Setting) -> dict[str, torch.Tensor]:
+    return {n: t.to(setting.device) for n, t in default_collate([row]).items()}
+
+
 def _project(*, hidden_states: Any, output_weight: Any, context: Any, **_: Any) -> torch.Tensor:
-    """The output layer on the logit rows, in chunks that are dropped: matrix products alone."""
-    hidden = hidden_states.flatten(0, 1)[torch.from_numpy(context).to(hidden_states.device)]
-    return torch.cat([_Product.apply(part, output_weight) for part in hidden.split(256)])
+    at, buffer = context
+    total: torch.Tensor = _Product.apply(hidden_states.flatten(0, 1)[at], output_weight, buffer)
+    return total
 
 
 class _Product(torch.autograd.Function):
-    """hidden @ weight.T and its two backward products, keeping no logits."""
+    """hidden @ weight.T and its two backward products with something of that shape."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return (hidden @ weight.t()).amax(1)
+    def forward(ctx: Any, hidden: Any, weight: Any, buffer: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, buffer)
+        for part in hidden.split(len(buffer)):
+            torch.mm(part, weight.t(), out=buffer[: len(part)])
+        return hidden.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        hidden, weight = ctx.saved_tensors
-        wide = grad[:, None].expand(-1, len(weight)).contiguous()
-        return wide @ weight, wide.t() @ hidden
+    def backward(ctx: Any, _grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, buffer = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for part, into in zip(
+            hidden.split(len(buffer)), grad_hidden.split(len(buffer)), strict=True
+        ):
+            torch.mm(buffer[: len(part)], weight, out=into)
+            grad_weight.addmm_(buffer[: len(part)].t(), part)
+        return grad_hidden, grad_weight, None
 
 
 def _tokens(batches: list[list[Group]]) -> tuple[float, float, float]:

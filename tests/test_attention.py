@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron_cpo.model import attention
 from megatron_cpo.model.attention import (
@@ -235,3 +236,59 @@ def test_flex_skips_blocks_of_other_groups() -> None:
     listed = tree_block_mask(ends[None]).to_dense()[0, 0].bool()
     expected = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
     assert listed.tolist() == [[bool(x) for x in row] for row in expected]
+
+
+def element_mask(counts: Tensor, indices: Tensor, row: int) -> Tensor:
+    """[blocks * BLOCK] squared: the pairs that a block list of one row names."""
+    blocks = indices.shape[-1]
+    listed = torch.zeros(blocks, blocks, dtype=torch.bool)
+    for query in range(blocks):
+        listed[query, indices[row, 0, query, : counts[row, 0, query]].long()] = True
+    return listed.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+
+
+@pytest.mark.parametrize("size", [4 * BLOCK, 4 * BLOCK - 30])
+def test_flex_full_blocks_need_no_rule(size: int) -> None:
+    """The kernel does not ask the rule inside a full block, so it must hold for every pair there.
+
+    A chain has every full block there can be; groups that end inside a block spoil some; in a
+    random forest hardly any is left. A block is never both full and partial.
+    """
+    two = [i - 1 if i % (2 * BLOCK + 50) else None for i in range(size)]
+    forests = [[None, *range(size - 1)], two, random_parents(size, 0)]
+    mask = tree_block_mask(torch.stack([ends_of(parents) for parents in forests]))
+    full_pairs = []
+    for row, parents in enumerate(forests):
+        full = element_mask(mask.full_kv_num_blocks, mask.full_kv_indices, row)[:size, :size]
+        partial = element_mask(mask.kv_num_blocks, mask.kv_indices, row)[:size, :size]
+        allowed = mask_of(parents)
+        assert not (full & partial).any()
+        assert not (full & ~allowed).any()
+        assert not (allowed & ~full & ~partial).any()
+        full_pairs.append(int(full.sum()))
+    complete = size // BLOCK  # query blocks that the row fills
+    assert full_pairs[0] == complete * (complete - 1) // 2 * BLOCK**2
+    assert full_pairs[0] > full_pairs[1] > 0
+
+
+def test_flex_is_compiled_once_for_all_micro_batches() -> None:
+    """A new mask vector of the same shape is a new input, not a new graph."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    attend = torch.compile(flex_attention, backend=count, dynamic=False)
+    for seed in range(3):
+        parents = random_parents(3 * BLOCK, seed)
+        tensors = [t.detach() for t in qkv(3 * BLOCK, 1, 4, 2)]
+        out = attend(
+            *(t.permute(1, 2, 0, 3) for t in tensors),
+            block_mask=tree_block_mask(ends_of(parents)[None]),
+            scale=0.3,
+            enable_gqa=True,
+        )
+        expected = dense(*tensors, mask_of(parents)[None], 0.3)
+        assert relative(out.permute(2, 0, 1, 3).flatten(2), expected) < 1e-5
+    assert len(graphs) == 1

@@ -2,7 +2,7 @@
 
 Logits exist for the positions that have a query, never for all tokens, and a chunk of them at a
 time. Backward needs them again: chunks are kept while they fit `KEPT_LOGITS`, and computed again
-beyond. So the workspace is at most `KEPT_LOGITS` + `CHUNK_LOGITS` float32 numbers, whatever the
+beyond. So the workspace is at most `KEPT_LOGITS` and a chunk of float32 numbers, whatever the
 vocabulary and the number of queries, and nothing is computed twice that fits it.
 
 Everything after the matrix product is float32. Rows that only pad the vocabulary are masked:
@@ -22,6 +22,9 @@ from torch import Tensor
 
 CHUNK_LOGITS = 2**24
 """Logits of a chunk on a rank (64 MiB of float32): enough rows for a matrix product at speed."""
+GPU_CHUNK_LOGITS = 2**26
+"""The same on a GPU (256 MiB), where the float32 gradient of the weight, which each chunk reads and
+writes once, weighs more against the products."""
 KEPT_LOGITS = 2**27
 """Logits that may wait for backward on a rank (512 MiB): 2,668 positions at vocabulary 50,257."""
 
@@ -73,7 +76,7 @@ def query_logps(
     vocab_size: int,
     tp_group: Any = None,
     sequence_parallel: bool = False,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
     kept_logits: int = KEPT_LOGITS,
 ) -> Tensor:
     """Log-probs of the queries' targets, [Q] float32, in nats.
@@ -85,7 +88,7 @@ def query_logps(
         queries: what is wanted; the same on all tensor-parallel ranks.
         vocab_size: the tokenizer's, without padding rows.
         tp_group: tensor-parallel group; None or of size 1: no reduction.
-        chunk_logits: bound on the logits of a chunk.
+        chunk_logits: bound on the logits of a chunk; None: as the device likes it.
         kept_logits: bound on the logits that are kept for backward; 0 computes all of them again.
             Where no gradient is wanted none are kept.
 
@@ -105,6 +108,8 @@ def query_logps(
     hidden = hidden_states.flatten(0, 1).index_select(0, queries.positions)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)):
         kept_logits = 0
+    if chunk_logits is None:
+        chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
     result: Tensor = _QueryLogProbs.apply(
         hidden, output_weight, queries, vocab_size, tp_group, chunk_logits, kept_logits
     )

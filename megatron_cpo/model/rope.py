@@ -18,6 +18,8 @@ class DepthRotaryEmbedding(nn.Module):
         super().__init__()
         self.rotary = rotary
         self._position_ids: Tensor | None = None
+        self.depths = 0
+        """Depths below this may come, however short the row: when sequences grow by a token."""
 
     def remember(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the `position_ids` [B, S] that the model is called with, for this forward pass."""
@@ -28,7 +30,7 @@ class DepthRotaryEmbedding(nn.Module):
         assert self._position_ids is not None
         # A depth is smaller than its row index + 1, so a table as long as the row has them all.
         # As if packed: else Megatron cuts the table to a context-parallel rank's row indices.
-        table = self.rotary(max_seq_len, packed_seq=True)
+        table = self.rotary(max(max_seq_len, self.depths), packed_seq=True)
         angles: Tensor = table[:, 0][self._position_ids.t()]
         return angles
 

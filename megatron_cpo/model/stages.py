@@ -41,7 +41,7 @@ class StagedModel:
         self._stages = parallel_state.get_pipeline_model_parallel_group()
         self._ranks = torch.distributed.get_process_group_ranks(self._stages)
         self._stage = self._stages.rank()
-        modules: list[Any] = [module for chunk in chunks for module in chunk.modules()]
+        modules = [module for chunk in chunks for module in chunk.modules()]
         self._attention = [m for m in modules if isinstance(m, TreeAttention)]
         for module in modules:
             if isinstance(module, DepthRotaryEmbedding):

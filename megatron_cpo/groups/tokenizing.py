@@ -215,14 +215,14 @@ def vocabulary(tokenizer: Any) -> dict[int, Any]:
     """Token by id. Empty for a tokenizer that cannot list its vocabulary."""
     for name in ("inv_vocab", "vocab"):
         try:
-            vocabulary = getattr(tokenizer, name)
+            listed = getattr(tokenizer, name)
         except (AttributeError, NotImplementedError):
             continue
-        if isinstance(vocabulary, dict):
-            by_id = all(isinstance(key, int) for key in vocabulary)
-            return vocabulary if by_id else {v: k for k, v in vocabulary.items()}
-        if isinstance(vocabulary, list | tuple):
-            return dict(enumerate(vocabulary))
+        if isinstance(listed, dict):
+            by_id = all(isinstance(key, int) for key in listed)
+            return listed if by_id else {v: k for k, v in listed.items()}
+        if isinstance(listed, list | tuple):
+            return dict(enumerate(listed))
     return {}
 
 

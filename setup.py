@@ -30,6 +30,8 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["megatron_cpo", "megatron_cpo.*"]),
+    # The style and the script of the page that tools/inspect_negatives.py writes.
+    package_data={"megatron_cpo.negatives.inspection": ["page.css", "page.js"]},
     python_requires=">=3.12",
     install_requires=[
         # 0.18 moved the argument parser and reordered `pretrain`; the wheel has `megatron.training`
@@ -37,6 +39,7 @@ setup(
         "megatron-core[training]>=0.18.0,<0.20",
         "torch>=2.8",  # torch.mm(out_dtype=...)
         "numpy>=1.26,<3",
+        "rich>=14,<16",
         "tqdm>=4.66,<5",
     ],
     extras_require={

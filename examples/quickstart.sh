@@ -87,6 +87,10 @@ for part in train valid; do
         --tensor-model-parallel-size "$ranks" --seq-length "$ROW_LENGTH"
 done
 
+# Nobody should train on negatives that nobody has looked at.
+run inspect.log 's/^/  to look at in a browser: /p' python tools/inspect_negatives.py \
+    "$OUT/groups-train" "${tokenizer[@]}" --html "$OUT/groups-train.html"
+
 title "4/5 CPO from the reference, tensor parallel over $ranks, $CPO_ITERATIONS iterations"
 run cpo.log "$CPO_LINES" "${train[@]}" examples/pretrain_gpt.py "${model[@]}" \
     --cpo-aux-loss --cpo-k 12 \

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 import megatron_cpo.checkpoints
-from megatron_cpo.checkpoints import merging, streaming, whole_folder
+from megatron_cpo.checkpoints import assembling, streaming, whole_folder
 from megatron_cpo.checkpoints.averaging import Averager
 from megatron_cpo.checkpoints.identity import checkpoint_identity, folder_digest
 from megatron_cpo.checkpoints.stored import Files
@@ -129,11 +129,12 @@ def test_safetensors_equal_the_formula(dtype: torch.dtype, tmp_path: Path) -> No
 
 def test_sixteen_bits_are_rounded_once() -> None:
     """1 + 2**-8 + 2**-37 is above the tie between bfloat16's 1 and 1 + 2**-7; a float32 is not."""
-    averager = Averager(8)
+    averager = Averager(8, inputs=2)
     mle = torch.tensor([1 + 2**-7, -1 - 2**-7, torch.inf, torch.nan]).bfloat16()
     cpo = torch.tensor([1.0, -1, 1, 1]).bfloat16()
-    assert averager.load(mle, cpo) == (False, True)
-    found = averager.average(0.5 + 2**-30, torch.bfloat16)
+    averager.load([mle, cpo])
+    found, finite = averager.average([0.5 + 2**-30, 0.5 - 2**-30], torch.bfloat16)
+    assert not finite
     assert found[:3].tolist() == [1 + 2**-7, -1 - 2**-7, torch.inf]
     assert found[3].isnan()
 
@@ -477,9 +478,9 @@ def test_kill_leaves_no_checkpoint(
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints import merge, merging, streaming\n"
+        "from megatron_cpo.checkpoints import assembling, merge, streaming\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
-        f"merging.{function} = streaming.{function} = kill\n"
+        f"assembling.{function} = streaming.{function} = kill\n"
         "merge(*sys.argv[1:3], 0.3, sys.argv[3], verify=True)\n"
     )
     command = [sys.executable, "-c", code, *models, tmp_path / "merged"]
@@ -498,7 +499,7 @@ def test_what_makes_a_checkpoint_comes_last(
     """Until all values are on the disk there is neither `.metadata` nor a tracker."""
     seen: list[str] = []
     monkeypatch.setattr(
-        merging, "flush", lambda folder: seen.extend(path.name for path in folder.rglob("*"))
+        assembling, "flush", lambda folder: seen.extend(path.name for path in folder.rglob("*"))
     )
     merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged")
     assert sorted(seen) == ["__0_0.distcp", "__1_0.distcp", "release"]
@@ -508,7 +509,12 @@ def test_verify_finds_a_wrong_value(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = Averager.average
-    monkeypatch.setattr(Averager, "average", lambda *args: right(*args) * 1.001)
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, bool]:
+        average, finite = right(*args)
+        return average * 1.001, finite
+
+    monkeypatch.setattr(Averager, "average", wrong)
     assert_refused(models, "was not written as it should be", tmp_path, verify=True)
 
 

@@ -1,19 +1,18 @@
-"""Checkpoints as files: which one is it, and the weight-space ensemble of two.
+"""Checkpoints as files: which one is it, weighted sums of several, and how far two are apart.
 
-`merge` is imported when it is first used; the import of torch takes seconds.
+What is imported from here is loaded when it is first used; the import of torch takes seconds.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_cpo.checkpoints.merging import merge
+    from megatron_cpo.checkpoints.merging import combine, merge
 
-__all__ = ["merge"]
+__all__ = ["combine", "merge"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":
-        from megatron_cpo.checkpoints.merging import merge
-
-        return merge
+    if name in __all__:
+        return getattr(import_module("megatron_cpo.checkpoints.merging"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

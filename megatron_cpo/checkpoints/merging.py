@@ -2,28 +2,24 @@
 
 theta = alpha * theta_MLE + (1 - alpha) * theta_CPO, as in Feng et al., "Sequence-level Large
 Language Model Training with Contrastive Preference Optimization" (Findings of NAACL 2025,
-arXiv:2502.16433). alpha is the share of the MLE model.
+arXiv:2502.16433). alpha is the share of the MLE model. `combine` is the same for any number of
+checkpoints and any weights: model soups, and task vectors on a base.
 
-Boxes of a quarter million elements stream from both inputs through `Averager` into files that have
-the MLE checkpoint's layout. Memory is what importing torch takes plus some 15 MB per thread,
+Boxes of a quarter million elements stream from the inputs through `Averager` into files that have
+the first checkpoint's layout. Memory is what importing torch takes plus some 15 MB per thread,
 whatever the sizes of model and tensors.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_cpo import __version__
-from megatron_cpo.checkpoints.formats import Checkpoint, open_checkpoint
-from megatron_cpo.checkpoints.pairing import pair_checkpoints
-from megatron_cpo.checkpoints.streaming import Stream, verify_output
-from megatron_cpo.checkpoints.whole_folder import flush, whole_folder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROVENANCE = "merge.json"
+from megatron_cpo.checkpoints.assembling import assemble
+from megatron_cpo.checkpoints.ranks import Alone
+from megatron_cpo.checkpoints.streaming import Recipe
 
 
 def merge(
@@ -37,6 +33,7 @@ def merge(
     allow_nan: bool = False,
     verify: bool = False,
     progress: bool = False,
+    ranks: Alone | None = None,
 ) -> Path:
     """Write the checkpoint alpha * theta_MLE + (1 - alpha) * theta_CPO; returns its folder.
 
@@ -61,43 +58,104 @@ def merge(
         allow_nan: go on where weights are NaN or infinite.
         verify: before the output appears, read a sample of every tensor back and check it.
         progress: show a bar with bytes and the time left, if standard error is a terminal.
+        ranks: `ranks.Ranks()` in each process of a torchrun, to share the work.
 
     Raises:
         ValueError: the inputs cannot be read or do not fit each other, or the arguments are wrong.
         OSError: the disk is full.
     """
     alphas = _check_alphas(alpha)
-    mle, cpo, output = Path(mle), Path(cpo), Path(output)
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    for path in (mle, cpo):
-        if output.resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"--output {output} lies within the input {path}")
-    inputs = open_checkpoint(mle, iteration), open_checkpoint(cpo, iteration)
-    pairs = pair_checkpoints(*inputs)
-    dtypes = {
-        pair.name: dtype if dtype and pair.mle.dtype.is_floating_point else pair.mle.dtype
-        for pair in pairs
+    folders = [""]
+    if isinstance(alpha, Sequence):
+        folders = [f"alpha-{share:.15g}" for share in alphas]
+    recipes = {
+        folder: Recipe(f"alpha {share:g}", (share, 1 - share))
+        for folder, share in zip(folders, alphas, strict=True)
     }
-    nbytes = sum(pair.mle.numel * dtypes[pair.name].itemsize for pair in pairs) * len(alphas)
-    with whole_folder(output, nbytes) as writing:
-        folders = [writing]
-        if isinstance(alpha, Sequence):
-            folders = [writing / f"alpha-{share:.15g}" for share in alphas]
-        outputs = []
-        for folder in folders:
-            folder.mkdir(exist_ok=True)
-            outputs.append(inputs[0].prepare(folder, dtypes))
-        Stream(pairs, alphas, outputs, allow_nan).run(progress)
-        flush(writing)  # the files that make it a checkpoint follow when all values are safe
-        for folder, share in zip(folders, alphas, strict=True):
-            inputs[0].complete(folder, dtypes)
-            _write_provenance(folder, inputs, share, dtypes)
-            if verify:
-                verify_output(pairs, share, open_checkpoint(folder).tensors)
-    return output
+
+    assemble(
+        {"MLE": Path(mle), "CPO": Path(cpo)},
+        recipes,
+        Path(output),
+        lambda recipe, identities: {
+            "formula": "alpha * mle + (1 - alpha) * cpo",
+            "alpha": recipe.weights[0],
+            **dict(zip(("mle", "cpo"), identities, strict=True)),
+        },
+        iteration=iteration,
+        dtype=dtype,
+        allow_nan=allow_nan,
+        verify=verify,
+        progress=progress,
+        ranks=ranks,
+    )
+    return Path(output)
+
+
+def combine(
+    checkpoints: Sequence[str | Path],
+    weights: Sequence[float] | None,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Write the checkpoint sum of w_i * theta_i, or base + sum of w_i * (theta_i - base).
+
+    The first is a model soup (Wortsman et al., arXiv:2203.05482), the second adds task vectors
+    (Ilharco et al., arXiv:2212.04089). Both are one weighted sum: the base's weight is 1 minus the
+    sum of the others. The output has the layout, configuration and tokenizer of the first
+    checkpoint. All else is as in `merge`, which explains the options, too.
+
+    Args:
+        weights: one per checkpoint, of any sign with a base; without one they add up to 1. None
+            averages.
+
+    Raises:
+        ValueError: as `merge`, and for weights that do not fit.
+        OSError: the disk is full.
+    """
+    paths = [Path(path) for path in checkpoints]
+    weights = _check_weights(len(paths), weights, base is not None)
+    formula = "sum of weight * checkpoint"
+    if base is not None:
+        paths, weights = [*paths, Path(base)], [*weights, 1 - math.fsum(weights)]
+        formula = "base + sum of weight * (checkpoint - base)"
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"--checkpoint: {', '.join(map(str, paths))}: give each checkpoint once")
+
+    def record(recipe: Recipe, identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        sides = [{"weight": w} | i for w, i in zip(recipe.weights, identities, strict=True)]
+        parts = (
+            {"checkpoints": sides}
+            if base is None
+            else {"checkpoints": sides[:-1], "base": sides[-1]}
+        )
+        return {"formula": formula, **parts}
+
+    label = f"weights {' '.join(f'{weight:g}' for weight in weights)}"
+    recipes = {"": Recipe(label, tuple(weights))}
+    assemble({str(path): path for path in paths}, recipes, Path(output), record, **options)
+    return Path(output)
+
+
+def _check_weights(count: int, weights: Sequence[float] | None, base: bool) -> list[float]:
+    if not count:
+        raise ValueError("--checkpoint: give at least one")
+    if weights is None:
+        if base:
+            raise ValueError("--base needs a weight for each --checkpoint: PATH=WEIGHT")
+        return [1 / count] * count
+    if len(weights) != count:
+        raise ValueError(f"{count} checkpoints and {len(weights)} weights: give each one a weight")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"--checkpoint: weights {list(weights)} must be finite")
+    if not base and abs(math.fsum(weights) - 1) > 1e-6:
+        raise ValueError(
+            f"--checkpoint: weights add up to {math.fsum(weights):g}, not to 1; scale them, or add "
+            "task vectors to a model with --base"
+        )
+    return [float(weight) for weight in weights]
 
 
 def _check_alphas(alpha: float | Sequence[float]) -> list[float]:
@@ -108,20 +166,3 @@ def _check_alphas(alpha: float | Sequence[float]) -> list[float]:
         if not 0 <= share <= 1:
             raise ValueError(f"--alpha {share:g}: the MLE model's share must lie in [0, 1]")
     return alphas
-
-
-def _write_provenance(
-    folder: Path,
-    inputs: tuple[Checkpoint, Checkpoint],
-    alpha: float,
-    dtypes: dict[str, torch.dtype],
-) -> None:
-    record: dict[str, Any] = {
-        "made_by": f"megatron_cpo {__version__}, torch {torch.__version__}",
-        "formula": "alpha * mle + (1 - alpha) * cpo",
-        "alpha": alpha,
-        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
-    }
-    for side, checkpoint in zip(("mle", "cpo"), inputs, strict=True):
-        record[side] = checkpoint.identity() | {"folder": str(checkpoint.folder.resolve())}
-    (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")

@@ -5,11 +5,13 @@ torch_dist tensor one piece per shard. A box (offsets and sizes, one number per 
 tensor is read from whichever pieces it touches, so two checkpoints need not be cut alike.
 """
 
+import bisect
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,6 +50,21 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of its values."""
         return self.numel * self.dtype.itemsize
+
+    def near(self, offset: int, size: int) -> Sequence[Piece]:
+        """The pieces that may touch these indices of the first axis.
+
+        A tensor of stacked layers has a piece per layer and rank, thousands of them.
+        """
+        pieces, firsts, longest = self._by_first
+        low = bisect.bisect_right(firsts, offset - longest)
+        return pieces[low : bisect.bisect_left(firsts, offset + size)]
+
+    @cached_property
+    def _by_first(self) -> tuple[list[Piece], list[int], int]:
+        pieces = sorted(self.pieces, key=lambda piece: piece.offsets)
+        firsts = [piece.offsets[0] for piece in pieces]
+        return pieces, firsts, max((piece.sizes[0] for piece in pieces), default=0)
 
 
 class Files:
@@ -91,6 +108,13 @@ class Files:
         descriptor, done = self._open(path), 0
         while done < len(values):
             done += os.pwrite(descriptor, values[done:], start + done)
+
+    def flush(self) -> None:
+        """Wait until all that was written is on the disk."""
+        with self._lock:
+            descriptors = list(self._descriptors.values())
+        for descriptor in descriptors:
+            os.fdatasync(descriptor)
 
 
 def boxes(shape: Shape, limit: int) -> Iterator[Box]:
@@ -144,10 +168,10 @@ def _parts(tensor: StoredTensor, box: Box) -> Iterator[tuple[Piece, int, Shape, 
     """The pieces that a box touches: the part's first byte, its sizes, its slices of the box."""
     offsets, sizes = box
     ends = tuple(map(int.__add__, offsets, sizes))
-    for piece in tensor.pieces:
+    for piece in tensor.near(offsets[0], sizes[0]) if offsets else tensor.pieces:
         for first, size, start, end in zip(piece.offsets, piece.sizes, offsets, ends, strict=True):
             if first >= end or first + size <= start:
-                break  # most do not touch: a stacked tensor has a piece per layer and rank
+                break
         else:
             yield _part(tensor, piece, offsets, ends)
 

@@ -1,133 +1,215 @@
 """Average box by box, a few boxes at a time in threads, into files that are laid out already."""
 
+import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import local
 
 import torch
 from tqdm import tqdm
 
-from megatron_cpo.checkpoints.averaging import Averager
-from megatron_cpo.checkpoints.pairing import Pair
+from megatron_cpo.checkpoints.averaging import Averager, all_finite
+from megatron_cpo.checkpoints.matching import Match
 from megatron_cpo.checkpoints.stored import Box, Files, StoredTensor, boxes, read_box, write_box
 
 LIMIT = 1 << 18
 """Elements of a box: large enough for the disk, small enough for the processor's cache."""
+_FLUSHED = 1 << 26
+"""Bytes after which what was written goes to the disk while the next boxes are computed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One weighted sum of the inputs."""
+
+    label: str
+    """How messages call it."""
+    weights: tuple[float, ...]
+    """Per input. They need not add up to 1: task vectors subtract."""
+
+    @property
+    def copied(self) -> int | None:
+        """The input that is the result as it stands: its weight is 1, the others are 0."""
+        found = [i for i, weight in enumerate(self.weights) if weight]
+        return found[0] if len(found) == 1 and self.weights[found[0]] == 1 else None
 
 
 class Stream:
-    """Writes the averages of all pairs.
+    """Writes the weighted sums of all tensors.
 
     Args:
-        alphas: the MLE's shares.
-        outputs: per alpha, where each tensor goes.
+        names: how messages call the inputs.
+        recipes: the sums to write.
+        outputs: per recipe, where each tensor goes.
         allow_nan: False to raise ValueError for weights that are NaN or infinite.
+        part, parts: do only the boxes of one of so many parts, which are about equal in bytes.
     """
 
     def __init__(
         self,
-        pairs: list[Pair],
-        alphas: Sequence[float],
+        matches: Sequence[Match],
+        names: Sequence[str],
+        recipes: Sequence[Recipe],
         outputs: Sequence[dict[str, StoredTensor]],
         allow_nan: bool,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
-        # In the order of the MLE's files, which is the order in which a disk reads fast.
-        self._pairs = sorted(pairs, key=lambda pair: _first_byte(pair.mle))
-        self._alphas, self._outputs, self._allow_nan = alphas, outputs, allow_nan
+        # In the order of the first input's files, in which a disk reads fast.
+        self._matches = sorted(matches, key=lambda match: _first_byte(match.tensors[0]))
+        self._names, self._recipes, self._outputs = names, recipes, outputs
+        self._allow_nan, self._part, self._parts = allow_nan, part, parts
         self._sources, self._targets = Files(), Files(os.O_WRONLY)
         self._memory = local()
 
-    def run(self, progress: bool) -> None:
-        """Do it; the first error ends it and is raised."""
+    def run(self, progress: bool, check: Callable[[], None] = lambda: None) -> None:
+        """Do it and flush it; the first error ends it and is raised. `check` is called often."""
         # One writes while another computes. More than the cores, which a container may have fewer
         # of than it sees, halves the speed; more than four wait for the disk.
         threads = min(4, max(2, len(os.sched_getaffinity(0)) // 2))
         before = torch.get_num_threads()
-        total = sum(pair.mle.nbytes + pair.cpo.nbytes for pair in self._pairs)
-        total += sum(tensor.nbytes for output in self._outputs for tensor in output.values())
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        flusher = ThreadPoolExecutor(1)
         bar = tqdm(
-            total=total,
+            total=self._total() // self._parts,
             unit="B",
             unit_scale=True,
             desc="merge",
             disable=None if progress else True,
         )
+        waiting: deque[Future] = deque()
+        flushing, unflushed = flusher.submit(self._targets.flush), 0
         with self._sources, self._targets, bar:
             try:
-                for done in as_completed([pool.submit(*job) for job in self._jobs()]):
-                    bar.update(done.result())
+                for job in self._jobs():
+                    waiting.append(pool.submit(*job))
+                    if len(waiting) < 4 * threads:  # not all at once: a large model has millions
+                        continue
+                    read, written = waiting.popleft().result()
+                    bar.update(read + written)
+                    check()
+                    unflushed += written
+                    if unflushed > _FLUSHED and flushing.done():
+                        flushing.result()
+                        flushing, unflushed = flusher.submit(self._targets.flush), 0
+                for done in waiting:
+                    bar.update(sum(done.result()))
+                flushing.result()
+                self._targets.flush()
             finally:
                 pool.shutdown(cancel_futures=True)
+                flusher.shutdown()
                 torch.set_num_threads(before)
 
-    def _jobs(self) -> Iterator[tuple]:
-        for pair in self._pairs:
-            rows = pair.rows
-            shape = pair.mle.shape if rows is None else (rows, *pair.mle.shape[1:])
-            job = self._average if pair.mle.dtype.is_floating_point else self._compare
-            for box in boxes(shape, LIMIT):
-                yield job, pair, box
-            if rows is not None:
-                rest = (pair.mle.shape[0] - rows, *shape[1:])
-                for (first, *others), sizes in boxes(rest, LIMIT):
-                    yield self._copy, pair, ((first + rows, *others), sizes)
+    def _total(self) -> int:
+        """Bytes to read and write."""
+        read = sum(tensor.nbytes for match in self._matches for tensor in match.tensors)
+        return read + sum(tensor.nbytes for out in self._outputs for tensor in out.values())
 
-    def _average(self, pair: Pair, box: Box) -> int:
-        ours, theirs = self._read(pair.mle, box, 0), self._read(pair.cpo, box, 1)
-        averager = self._averager()
-        for values, side, finite in zip(
-            (ours, theirs), ("MLE", "CPO"), averager.load(ours, theirs), strict=True
-        ):
-            if not finite and not self._allow_nan:
+    def _jobs(self) -> Iterator[tuple]:
+        """The boxes of our part, in order."""
+        total = sum(match.tensors[0].nbytes for match in self._matches)
+        done = 0
+        for job, match, box in self._all_jobs():
+            if done * self._parts // total == self._part:
+                yield job, match, box
+            done += math.prod(box[1]) * match.tensors[0].dtype.itemsize
+
+    def _all_jobs(self) -> Iterator[tuple]:
+        for match in self._matches:
+            ours = match.tensors[0]
+            job = self._average if ours.dtype.is_floating_point else self._compare
+            for box in boxes(match.shape, LIMIT):
+                yield job, match, box
+            if match.rows is not None:
+                rest = (ours.shape[0] - match.rows, *ours.shape[1:])
+                for (first, *others), sizes in boxes(rest, LIMIT):
+                    yield self._copy, match, ((first + match.rows, *others), sizes)
+
+    def _average(self, match: Match, box: Box) -> tuple[int, int]:
+        inputs = self._read(match, box)
+        averager = self._memory.averager
+        averager.load(inputs)
+        written, finite = 0, self._allow_nan
+        for recipe, output in zip(self._recipes, self._outputs, strict=True):
+            target = output[match.name]
+            if recipe.copied is not None and target.dtype == inputs[0].dtype:
+                result = inputs[recipe.copied]  # untouched: NaNs have bits to keep, too
+            else:
+                result, whole = averager.average(recipe.weights, target.dtype)
+                if not whole:
+                    self._check_fits(match, box, inputs, recipe, result)
+                finite = finite or (whole and all(recipe.weights))
+            write_box(self._targets, target, box, result)
+            written += result.nbytes
+        if not finite:
+            self._check_finite(match, box, inputs)
+        return sum(values.nbytes for values in inputs), written
+
+    def _check_finite(self, match: Match, box: Box, inputs: Sequence[torch.Tensor]) -> None:
+        for values, name in zip(inputs, self._names, strict=True):
+            if not all_finite(values):
                 bad = int((~values.isfinite()).sum())
                 raise ValueError(
-                    f"{pair.name} of the {side} checkpoint has NaN or infinite weights: {bad} of "
+                    f"{match.name} of the {name} checkpoint has NaN or infinite weights: {bad} of "
                     f"{values.numel()} in the box at {box[0]}. --allow-nan merges them anyway"
                 )
-        written = 0
-        for alpha, output in zip(self._alphas, self._outputs, strict=True):
-            target = output[pair.name]
-            if alpha in (0, 1) and target.dtype == pair.mle.dtype:
-                average = ours if alpha else theirs  # untouched: NaNs have bits to keep, too
-            else:
-                try:
-                    average = averager.average(alpha, target.dtype)
-                except ValueError as error:
-                    raise ValueError(f"{pair.name} at alpha {alpha:g}: {error}") from error
-            write_box(self._targets, target, box, average)
-            written += average.nbytes
-        return ours.nbytes + theirs.nbytes + written
 
-    def _compare(self, pair: Pair, box: Box) -> int:
-        ours, theirs = self._read(pair.mle, box, 0), self._read(pair.cpo, box, 1)
-        if not torch.equal(ours, theirs):
+    def _check_fits(
+        self,
+        match: Match,
+        box: Box,
+        inputs: Sequence[torch.Tensor],
+        recipe: Recipe,
+        result: torch.Tensor,
+    ) -> None:
+        """The result is not finite: are the inputs to blame, or the stored dtype?"""
+        if not self._allow_nan:
+            self._check_finite(match, box, inputs)
+        exact = torch.zeros(result.shape, dtype=torch.float64)
+        for weight, values in zip(recipe.weights, inputs, strict=True):
+            if weight:
+                exact += weight * values.double()
+        too_large = exact.abs()[exact.isfinite() & ~result.isfinite()]
+        if len(too_large):
+            kind = str(result.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{pair.name} holds {pair.mle.dtype} values, which cannot be averaged, and they "
-                "differ between the two checkpoints"
+                f"{match.name} at {recipe.label}: {float(too_large.max()):g} does not fit {kind}"
             )
-        return theirs.nbytes + self._write_ours(pair, box, ours)
 
-    def _copy(self, pair: Pair, box: Box) -> int:
-        return self._write_ours(pair, box, self._read(pair.mle, box, 0))
+    def _compare(self, match: Match, box: Box) -> tuple[int, int]:
+        inputs = self._read(match, box)
+        if not all(torch.equal(inputs[0], values) for values in inputs[1:]):
+            raise ValueError(
+                f"{match.name} holds {inputs[0].dtype} values, which cannot be averaged, and they "
+                "differ between the checkpoints"
+            )
+        return sum(values.nbytes for values in inputs), self._write(match, box, inputs[0])
 
-    def _write_ours(self, pair: Pair, box: Box, ours: torch.Tensor) -> int:
+    def _copy(self, match: Match, box: Box) -> tuple[int, int]:
+        [ours] = self._read(match, box, first_only=True)
+        return ours.nbytes, self._write(match, box, ours)
+
+    def _write(self, match: Match, box: Box, values: torch.Tensor) -> int:
         for output in self._outputs:
-            target = output[pair.name]
-            write_box(self._targets, target, box, ours.to(target.dtype))
-        return ours.nbytes * (1 + len(self._outputs))
+            target = output[match.name]
+            write_box(self._targets, target, box, values.to(target.dtype))
+        return sum(output[match.name].dtype.itemsize for output in self._outputs) * values.numel()
 
-    def _read(self, tensor: StoredTensor, box: Box, side: int) -> torch.Tensor:
+    def _read(self, match: Match, box: Box, first_only: bool = False) -> list[torch.Tensor]:
+        count = len(self._names)
         if not hasattr(self._memory, "buffers"):
-            self._memory.buffers = torch.empty(3, LIMIT * 8, dtype=torch.uint8)
-        buffers = self._memory.buffers
-        return read_box(self._sources, tensor, box, buffers[side], buffers[2])
-
-    def _averager(self) -> Averager:
-        if not hasattr(self._memory, "averager"):
-            self._memory.averager = Averager(LIMIT)
-        return self._memory.averager
+            self._memory.buffers = torch.empty(count + 1, LIMIT * 8, dtype=torch.uint8)
+            self._memory.averager = Averager(LIMIT, count)
+        *buffers, scratch = self._memory.buffers
+        tensors = match.tensors[:1] if first_only else match.tensors
+        return [
+            read_box(self._sources, tensor, box, buffer, scratch)
+            for tensor, buffer in zip(tensors, buffers, strict=False)
+        ]
 
 
 def _first_byte(tensor: StoredTensor) -> tuple[str, int]:
@@ -136,7 +218,10 @@ def _first_byte(tensor: StoredTensor) -> tuple[str, int]:
 
 
 def verify_output(
-    pairs: list[Pair], alpha: float, written: dict[str, StoredTensor], sample: int = 1 << 16
+    matches: Sequence[Match],
+    recipe: Recipe,
+    written: dict[str, StoredTensor],
+    sample: int = 1 << 16,
 ) -> None:
     """Check one box of each tensor against the formula, in plain float64.
 
@@ -144,27 +229,33 @@ def verify_output(
         ValueError: a value is off by more than rounding explains.
     """
     generator = torch.Generator().manual_seed(0)
-    buffers = torch.empty(4, sample * 8, dtype=torch.uint8)
     with Files() as files:
-        for pair in pairs:
-            tensor = written[pair.name]
-            shape = pair.mle.shape if pair.rows is None else (pair.rows, *pair.mle.shape[1:])
-            found = list(boxes(shape, sample))
+        for match in matches:
+            tensor = written[match.name]
+            found = list(boxes(match.shape, sample))
             if not found:
                 continue
             box = found[int(torch.randint(len(found), (), generator=generator))]
-            ours = read_box(files, pair.mle, box, buffers[0], buffers[3])
-            theirs = read_box(files, pair.cpo, box, buffers[1], buffers[3])
-            stored = read_box(files, tensor, box, buffers[2], buffers[3])
+            inputs = [_read_new(files, one, box) for one in match.tensors]
+            stored = _read_new(files, tensor, box)
             if not tensor.dtype.is_floating_point:
-                right = torch.equal(stored, ours)
+                right = torch.equal(stored, inputs[0])
             else:
-                exact = theirs.double() if alpha == 0 else ours.double()
-                if 0 < alpha < 1:
-                    exact = alpha * ours.double() + (1 - alpha) * theirs.double()
+                exact = torch.zeros(box[1], dtype=torch.float64)
+                size = exact.clone()  # of what is added up: opposite terms cancel, not their error
+                for weight, values in zip(recipe.weights, inputs, strict=True):
+                    if weight:
+                        exact += weight * values.double()
+                        size += abs(weight) * values.double().abs()
                 kind = torch.finfo(tensor.dtype)
                 bound = kind.eps * stored.double().abs() + kind.smallest_normal * kind.eps
-                off = (stored.double() - exact).abs() > bound
+                off = (stored.double() - exact).abs() > bound + 1e-15 * size
                 right = not bool((off & exact.isfinite()).any())
             if not right:
-                raise ValueError(f"{pair.name} was not written as it should be, at {box[0]}")
+                raise ValueError(f"{match.name} was not written as it should be, at {box[0]}")
+
+
+def _read_new(files: Files, tensor: StoredTensor, box: Box) -> torch.Tensor:
+    """A box in memory of its own."""
+    values, scratch = torch.empty(2, math.prod(box[1]) * tensor.dtype.itemsize, dtype=torch.uint8)
+    return read_box(files, tensor, box, values, scratch)

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
+from benchmarks.merge import bench_merge
 from benchmarks.setting import DOLLY, Rows, Setting, temporary_folder
 from benchmarks.step import bench_step
 from benchmarks.trl import bench_trl
@@ -26,6 +27,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "trl": bench_trl,
     "loader": bench_loader,
     "head": bench_head,
+    "merge": bench_merge,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""
 

@@ -23,12 +23,13 @@ from safetensors.torch import load_file, save_file
 import megatron_cpo.checkpoints
 from megatron_cpo.checkpoints import assembling, streaming, whole_folder
 from megatron_cpo.checkpoints.averaging import Averager
+from megatron_cpo.checkpoints.distance import by_part, distances
 from megatron_cpo.checkpoints.identity import checkpoint_identity, folder_digest
 from megatron_cpo.checkpoints.stored import Files
 from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
 from tests.test_cpu_host import write_corpus
 
-merge = megatron_cpo.checkpoints.merge
+combine, merge = megatron_cpo.checkpoints.combine, megatron_cpo.checkpoints.merge
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIG = {"model_type": "llama", "vocab_size": 20, "num_attention_heads": 4, "dtype": "float32"}
 MODEL = (
@@ -311,6 +312,56 @@ def test_provenance(runs: Runs, tmp_path: Path) -> None:
     assert [folder_digest(run) for run in (runs.mle, runs.cpo)] == before
 
 
+def test_experts(runs: Runs, tmp_path: Path) -> None:
+    """Mixture of experts: expert-parallel with pipeline-parallel; one loss at EP=1, EP=2, PP=2."""
+    model = (
+        "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather "
+        "--disable-bias-linear"
+    )
+    mle, cpo = tmp_path / "mle", tmp_path / "cpo"
+    save = f"{model} --train-iters 1 --save-interval 1 --eval-iters 0 --save"
+    runs.run(2, f"{save} {mle} --expert-model-parallel-size 2")
+    runs.run(2, f"{save} {cpo} --load {mle} --finetune --pipeline-model-parallel-size 2")
+    output = merge(mle, cpo, 0.3, tmp_path / "merged", verify=True)
+    ours, theirs = (read_torch_dist(run / "iter_0000001") for run in (mle, cpo))
+    merged = read_torch_dist(output / "release")
+    assert any("experts" in name for name in merged)
+    for name, stored in merged.items():
+        assert_rounded_once(stored, average(ours[name], theirs[name], 0.3))
+    losses = [
+        runs.loss(output, flags=model),
+        runs.loss(output, 2, f"{model} --expert-model-parallel-size 2"),
+        runs.loss(output, 2, f"{model} --pipeline-model-parallel-size 2 --finetune"),
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_task_vectors_of_three_layouts(runs: Runs, tmp_path: Path) -> None:
+    """Megatron checkpoints at TP=2 and PP=2, another iteration as the base."""
+    base = runs.mle / "iter_0000001"
+    output = combine([runs.mle, runs.cpo], [0.5, 0.4], tmp_path / "out", base=base, verify=True)
+    mle, cpo = (read_torch_dist(run / "iter_0000002") for run in (runs.mle, runs.cpo))
+    origin = read_torch_dist(base)
+    for name, stored in read_torch_dist(output / "release").items():
+        exact = 0.5 * mle[name].double() + 0.4 * cpo[name].double()
+        exact += (1 - 0.9) * origin[name].double()
+        torch.testing.assert_close(stored.double(), exact, rtol=2**-23, atol=1e-12)
+    assert runs.loss(output) > 0
+
+
+def test_distance_of_stacked_layers(runs: Runs) -> None:
+    """Megatron stacks layers on axis 0; each is a layer of its own all the same."""
+    found = distances(runs.mle, runs.cpo)
+    mle, cpo = (read_torch_dist(run / "iter_0000002") for run in (runs.mle, runs.cpo))
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    for layer in range(4):
+        off = (cpo[name][layer].double() - mle[name][layer].double()).norm()
+        assert found[f"layer {layer}", name].norm == pytest.approx(float(off))
+    rows = by_part(found)
+    assert [row for row in rows if row.startswith("layer ")] == [f"layer {i}" for i in range(4)]
+    assert "embedding.word_embeddings.weight" in rows
+
+
 # ---- errors
 
 
@@ -469,6 +520,39 @@ def test_full_disk(
     with pytest.raises(OSError, match=r"merged needs 0\.0 GB, its disk has 0\.0 GB left"):
         merge(*models, 0.3, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
+
+
+FILL = """
+import os, sys
+from megatron_cpo.checkpoints import merge, whole_folder
+disk = sys.argv[3]
+if sys.argv[4] == "late":  # as if another process filled the disk after we looked
+    whole_folder.shutil.disk_usage = lambda path: whole_folder.shutil._ntuple_diskusage(0, 0, 1e12)
+try:
+    merge(*sys.argv[1:3], 0.3, disk + "/merged")
+except OSError as error:
+    print(error, os.listdir(disk))
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_really_full_disk(when: str, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A file system of 1 MB, for weights of 1.7 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=1m tmpfs {disk}"
+    space = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    tried = subprocess.run([*space, mount], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no small file system can be mounted here: {tried.stderr.strip()}")
+    command = [*space, f'{mount}; "$@"', "sh", sys.executable, "-c", FILL, *models, disk, when]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    message = {"early": "merged needs 0.0 GB, its disk has 0.0 GB left", "late": "its disk is full"}
+    assert message[when] in done.stdout, done.stderr
+    assert done.stdout.strip().endswith("[]")
 
 
 @pytest.mark.parametrize("function", ["write_box", "verify_output"])

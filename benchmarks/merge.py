@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -39,23 +39,21 @@ SWEEP = [0, 0.1, 0.3, 0.5, 0.7, 0.9]
 Step = Callable[[Path], object]
 
 
-def bench_merge(repeats: int, megabytes: int) -> list[tuple[str, str]]:
-    """Rows of the table: what was measured, and the result in words."""
-    rows = []
+def bench_merge(repeats: int, megabytes: int) -> Iterator[tuple[str, str]]:
+    """Rows of the table, as they are done: what was measured, and the result in words."""
     with tempfile.TemporaryDirectory(prefix="megatron-cpo-bench-") as name:
         folder = Path(name)
         for dtype in (torch.float32, torch.bfloat16):
             a, b = _models(folder, dtype, megabytes, _write_model)
             kind = str(dtype).removeprefix("torch.")
-            rows.append(_against_cp(f"safetensors, {kind}", a, b, folder, repeats, [ALPHA]))
+            yield _against_cp(f"safetensors, {kind}", a, b, folder, repeats, [ALPHA])
             if dtype == torch.float32:
+                yield from _against_mergekit(a, b, folder, repeats)
                 sweep = f"sweep of {len(SWEEP)} alphas, {kind}"
-                rows.append(_against_cp(sweep, a, b, folder, repeats, SWEEP))
-                rows.extend(_against_mergekit(a, b, folder, repeats))
+                yield _against_cp(sweep, a, b, folder, repeats, SWEEP)
             _remove(a, b)
         a, b = _models(folder, torch.float32, megabytes, _write_torch_dist)
-        rows.append(_against_cp("torch_dist, float32", a, b, folder, repeats, [ALPHA]))
-    return rows
+        yield _against_cp("torch_dist, float32", a, b, folder, repeats, [ALPHA])
 
 
 def _against_cp(
@@ -246,10 +244,8 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each")
     parser.add_argument("--megabytes", type=int, default=1000, help="size of a checkpoint")
-    rows = bench_merge(**vars(parser.parse_args()))
-    width = max(len(name) for name, _ in rows)
-    for name, result in rows:
-        print(f"{name:<{width}} | {result}")
+    for name, result in bench_merge(**vars(parser.parse_args())):
+        print(f"{name:<52} | {result}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -220,7 +221,7 @@ def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_torch_dist_equals_the_formula(runs: Runs, tmp_path: Path) -> None:
-    """TP=2 with PP=2, in float32 and, made from that, in bfloat16; the MLE's pieces are kept."""
+    """TP=2 with PP=2, in float32 and, made from that, in 16 bits; the MLE's pieces are kept."""
     output = merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged", verify=True)
     mle, cpo = (read_torch_dist(run / "iter_0000002") for run in (runs.mle, runs.cpo))
     merged = read_torch_dist(output / "release")
@@ -232,14 +233,15 @@ def test_torch_dist_equals_the_formula(runs: Runs, tmp_path: Path) -> None:
     assert not [name for name in entries if "optimizer" in name or "rng" in name]
     assert len(entries["decoder.layers.mlp.linear_fc1.weight"].chunks) == 4 * 2
 
-    halves = [tmp_path / "mle16", tmp_path / "cpo16"]
-    for run, half in zip((runs.mle, runs.cpo), halves, strict=True):
-        merge(run, run, 1, half, dtype="bf16")
-    merge(*halves, 0.3, tmp_path / "merged16", verify=True)
-    mle, cpo = (read_torch_dist(half / "release") for half in halves)
-    for name, stored in read_torch_dist(tmp_path / "merged16" / "release").items():
-        assert stored.dtype == torch.bfloat16
-        assert_rounded_once(stored, average(mle[name], cpo[name], 0.3))
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        halves = [tmp_path / f"mle-{short}", tmp_path / f"cpo-{short}"]
+        for run, half in zip((runs.mle, runs.cpo), halves, strict=True):
+            merge(run, run, 1, half, dtype=short)
+        merge(*halves, 0.3, tmp_path / short, verify=True)
+        mle, cpo = (read_torch_dist(half / "release") for half in halves)
+        for name, stored in read_torch_dist(tmp_path / short / "release").items():
+            assert stored.dtype == dtype
+            assert_rounded_once(stored, average(mle[name], cpo[name], 0.3))
 
 
 def test_megatron_loads_the_result_at_any_layout(runs: Runs, tmp_path: Path) -> None:
@@ -418,6 +420,21 @@ def test_settings_that_do_not_fit(models: tuple[Path, Path], tmp_path: Path) -> 
     assert_refused(models, r"different vocabularies: vocab_size is 20 .* and 21", tmp_path)
     config.write_text(json.dumps(CONFIG))
     (models[1] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"b": 0, "a": 1}}}))
+    assert_refused(models, "different vocabularies: tokenizer.json is sha256", tmp_path)
+
+
+def test_tokenizers_with_other_merges(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same tokens, split otherwise; how a version writes merges down does not matter."""
+    for model, merges in zip(models, (["a b"], [["a", "b"]]), strict=True):
+        tokenizer = {"model": {"vocab": {"a": 0, "b": 1}, "merges": merges}}
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (model / "merges.txt").write_text("a b\n")
+    merge(*models, 0.3, tmp_path / "fine")
+    (models[1] / "merges.txt").write_text("b a\n")
+    assert_refused(models, "different vocabularies: merges.txt is", tmp_path)
+    (models[1] / "merges.txt").write_text("a b\n")
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}, "merges": ["b a"]}}
+    (models[1] / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert_refused(models, "different vocabularies: tokenizer.json is sha256", tmp_path)
 
 
@@ -608,6 +625,21 @@ def test_small_boxes(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(streaming, "LIMIT", 13)
     output = merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged")
     assert folder_digest(output / "release") == folder_digest(expected / "release")
+
+
+def peak_growth(models: list[Path], output: Path) -> int:
+    """Bytes by which the peak of this process's memory grows."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    merge(*models, [0.1, 0.3, 0.5], output)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
+    """Two models of 200 MB and three outputs: less than one of them in memory."""
+    tensors = {"model.layers.0.weight": torch.randn(5000, 10000)}
+    models = [write_model(tmp_path / name, tensors) for name in ("mle", "cpo")]
+    [grown] = run_ranks(peak_growth, 1, models, tmp_path / "out")
+    assert grown < 120e6
 
 
 # ---- the tool

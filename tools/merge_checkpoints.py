@@ -22,7 +22,6 @@ import argparse
 import os
 import signal
 import sys
-from pathlib import Path
 
 
 def main() -> None:
@@ -71,7 +70,8 @@ def _check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from megatron_cpo.checkpoints import combine, merge  # imports torch, so --help comes first
+    # These import torch, so --help comes first.
+    from megatron_cpo.checkpoints.merging import combine, merge, weighted_paths
     from megatron_cpo.checkpoints.ranks import Alone, Ranks
 
     parallel = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -79,7 +79,7 @@ def _merge(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("iteration", "dtype", "allow_nan", "verify")}
     options |= {"progress": True, "ranks": ranks}
     if args.checkpoint:
-        paths, weights = _weights(args.checkpoint)
+        paths, weights = weighted_paths(args.checkpoint)
         combine(paths, weights, args.output, base=args.base, **options)
         what = " ".join(args.checkpoint)
     else:
@@ -88,20 +88,6 @@ def _merge(args: argparse.Namespace) -> None:
         what = f"alpha {' '.join(map(str, args.alpha))} of {args.mle}"
     if ranks.rank == 0:
         print(f"{args.output}: {what}{', read back and checked' if args.verify else ''}")
-
-
-def _weights(entries: list[str]) -> tuple[list[str], list[float] | None]:
-    """Paths and weights of PATH=WEIGHT; a folder that exists may have a = in its name."""
-    if all(Path(entry).is_dir() for entry in entries):
-        return entries, None
-    paths, _, weights = zip(*(entry.rpartition("=") for entry in entries), strict=True)
-    try:
-        return list(paths), [float(weight) for weight in weights]
-    except ValueError:
-        raise ValueError(
-            f"--checkpoint {' '.join(entries)}: give each a weight as PATH=WEIGHT, or give folders "
-            "that exist and no weights"
-        ) from None
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -25,8 +25,13 @@ class Averager:
     def load(self, boxes: Sequence[torch.Tensor]) -> None:
         """Take one box of every input, all of one shape and dtype."""
         self._shape = boxes[0].shape
+        size = self._shape.numel()
+        narrow = self._spare.view(torch.float32)[:size]
         for wide, box in zip(self._wide, boxes, strict=True):
-            wide[: box.numel()].copy_(box.reshape(-1))
+            values = box.reshape(-1)
+            if values.dtype == torch.float16:  # straight to float64 takes torch three times as long
+                values = narrow.copy_(values)
+            wide[:size].copy_(values)
 
     def average(self, weights: Sequence[float], dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
         """The weighted sum of the loaded boxes in `dtype`, and whether all of it is finite.

@@ -181,13 +181,17 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "vocab_size" in config:
         found["vocab_size"] = config["vocab_size"]
-    if (path := folder / "tokenizer.model").exists():
-        found["tokenizer.model"] = path
+    for name in ("tokenizer.model", "merges.txt"):
+        if (path := folder / name).exists():
+            found[name] = path
     for name in ("tokenizer.json", "vocab.json"):
         if (path := folder / name).exists():
-            tokens = _read_json(path)
+            tokens: Any = _read_json(path)
             if name == "tokenizer.json":
-                tokens = tokens.get("model", {}).get("vocab", {})
+                model = tokens.get("model", {})
+                merges = model.get("merges", [])  # "a b" or ["a", "b"], as the version likes
+                joined = [m if isinstance(m, str) else " ".join(m) for m in merges]
+                tokens = [model.get("vocab", {}), joined]
             text = json.dumps(tokens, sort_keys=True)
             found[name] = hashlib.sha256(text.encode()).hexdigest()
     return found

@@ -139,6 +139,24 @@ def combine(
     return Path(output)
 
 
+def weighted_paths(entries: list[str]) -> tuple[list[str], list[float] | None]:
+    """Paths and weights of PATH=WEIGHT; a folder that exists may have a = in its name.
+
+    Raises:
+        ValueError: some have weights and others have not, or a weight is not a number.
+    """
+    if all(Path(entry).is_dir() for entry in entries):
+        return entries, None
+    paths, _, weights = zip(*(entry.rpartition("=") for entry in entries), strict=True)
+    try:
+        return list(paths), [float(weight) for weight in weights]
+    except ValueError:
+        raise ValueError(
+            f"--checkpoint {' '.join(entries)}: give each a weight as PATH=WEIGHT, or give folders "
+            "that exist and no weights"
+        ) from None
+
+
 def _check_weights(count: int, weights: Sequence[float] | None, base: bool) -> list[float]:
     if not count:
         raise ValueError("--checkpoint: give at least one")

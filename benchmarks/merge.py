@@ -29,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.setting import Rows, Setting
 from megatron_cpo.checkpoints import merge
 from megatron_cpo.checkpoints.whole_folder import flush
 
@@ -39,8 +40,13 @@ SWEEP = [0, 0.1, 0.3, 0.5, 0.7, 0.9]
 Step = Callable[[Path], object]
 
 
-def bench_merge(repeats: int, megabytes: int) -> Iterator[tuple[str, str]]:
-    """Rows of the table, as they are done: what was measured, and the result in words."""
+def bench_merge(setting: Setting) -> Rows:
+    """Rows of the table."""
+    return list(measure(setting.repeats, megabytes=1000))
+
+
+def measure(repeats: int, megabytes: int) -> Iterator[tuple[str, str]]:
+    """What was measured and the result in words, as soon as there is one."""
     with tempfile.TemporaryDirectory(prefix="megatron-cpo-bench-") as name:
         folder = Path(name)
         for dtype in (torch.float32, torch.bfloat16):
@@ -244,7 +250,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of each")
     parser.add_argument("--megabytes", type=int, default=1000, help="size of a checkpoint")
-    for name, result in bench_merge(**vars(parser.parse_args())):
+    for name, result in measure(**vars(parser.parse_args())):
         print(f"{name:<52} | {result}", flush=True)
 
 

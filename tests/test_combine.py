@@ -2,7 +2,8 @@
 
 import json
 import math
-import subprocess
+import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -181,28 +182,52 @@ def test_distances(tmp_path: Path) -> None:
 # ---- the tool
 
 
-def test_tool_modes(folders: list[Path], tmp_path: Path) -> None:
-    """A soup and a comparison from the command line; what does not go together is said."""
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int | str | None:
+    """How the tool, started with these arguments in this process, exits."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
 
-    def run(*arguments: Any) -> subprocess.CompletedProcess:
-        command = [sys.executable, TOOL, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
+def test_tool_modes(
+    folders: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A soup and a comparison from the command line."""
     a, b, c = folders
-    soup = tmp_path / "soup"
-    done = run("--checkpoint", f"{a}=0.5", f"{b}=0.3", f"{c}=0.2", "--output", soup)
-    assert done.returncode == 0, done.stderr
+    soup, name = tmp_path / "soup", "model.safetensors"
+    shares = [f"{a}=0.5", f"{b}=0.3", f"{c}=0.2"]
+    assert run_tool(monkeypatch, "--checkpoint", *shares, "--output", soup) == 0
     expected = combine(folders, [0.5, 0.3, 0.2], tmp_path / "expected")
-    name = "model.safetensors"
     assert (soup / name).read_bytes() == (expected / name).read_bytes()
-    done = run("--diff", a, soup, "--picture", tmp_path / "moved.png")
-    assert done.returncode == 0, done.stderr
-    assert "all weights" in done.stdout and (tmp_path / "moved.png").exists()
-    done = run("--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no")
-    assert done.returncode == 1 and "give each a weight as PATH=WEIGHT" in done.stderr
-    done = run("--mle", a, "--checkpoint", b, "--output", tmp_path / "no")
-    assert done.returncode == 2 and "give --mle, --cpo and --alpha, or" in done.stderr
-    done = run("--diff", a, b, "--base", c)
-    assert done.returncode == 2 and "--base goes with --checkpoint" in done.stderr
-    done = run("--mle", a, "--cpo", b, "--alpha", "1")
-    assert done.returncode == 2 and "--output is required" in done.stderr
+    picture = tmp_path / "moved.png"
+    assert run_tool(monkeypatch, "--diff", a, soup, "--picture", picture) == 0
+    assert "all weights" in capsys.readouterr().out and picture.exists()
+    error = run_tool(monkeypatch, "--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no")
+    assert "give each a weight as PATH=WEIGHT" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mle a --checkpoint b --output no", "give --mle, --cpo and --alpha, or --checkpoint"),
+        ("--mle a --cpo b --output no", "give --mle, --cpo and --alpha, or --checkpoint"),
+        ("--output no", "give --mle, --cpo and --alpha, or --checkpoint"),
+        ("--diff a b --base c", "--base goes with --checkpoint"),
+        ("--checkpoint a --picture p --output no", "--picture with --diff"),
+        ("--mle a --cpo b --alpha 1", "--output is required"),
+    ],
+)
+def test_modes_that_do_not_go_together(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run_tool(monkeypatch, *flags.split()) == 2
+    assert message in capsys.readouterr().err

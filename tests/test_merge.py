@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_cpo.checkpoints
 from megatron_cpo.checkpoints import assembling, streaming, whole_folder
+from megatron_cpo.checkpoints import stored as stored_module
 from megatron_cpo.checkpoints.averaging import Averager
 from megatron_cpo.checkpoints.distance import by_part, distances
 from megatron_cpo.checkpoints.identity import checkpoint_identity, folder_digest
@@ -640,6 +641,28 @@ def test_memory_does_not_follow_the_model(tmp_path: Path) -> None:
     models = [write_model(tmp_path / name, tensors) for name in ("mle", "cpo")]
     [grown] = run_ranks(peak_growth, 1, models, tmp_path / "out")
     assert grown < 120e6
+
+
+def merge_with_few_files(models: list[Path], output: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+    stored_module._OPEN = 10
+    merge(*models, [0.1, 0.3], output)
+
+
+def test_more_shards_than_open_files(tmp_path: Path) -> None:
+    """4 times 80 files where a process may open 100; what is written is right."""
+    sides = [
+        {f"model.layers.{i}.w": torch.full((40,), float(i + seed)) for i in range(80)}
+        for seed in range(2)
+    ]
+    models = [
+        write_model(tmp_path / name, side, shards=80)
+        for name, side in zip(("mle", "cpo"), sides, strict=True)
+    ]
+    run_ranks(merge_with_few_files, 1, models, tmp_path / "out")
+    for name, values in read_model(tmp_path / "out/alpha-0.3").items():
+        expected = average(sides[0][name], sides[1][name], 0.3)
+        assert_rounded_once(values, expected)
 
 
 # ---- the tool

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import batched
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -103,14 +105,14 @@ def distances(
     torch.set_num_threads(1)
     try:
         with Files() as files, ThreadPoolExecutor(2) as pool, bar:
-            for match in matches:  # one tensor's boxes at a time; map submits them all
-                keys, cut = zip(*_parts(match), strict=True) if 0 not in match.shape else ((), ())
-                for key, distance in zip(
-                    keys, pool.map(measure, [match] * len(cut), cut), strict=True
-                ):
-                    part = found.setdefault(key, Distance())
-                    part += distance
-                    bar.update(2 * distance.values * match.tensors[0].dtype.itemsize)
+            for match in matches:
+                for batch in batched(_parts(match), 64):  # map submits all that it is given
+                    keys, cut = zip(*batch, strict=True)
+                    measured = pool.map(partial(measure, match), cut)
+                    for key, distance in zip(keys, measured, strict=True):
+                        part = found.setdefault(key, Distance())
+                        part += distance
+                        bar.update(2 * distance.values * match.tensors[0].dtype.itemsize)
     finally:
         torch.set_num_threads(threads)
     return found

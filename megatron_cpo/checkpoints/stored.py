@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 Shape = tuple[int, ...]
 Box = tuple[Shape, Shape]
 """Offsets and sizes."""
+_OPEN = 100
+"""Files kept open. A large checkpoint has thousands, a process may usually open 1024."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Files:
 
     def __init__(self, flags: int = os.O_RDONLY) -> None:
         self._flags = flags
-        self._descriptors: dict[Path, int] = {}
+        self._open: dict[Path, tuple[int, int]] = {}  # descriptor and users, latest use last
+        self._written: set[Path] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
@@ -84,37 +88,54 @@ class Files:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for descriptor in self._descriptors.values():
+        for descriptor, _ in self._open.values():
             os.close(descriptor)
-        self._descriptors.clear()
+        self._open.clear()
 
-    def _open(self, path: Path) -> int:
+    @contextmanager
+    def _descriptor(self, path: Path) -> Iterator[int]:
         with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, self._flags)
-            return self._descriptors[path]
+            if path not in self._open:
+                self._open[path] = os.open(path, self._flags), 0
+            descriptor, users = self._open.pop(path)
+            self._open[path] = descriptor, users + 1
+            for other in list(self._open) if len(self._open) > _OPEN else ():
+                if self._open[other][1] == 0 and len(self._open) > _OPEN:
+                    os.close(self._open.pop(other)[0])
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                descriptor, users = self._open[path]
+                self._open[path] = descriptor, users - 1
 
     def read(self, path: Path, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` on."""
-        descriptor, done = self._open(path), 0
-        while done < len(into):
-            count = os.preadv(descriptor, [into[done:]], start + done)
-            if count == 0:
-                raise ValueError(f"{path} is truncated: it ends before byte {start + len(into)}")
-            done += count
+        done = 0
+        with self._descriptor(path) as descriptor:
+            while done < len(into):
+                count = os.preadv(descriptor, [into[done:]], start + done)
+                if count == 0:
+                    end = start + len(into)
+                    raise ValueError(f"{path} is truncated: it ends before byte {end}")
+                done += count
 
     def write(self, path: Path, start: int, values: memoryview) -> None:
         """Write all of `values` at byte `start`."""
-        descriptor, done = self._open(path), 0
-        while done < len(values):
-            done += os.pwrite(descriptor, values[done:], start + done)
+        done = 0
+        with self._descriptor(path) as descriptor:
+            while done < len(values):
+                done += os.pwrite(descriptor, values[done:], start + done)
+        with self._lock:
+            self._written.add(path)
 
     def flush(self) -> None:
-        """Wait until all that was written is on the disk."""
+        """Wait until all that was written before is on the disk."""
         with self._lock:
-            descriptors = list(self._descriptors.values())
-        for descriptor in descriptors:
-            os.fdatasync(descriptor)
+            written, self._written = self._written, set()
+        for path in written:
+            with self._descriptor(path) as descriptor:
+                os.fdatasync(descriptor)
 
 
 def boxes(shape: Shape, limit: int) -> Iterator[Box]:

@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -140,31 +141,35 @@ class TorchDistCheckpoint:
         (output / TRACKER).write_text("release")
 
     def _locate_tensors(self) -> dict[str, StoredTensor]:
-        tensors, files = {}, {}
-        try:
-            for name, entry in self._entries.items():
-                if not isinstance(entry, TensorStorageMetadata):
-                    continue
-                dtype, pieces = entry.properties.dtype, []
+        chunks = []
+        for name, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata):
                 for chunk in entry.chunks:
-                    offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-                    info = self._stored.get(MetadataIndex(name, offsets))
+                    box = tuple(chunk.offsets), tuple(chunk.sizes)
+                    info = self._stored.get(MetadataIndex(name, box[0]))
                     if info is None:
-                        raise ValueError(f"{self.folder}: {name} lacks its piece at {offsets}")
-                    path = self.folder / info.relative_path
-                    if path not in files:
-                        files[path] = open(path, "rb")  # noqa: SIM115 - closed below
+                        raise ValueError(f"{self.folder}: {name} lacks its piece at {box[0]}")
+                    chunks.append((info.relative_path, info.offset, info.length, name, box))
+        pieces: dict[str, list[Piece]] = {}
+        for file_name, found in groupby(sorted(chunks), key=lambda chunk: chunk[0]):
+            path = self.folder / file_name
+            with open(path, "rb") as file:
+                for _, offset, length, name, (offsets, sizes) in found:
+                    dtype = self._entries[name].properties.dtype
                     try:
-                        start = values_start(files[path], info.offset, info.length, dtype, sizes)
+                        start = values_start(file, offset, length, dtype, sizes)
                     except ValueError as error:
                         raise ValueError(f"{path}, {name} at {offsets}: {error}") from error
-                    pieces.append(Piece(path, start, offsets, sizes))
-                if sum(math.prod(piece.sizes) for piece in pieces) != math.prod(entry.size):
+                    pieces.setdefault(name, []).append(Piece(path, start, offsets, sizes))
+        tensors = {}
+        for name, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata):
+                cover = pieces.get(name, [])
+                if sum(math.prod(piece.sizes) for piece in cover) != math.prod(entry.size):
                     raise ValueError(f"{self.folder}: the pieces of {name} do not cover it once")
-                tensors[name] = StoredTensor(dtype, tuple(entry.size), tuple(pieces))
-        finally:
-            for file in files.values():
-                file.close()
+                tensors[name] = StoredTensor(
+                    entry.properties.dtype, tuple(entry.size), tuple(cover)
+                )
         if not tensors:
             raise ValueError(f"{self.folder} holds no model weights")
         return tensors

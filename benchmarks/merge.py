@@ -155,16 +155,27 @@ def _difference(ours: Path, theirs: Path) -> tuple[float, float]:
     return largest, steps
 
 
+LAUNCHER = """
+import resource, subprocess, sys
+with open(sys.argv[1], "wb") as log:
+    subprocess.run(sys.argv[2:], stdout=log, stderr=log, check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+"""A small process in between: what a process starts counts its starter's memory as its own."""
+
+
 def _peak_memory(command: list, log: Path) -> float:
     """Run a command; GB at its peak."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    launched = subprocess.run(
+        [sys.executable, "-SEc", LAUNCHER, log, *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if launched.returncode:
         raise ValueError(f"{command[0]} failed: {log.read_text()[-2000:]}")
-    return usage.ru_maxrss * 1024 / 1e9
+    return int(launched.stdout) * 1024 / 1e9
 
 
 def _in_turn(steps: dict[str, Step], folder: Path, repeats: int) -> dict[str, float]:

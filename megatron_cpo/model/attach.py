@@ -23,7 +23,7 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
     for chunk in model_chunks:
         hybrid = type(chunk).__name__ == "HybridModel"
         if hybrid:
-            # Only where it is needed: Megatron 0.18 has no such model to import.
+            # Imported here, because it brings the modules of every kind of hybrid layer.
             from megatron_cpo.model.hybrid import add_output_processor
 
             add_output_processor(chunk)

@@ -397,7 +397,7 @@ def _patch_megatron() -> None:
         ),
     )
     # The one norm of a HybridStack that is not in its spec.
-    with suppress(ImportError):  # 0.18 has no such module
+    with suppress(ImportError):  # not in every checkout of 0.18
         from megatron.core.models.hybrid import hybrid_block
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
 

@@ -68,8 +68,8 @@ ARCHITECTURES = {
         "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
     ),
     "hybrid *-*-, RoPE, GQA": HYBRID.format("*-*-"),
-    "hybrid *-*E, no positions": (
-        HYBRID.format("*-*E").replace("rope", "none")
+    "hybrid *E*E, no positions": (
+        HYBRID.format("*E*E").replace("rope", "none")
         + " --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
         "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
     ),
@@ -87,6 +87,7 @@ SP, VPP = "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage 1"
 PER_TOKEN = "--calculate-per-token-loss"
 ZERO = "--use-distributed-optimizer"
 OVERLAP = f"{ZERO} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000"
+HYBRID_VPP = "--hybrid-layer-pattern *|-|*|-"
 SELECTIVE = "--recompute-granularity selective"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
@@ -101,6 +102,7 @@ LABELS = {
     BF16: "bf16",
     "--moe-token-dispatcher-type allgather": "allgather dispatcher",
     VPP: "VPP=2",
+    HYBRID_VPP: "VPP=2",
     SP: "SP",
     f"{TP} ": "TP=",
     f"{PP} ": "PP=",
@@ -189,6 +191,7 @@ CASES = [
     Case(HYBRID_GQA, 2, f"{TP} 2 {SP}"),
     Case(HYBRID_GQA, 2, f"{CP} 2 {PER_TOKEN}", quick=True),
     Case(HYBRID_GQA, 2, f"{PP} 2"),
+    Case(HYBRID_GQA, 2, f"{PP} 2 {HYBRID_VPP} {FULL}"),
     Case(HYBRID_GQA, 2, f"{OVERLAP} {SELECTIVE}"),
     Case(HYBRID_GQA, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {FULL} {ZERO}"),
     Case(HYBRID_EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),

@@ -94,6 +94,14 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 
 BF16 = "--bf16"
 LABELS = {
+    f"{TP} ": "TP=",
+    SP: "SP",
+    f"{PP} ": "PP=",
+    VPP: "VPP=2",
+    HYBRID_VPP: "VPP=2",
+    f"{CP} ": "CP=",
+    f"{EP} ": "EP=",
+    f"{ETP} ": "ETP=",
     OVERLAP: "distributed optimizer with overlap",
     ZERO: "distributed optimizer",
     SELECTIVE: "selective recompute",
@@ -101,14 +109,6 @@ LABELS = {
     PER_TOKEN: "per-token loss",
     BF16: "bf16",
     "--moe-token-dispatcher-type allgather": "allgather dispatcher",
-    VPP: "VPP=2",
-    HYBRID_VPP: "VPP=2",
-    SP: "SP",
-    f"{TP} ": "TP=",
-    f"{PP} ": "PP=",
-    f"{CP} ": "CP=",
-    f"{EP} ": "EP=",
-    f"{ETP} ": "ETP=",
 }
 
 
@@ -135,9 +135,6 @@ class Case:
                 words.append(label)
         sizes = dict(word.split("=") for word in words if "=" in word)
         data = self.ranks // math.prod(int(sizes.get(name, 1)) for name in ("TP", "PP", "CP"))
-        words = [word for word in words if "=" in word] + [
-            word for word in words if "=" not in word
-        ]
         return ", ".join(([f"DP={data}"] if data > 1 else []) + words) or "one process"
 
     @property

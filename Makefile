@@ -14,7 +14,7 @@ IN_VENV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup quickstart test lint bench clean
+.PHONY: help setup quickstart test lint parity bench clean
 
 help:  ## show this text
 	@echo 'megatron_cpo: sequence-level Contrastive Preference Optimization for Megatron-Core.'
@@ -45,6 +45,9 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+parity: $(STAMP)  ## every layout against one process, on CPU ranks; writes docs/parity.md
+	$(IN_VENV) python -W ignore -m tests.parity $(ARGS)
 
 bench: $(STAMP)  ## measure; ARGS="--help" lists what, ARGS="--only step" picks
 	$(IN_VENV) python -m benchmarks $(ARGS)

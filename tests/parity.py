@@ -68,8 +68,8 @@ ARCHITECTURES = {
         "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
     ),
     "hybrid *-*-, RoPE, GQA": HYBRID.format("*-*-"),
-    "hybrid *-*E, no positions": (
-        HYBRID.format("*-*E").replace("rope", "none")
+    "hybrid *E*E, no positions": (
+        HYBRID.format("*E*E").replace("rope", "none")
         + " --num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type aux_loss "
         "--moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall"
     ),
@@ -87,12 +87,21 @@ SP, VPP = "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage 1"
 PER_TOKEN = "--calculate-per-token-loss"
 ZERO = "--use-distributed-optimizer"
 OVERLAP = f"{ZERO} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000"
+HYBRID_VPP = "--hybrid-layer-pattern *|-|*|-"
 SELECTIVE = "--recompute-granularity selective"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 BF16 = "--bf16"
 LABELS = {
+    f"{TP} ": "TP=",
+    SP: "SP",
+    f"{PP} ": "PP=",
+    VPP: "VPP=2",
+    HYBRID_VPP: "VPP=2",
+    f"{CP} ": "CP=",
+    f"{EP} ": "EP=",
+    f"{ETP} ": "ETP=",
     OVERLAP: "distributed optimizer with overlap",
     ZERO: "distributed optimizer",
     SELECTIVE: "selective recompute",
@@ -100,13 +109,6 @@ LABELS = {
     PER_TOKEN: "per-token loss",
     BF16: "bf16",
     "--moe-token-dispatcher-type allgather": "allgather dispatcher",
-    VPP: "VPP=2",
-    SP: "SP",
-    f"{TP} ": "TP=",
-    f"{PP} ": "PP=",
-    f"{CP} ": "CP=",
-    f"{EP} ": "EP=",
-    f"{ETP} ": "ETP=",
 }
 
 
@@ -133,9 +135,6 @@ class Case:
                 words.append(label)
         sizes = dict(word.split("=") for word in words if "=" in word)
         data = self.ranks // math.prod(int(sizes.get(name, 1)) for name in ("TP", "PP", "CP"))
-        words = [word for word in words if "=" in word] + [
-            word for word in words if "=" not in word
-        ]
         return ", ".join(([f"DP={data}"] if data > 1 else []) + words) or "one process"
 
     @property
@@ -178,17 +177,18 @@ CASES = [
     Case(EXPERTS, 2, f"{EP} 2 --moe-token-dispatcher-type allgather"),
     Case(EXPERTS, 2, PER_TOKEN),
     Case(EXPERTS, 2, f"{EP} 2"),
-    Case(EXPERTS, 2, f"{TP} 2 {SP}"),
+    Case(EXPERTS, 2, f"{TP} 2 {SP} {SELECTIVE}"),
     Case(EXPERTS, 2, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
     Case(EXPERTS, 2, f"{CP} 2 {EP} 2 {PER_TOKEN}"),
     Case(EXPERTS, 4, f"{TP} 2 {SP} {PP} 2 {PER_TOKEN}"),
     Case(EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 2 {ZERO}"),
-    Case(EXPERTS, 4, f"{TP} 2 {SP} {CP} 2 {EP} 4 {ETP} 1 {SELECTIVE}", quick=True),
+    Case(EXPERTS, 4, f"{TP} 2 {SP} {CP} 2 {EP} 4 {ETP} 1 {PER_TOKEN}", quick=True),
     Case(EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP} {FULL}"),
     Case(EXPERTS, 8, f"{TP} 2 {SP} {EP} 4 {ETP} 1 {OVERLAP} {PER_TOKEN}"),
     Case(HYBRID_GQA, 2, f"{TP} 2 {SP}"),
     Case(HYBRID_GQA, 2, f"{CP} 2 {PER_TOKEN}", quick=True),
     Case(HYBRID_GQA, 2, f"{PP} 2"),
+    Case(HYBRID_GQA, 2, f"{PP} 2 {HYBRID_VPP} {FULL}"),
     Case(HYBRID_GQA, 2, f"{OVERLAP} {SELECTIVE}"),
     Case(HYBRID_GQA, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {FULL} {ZERO}"),
     Case(HYBRID_EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),

@@ -154,6 +154,10 @@ REFUSED = [
         "--hybrid-layer-pattern M*-",
         r"--hybrid-layer-pattern with layers other than \* - E.*use attention \*, MLP -",
     ),
+    (
+        "--hybrid-layer-pattern *-*E --pipeline-model-parallel-size 2",
+        r"--hybrid-layer-pattern with a pipeline stage that has no.*give each stage an E",
+    ),
     ("--mtp-num-layers 1", r"--mtp-num-layers.*drop the flag"),
     ("--multi-latent-attention", r"--multi-latent-attention.*ordinary and grouped-query attention"),
     (
@@ -236,6 +240,7 @@ def test_every_refusal_has_a_case_of_its_own(parser: argparse.ArgumentParser) ->
         "--num-experts 4 --moe-router-load-balancing-type aux_loss",
         "--hybrid-layer-pattern *-*E|*-",
         "--position-embedding-type none",
+        "--hybrid-layer-pattern *E|*-|-|*E --pipeline-model-parallel-size 2",
         "--use-distributed-optimizer --recompute-granularity full",
     ],
 )

@@ -5,10 +5,12 @@ RoPE, grouped-query attention, RMSNorm and SwiGLU, both written by Megatron's tr
 """
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megatron_cpo.negatives.megatron_policy import MegatronPolicy
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import group_rng
 from tests.ranks import run_pretrain, run_ranks
@@ -60,12 +62,26 @@ def records():
 
 def load(flags, layout="", batch=32):
     from megatron_cpo import install
-    from megatron_cpo.negatives.megatron_policy import MegatronPolicy
     from megatron_cpo.negatives.scoring import score_args
 
     install()
     sys.argv = ["policy", *flags, *layout.split(), "--micro-batch-size", "1"]
     return MegatronPolicy.load(score_args(), null_tokenizer(), batch)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("--context-parallel-size 2", "--context-parallel-size 2: a policy that draws .* use 1"),
+        ("--num-experts 4", "--num-experts 4: experts are not tested .* must be dense"),
+    ],
+)
+def test_layouts_at_which_sequences_cannot_grow_are_refused(layout, message):
+    args = SimpleNamespace(context_parallel_size=1, num_experts=None)
+    name, value = layout.removeprefix("--").replace("-", "_").split()
+    setattr(args, name, int(value))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        MegatronPolicy.load(args, null_tokenizer())
 
 
 def sample(policy):

@@ -54,9 +54,11 @@ def scored(tmp_path_factory: pytest.TempPathFactory, reference: str) -> tuple[st
         (2, "--tensor-model-parallel-size 2"),
         (2, "--pipeline-model-parallel-size 2"),
         (2, ""),
+        (2, "--context-parallel-size 2"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2"),
         (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
     ],
-    ids=["TP=2", "PP=2", "DP=2", "VPP=2"],
+    ids=["TP=2", "PP=2", "DP=2", "CP=2", "TP=2 SP CP=2", "VPP=2"],
 )
 def test_scores_do_not_depend_on_the_layout(
     tmp_path: Path,

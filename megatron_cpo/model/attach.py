@@ -22,16 +22,16 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
     """
     for chunk in model_chunks:
         hybrid = type(chunk).__name__ == "HybridModel"
-        if hybrid:
-            # Only where it is needed: Megatron 0.18 has no such model to import.
+        if "output_processor" not in inspect.signature(chunk.forward).parameters:
+            if not hybrid:
+                raise ValueError(
+                    f"{type(chunk).__name__} has no output_processor, "
+                    "so the log-prob head cannot be attached; CPO trains GPTModel and HybridModel"
+                )
+            # Imported here, because it brings the modules of every kind of hybrid layer.
             from megatron_cpo.model.hybrid import add_output_processor
 
             add_output_processor(chunk)
-        elif "output_processor" not in inspect.signature(chunk.forward).parameters:
-            raise ValueError(
-                f"{type(chunk).__name__} has no output_processor, "
-                "so the log-prob head cannot be attached; CPO trains GPTModel and HybridModel"
-            )
         config, cache, cp_group = chunk.config, TreeMaskCache(), context_group()
         scale = config.softmax_scale
         if scale is None:

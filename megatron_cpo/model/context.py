@@ -54,8 +54,13 @@ def gather_row(own: Tensor, group: Any) -> Tensor:
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
     by_rank: Tensor = gather_from_sequence_parallel_region(own, group=group)
-    place = row_order(len(by_rank), group.size()).flatten().argsort()
-    return by_rank.index_select(0, place.to(by_rank.device, non_blocking=True))
+    return by_rank.index_select(0, _places(len(by_rank), group.size(), by_rank.device))
+
+
+@lru_cache(maxsize=8)
+def _places(size: int, ranks: int, device: torch.device) -> Tensor:
+    """[size] where each token of a row lies when the ranks' parts are put one after the other."""
+    return row_order(size, ranks).flatten().argsort().to(device)
 
 
 def sum_over_context(values: Tensor) -> Tensor:

@@ -70,8 +70,9 @@ class MegatronPolicy:
         """The policy of Megatron's parsed and validated arguments; see `scoring.score_args`.
 
         Raises:
-            ValueError: no checkpoint at `--load`.
+            ValueError: no checkpoint at `--load`, or a layout that cannot grow sequences.
         """
+        _check_layout(args)
         identity = require_checkpoint(args)
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
@@ -239,6 +240,20 @@ class _Session:
             return shard.logits(hidden if positions is None else hidden[positions])
 
         return head
+
+
+def _check_layout(args: Any) -> None:
+    """Raise ValueError for a layout at which sequences cannot grow by a token."""
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {args.context_parallel_size}: a policy that draws negatives "
+            "reads rows of a few tokens, which are not split; use 1, and more data-parallel ranks"
+        )
+    if args.num_experts:
+        raise ValueError(
+            f"--num-experts {args.num_experts}: experts are not tested with rows of any length, so "
+            "a policy that draws negatives must be dense; draw them with a back-end of its own"
+        )
 
 
 def _draws(positions: Tensor, uniforms: Tensor) -> Head:

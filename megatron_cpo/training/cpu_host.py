@@ -18,7 +18,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,8 +366,10 @@ def _norm_for_sequence_parallelism() -> None:
 def _patch_megatron() -> None:
     from megatron import training
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.training import initialize
     from megatron.training import training as loop
 
@@ -397,11 +399,7 @@ def _patch_megatron() -> None:
         ),
     )
     # The one norm of a HybridStack that is not in its spec.
-    with suppress(ImportError):  # 0.18 has no such module
-        from megatron.core.models.hybrid import hybrid_block
-        from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-        _put(hybrid_block, {"TENorm": WrappedTorchNorm})
+    _put(hybrid_block, {"TENorm": WrappedTorchNorm})
     _load_torch_adam()
     _norm_for_sequence_parallelism()
     skip_compiled_helpers()

@@ -11,6 +11,22 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _stage_without_experts(args: argparse.Namespace) -> bool:
+    """Whether some pipeline stages of a hybrid model have expert layers and others have none.
+
+    Their logged losses then differ in size, [E layers] and [layers], and are summed over the stages
+    (Megatron 0.18 and 0.19).
+    """
+    pattern, stages = getattr(args, "hybrid_layer_pattern", None), args.pipeline_model_parallel_size
+    if not pattern or "E" not in pattern or stages == 1:
+        return False
+    segments = pattern.split("|")
+    if len(segments) == 1:
+        size = max(len(pattern) // stages, 1)
+        segments = [pattern[first : first + size] for first in range(0, len(pattern), size)]
+    return not all("E" in "".join(segments[stage::stages]) for stage in range(stages))
+
+
 _MODEL: tuple[Check, ...] = (
     ("--hierarchical-context-parallel-sizes or --hybrid-context-parallel",
      lambda a: bool(getattr(a, "hierarchical_context_parallel_sizes", None)
@@ -20,6 +36,9 @@ _MODEL: tuple[Check, ...] = (
      lambda a: bool(set(getattr(a, "hybrid_layer_pattern", None) or "") - set("*-E|")),
      "Mamba-like layers carry a state along the row, across branches and groups, and MTP (/) looks "
      "ahead in it; use attention *, MLP - and expert E layers"),
+    ("--hybrid-layer-pattern with a pipeline stage that has no expert layer E",
+     lambda a: _stage_without_experts(a),
+     "Megatron would wait forever when it logs the routers' losses; give each stage an E"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
     ("--moe-expert-capacity-factor",

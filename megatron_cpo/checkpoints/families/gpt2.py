@@ -40,7 +40,7 @@ def read_config(config: dict[str, Any]) -> Model:
         )
     hidden, heads = config["n_embd"], config["n_head"]
     if hidden % heads:
-        raise ValueError(f"config.json has n_embd {hidden}, which {heads} heads (n_head) not share")
+        raise ValueError(f"config.json has n_embd {hidden}, not a multiple of n_head {heads}")
     return Model(
         family="gpt2",
         num_layers=config["n_layer"],

@@ -44,6 +44,12 @@ def read_config(config: dict[str, Any]) -> Model:
     refuse_others(config, _PLAIN)
     refuse_others(rope, {"partial_rotary_factor": 1.0})
     heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise ValueError(
+            f"config.json has {heads} heads (num_attention_heads) in {groups} query groups "
+            "(num_key_value_heads), which do not share them evenly"
+        )
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     return Model(
         family="llama",
@@ -51,7 +57,7 @@ def read_config(config: dict[str, Any]) -> Model:
         hidden_size=config["hidden_size"],
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
+        num_query_groups=groups,
         kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         vocab_size=config["vocab_size"],

@@ -50,18 +50,19 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "normalization": "LayerNorm",
         "swiglu": False,
         "add_bias_linear": True,
+        "add_qkv_bias": True,  # what Megatron makes of it where there are biases
     },
     "llama": {
         "position_embedding_type": "rope",
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": False,
+        "add_qkv_bias": False,
     },
 }
 """The arguments that tell the families apart."""
 _PLAIN: dict[str, Any] = {
     "activation_func_clamp_value": None,
-    "add_qkv_bias": False,
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
     "experimental_attention_variant": None,

@@ -183,6 +183,61 @@ def test_base_model_without_prefix(models: Models, tmp_path: Path) -> None:
     assert folder_digest(there / "release") == folder_digest(models.megatron("gpt2") / "release")
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights(shards: int, models: Models, tmp_path: Path) -> None:
+    """pytorch_model.bin, whole or in shards, converts like safetensors; views and all."""
+    source = tmp_path / "hf"
+    source.mkdir()
+    shutil.copy(models.hugging_face("llama") / "config.json", source)
+    tensors = read_model(models.hugging_face("llama"))
+    # A view into a larger storage, as tensors that were cut from one have.
+    tensors["model.norm.weight"] = torch.cat([torch.ones(3), tensors["model.norm.weight"]])[3:]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    names = sorted(tensors)
+    files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    files = files if shards > 1 else ["pytorch_model.bin"]
+    for i, file in enumerate(files):
+        torch.save({name: tensors[name] for name in names[i::shards]}, source / file)
+    if shards > 1:
+        where = {name: files[i % shards] for i, name in enumerate(names)}
+        index = {"metadata": {}, "weight_map": where}
+        (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    there = to_megatron(source, tmp_path / "there")
+    assert folder_digest(there / "release") == folder_digest(models.megatron("llama") / "release")
+    assert not list(there.rglob("*.index.json"))
+    os.truncate(source / files[-1], 5000)
+    assert_refused(source, rf"{files[-1]} cannot be read .*save_pretrained", tmp_path)
+    (source / files[-1]).unlink()
+    if shards > 1:
+        assert_refused(source, f"{files[-1]} is missing", tmp_path)
+
+
+class Trap:
+    """An object whose pickle, loaded the plain way, makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_pickles_are_not_run(models: Models, tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    source.mkdir()
+    shutil.copy(models.hugging_face("llama") / "config.json", source)
+    file = source / "pytorch_model.bin"
+    torch.save({"model.norm.weight": Trap(tmp_path / "trapped")}, file)
+    assert_refused(source, "pytorch_model.bin cannot be read", tmp_path)
+    torch.save({"model.norm.weight": Path("plain")}, file)
+    assert_refused(source, "model.norm.weight is not a plain tensor", tmp_path)
+    torch.save({"model.norm.weight": torch.ones(4, 8).t()}, file)
+    assert_refused(source, r"model.norm.weight is not contiguous", tmp_path)
+    torch.save([torch.ones(3)], file)
+    assert_refused(source, "it holds no dictionary of tensors", tmp_path)
+    assert not (tmp_path / "trapped").exists()
+
+
 def test_tied_head_that_was_saved(models: Models, tmp_path: Path) -> None:
     """A copy of the embedding is ignored; another matrix is a contradiction."""
     source = shutil.copytree(models.hugging_face("gpt2"), tmp_path / "hf")

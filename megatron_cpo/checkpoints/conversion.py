@@ -6,14 +6,13 @@ what importing torch takes plus some tens of MB per thread.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_cpo import __version__
-from megatron_cpo.checkpoints.copying import Copy, same_values, unstack
+from megatron_cpo.checkpoints.copying import Copy, unstack
 from megatron_cpo.checkpoints.families import FAMILIES, model_of_config
 from megatron_cpo.checkpoints.families.model import (
     MULTIPLE,
@@ -24,10 +23,12 @@ from megatron_cpo.checkpoints.families.model import (
     model_of_arguments,
 )
 from megatron_cpo.checkpoints.families.moves import hugging_face_shapes, megatron_shapes
-from megatron_cpo.checkpoints.formats import Checkpoint, open_checkpoint
+from megatron_cpo.checkpoints.fitting import check_layers, weights_of
+from megatron_cpo.checkpoints.formats import open_checkpoint
 from megatron_cpo.checkpoints.hugging_face import HuggingFaceCheckpoint, read_json
 from megatron_cpo.checkpoints.new_safetensors import lay_out_safetensors
 from megatron_cpo.checkpoints.new_torch_dist import NewTorchDist
+from megatron_cpo.checkpoints.pickled import PickledModel, is_pickled
 from megatron_cpo.checkpoints.sidecar import (
     SIDECAR,
     carry_tokenizer,
@@ -35,12 +36,13 @@ from megatron_cpo.checkpoints.sidecar import (
     find_sidecar,
     has_tokenizer,
 )
-from megatron_cpo.checkpoints.stored import Shape, StoredTensor
+from megatron_cpo.checkpoints.stored import Shape
 from megatron_cpo.checkpoints.torch_dist import TorchDistCheckpoint
 from megatron_cpo.checkpoints.whole_folder import flush, whole_folder
 
 FLAGS = "megatron_flags.txt"
 PROVENANCE = "convert.json"
+_HuggingFace = HuggingFaceCheckpoint | PickledModel
 _FORMATS = {"hf": HuggingFaceCheckpoint.format, "megatron": TorchDistCheckpoint.format}
 
 
@@ -89,10 +91,10 @@ def convert(
     source, output = Path(source), Path(output)
     if output.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--output {output} lies within the input {source}")
-    checkpoint = open_checkpoint(source, iteration)
+    checkpoint = PickledModel(source) if is_pickled(source) else open_checkpoint(source, iteration)
     if checkpoint.format != _FORMATS[from_format]:
         raise ValueError(f"--from {from_format}: {source} is a {checkpoint.format} checkpoint")
-    if isinstance(checkpoint, HuggingFaceCheckpoint):
+    if isinstance(checkpoint, _HuggingFace):
         _to_megatron(checkpoint, output, shard_bytes, progress)
     elif isinstance(checkpoint, TorchDistCheckpoint):
         sidecar = find_sidecar(source, checkpoint, Path(like) if like is not None else None)
@@ -101,23 +103,15 @@ def convert(
 
 
 def _to_megatron(
-    checkpoint: HuggingFaceCheckpoint, output: Path, shard_bytes: float, progress: bool
+    checkpoint: _HuggingFace, output: Path, shard_bytes: float, progress: bool
 ) -> None:
     folder = checkpoint.folder
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json, which says what the model is")
     model = _described(folder)
     moves = list(FAMILIES[model.family].moves(model))
-    sources = _known_names(checkpoint, model)
-    _check_shapes(folder, sources, hugging_face_shapes(moves), "config.json makes it")
-    dtypes: dict[str, torch.dtype] = {}
-    for move in moves:
-        dtype = sources[move.hugging_face].dtype
-        if dtypes.setdefault(move.megatron, dtype) != dtype or not dtype.is_floating_point:
-            raise ValueError(
-                f"{folder}: {move.hugging_face} is {dtype}; Megatron's {move.megatron}, of which "
-                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]})"
-            )
+    sources = weights_of(folder, checkpoint.tensors, model, moves)
+    dtypes = {move.megatron: sources[move.hugging_face].dtype for move in moves}
     shapes: dict[str, Shape] = {}
     for (name, layer), shape in megatron_shapes(moves).items():
         shapes[name] = shape if layer is None else (model.num_layers, *shape)
@@ -170,10 +164,7 @@ def _to_hugging_face(
         )
     moves = [move for move in FAMILIES[model.family].moves(model) if not move.padding]
     sources = unstack(checkpoint.tensors)
-    shapes = megatron_shapes(moves)
-    readable = {_shown(key): tensor for key, tensor in sources.items()}
-    expected = {_shown(key): shape for key, shape in shapes.items()}
-    _check_shapes(checkpoint.folder, readable, expected, "its arguments make it")
+    check_layers(checkpoint.folder, sources, moves)
     tensors = {
         name: (next(sources[m.key].dtype for m in moves if m.hugging_face == name), shape)
         for name, shape in hugging_face_shapes(moves).items()
@@ -207,51 +198,6 @@ def _described(folder: Path) -> Model:
         raise ValueError(f"{folder}: {error}") from error
 
 
-def _known_names(checkpoint: HuggingFaceCheckpoint, model: Model) -> dict[str, StoredTensor]:
-    """The weights, named as today's transformers names them."""
-    family, tensors = FAMILIES[model.family], {}
-    for name, tensor in checkpoint.tensors.items():
-        # A base model, such as the original GPT-2, has no prefix.
-        prefix = "" if name.startswith((family.PREFIX, "lm_head.")) else family.PREFIX
-        if not re.fullmatch(family.IGNORED, name):
-            tensors[prefix + name] = tensor
-    if model.tied and (head := tensors.pop("lm_head.weight", None)):
-        [embedding] = [m.hugging_face for m in family.moves(model) if "word_emb" in m.megatron][:1]
-        if embedding in tensors and not same_values(head, tensors[embedding]):
-            raise ValueError(
-                f"{checkpoint.folder}: config.json ties the output layer to the embedding, but "
-                f"lm_head.weight is not {embedding}; set tie_word_embeddings to false there"
-            )
-    return tensors
-
-
-def _check_shapes(
-    folder: Path, found: dict[str, StoredTensor], expected: dict[str, Shape], whose: str
-) -> None:
-    """ValueError for a tensor that is missing, of another shape, or nobody's."""
-    if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors: {_some(missing)}")
-    if extra := [name for name in found if name not in expected]:
-        raise ValueError(
-            f"{folder} has {len(extra)} tensors that have no place on the other side: "
-            f"{_some(extra)}"
-        )
-    for name, shape in expected.items():
-        ours = found[name].shape
-        padded = "word_embeddings" in name or "output_layer" in name
-        if ours != shape and not (padded and ours[1:] == shape[1:] and ours[0] > shape[0]):
-            raise ValueError(f"{folder}: {name} is {ours}; {whose} {shape}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _shown(key: tuple[str, int | None]) -> str:
-    name, layer = key
-    return name if layer is None else f"layer {layer} of {name}"
-
-
 def _nbytes(tensors: dict[str, tuple[torch.dtype, Shape]]) -> int:
     return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
 
@@ -272,7 +218,9 @@ def _dtype_flags(dtypes: set[torch.dtype]) -> list[str]:
     return {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(max(dtypes, key=str), [])
 
 
-def _write_provenance(folder: Path, source: Checkpoint, model: Model) -> None:
+def _write_provenance(
+    folder: Path, source: _HuggingFace | TorchDistCheckpoint, model: Model
+) -> None:
     record = {
         "made_by": f"megatron_cpo {__version__}, torch {torch.__version__}",
         "family": model.family,

@@ -50,7 +50,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "normalization": "LayerNorm",
         "swiglu": False,
         "add_bias_linear": True,
-        "add_qkv_bias": True,  # what Megatron makes of it where there are biases
+        "add_qkv_bias": True,  # Megatron sets it where there are biases at all
     },
     "llama": {
         "position_embedding_type": "rope",
@@ -128,6 +128,8 @@ def flags(arguments: dict[str, Any]) -> list[str]:
     """The same as a command line, one string for each flag."""
     found = []
     for name, value in arguments.items():
+        if name == "add_qkv_bias":
+            continue  # there are no such biases but with all the others
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if not isinstance(value, bool):
             found.append(f"{flag} {value}")

@@ -268,12 +268,16 @@ def test_merging_and_converting_commute(name: str, models: Models, tmp_path: Pat
 # ---- the function
 
 
-def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+@functools.cache
+def loaded(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        return loaded(folder)(tokens).logits
 
 
 def load_megatron(load: str, flags: list[str]) -> Any:
@@ -364,23 +368,10 @@ def hf_scores(folder: Path, store: str) -> np.ndarray:
         group = reader[i]
         for candidate in group.candidates:
             tokens = torch.from_numpy(np.concatenate([group.prefix, candidate])).long()[None]
-            logps = hf_logits_of(folder)(tokens)[0, len(group.prefix) - 1 : -1].log_softmax(-1)
+            logps = hf_logits(folder, tokens)[0, len(group.prefix) - 1 : -1].log_softmax(-1)
             picked = logps.gather(1, tokens[0, len(group.prefix) :, None])
             scores.append(float(picked.sum()))
     return np.array(scores).reshape(len(reader), -1)
-
-
-def hf_logits_of(folder: Path, loaded: dict[Path, Any] = {}) -> Any:  # noqa: B006 - a cache
-    from transformers import AutoModelForCausalLM
-
-    if folder not in loaded:
-        loaded[folder] = AutoModelForCausalLM.from_pretrained(folder).eval()
-
-    def logits(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return loaded[folder](tokens).logits
-
-    return logits
 
 
 def scores(load: Path, store: str, flags: list[str], world_size: int) -> np.ndarray:
@@ -506,6 +497,21 @@ def test_tokenizer_travels(models: Models, tmp_path: Path) -> None:
     assert_same_model(source, back)
 
 
+def test_tokenizer_of_another_model(models: Models, tmp_path: Path) -> None:
+    """A run with the tokenizer of a model of another kind gets that, and its own configuration."""
+    source = models.hugging_face("llama")
+    there = to_megatron(source, tmp_path / "there")
+    folder = there / "hugging_face"
+    shutil.copy(models.hugging_face("gpt2") / "config.json", folder)
+    back = to_hugging_face(there, tmp_path / "back")
+    assert json.loads((back / "config.json").read_text())["model_type"] == "llama"
+    assert "made from" in json.loads((back / "convert.json").read_text())["configuration"]
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    assert_same_model(source, to_hugging_face(there, tmp_path / "again"))
+    like = to_hugging_face(there, tmp_path / "like", like=source)
+    assert (like / "config.json").read_text() == (source / "config.json").read_text()
+
+
 # ---- errors
 
 
@@ -613,7 +619,7 @@ def test_command_lines(models: Models, tmp_path: Path) -> None:
     message = "is not like .*: family is 'llama' and 'gpt2'.* --like"
     assert_refused(there, message, tmp_path, like=gpt2, **back)
     message = "--vocab-size 7: .* has 500 tokens"
-    assert_refused(there, message, tmp_path, vocab_size=7, **back)
+    assert_refused(there, message, tmp_path, vocab_size=7, like=llama, **back)
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match=r"there exists; .* another --output"):
         to_megatron(llama, tmp_path / "there")

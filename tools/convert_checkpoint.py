@@ -12,6 +12,7 @@ Checkpoints contain pickles: convert only those that you trust.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def main() -> None:
         help="begin another file after so many gigabytes (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
 
-    from megatron_cpo.checkpoints.conversion import FLAGS, convert  # torch: --help comes first
+    from megatron_cpo.checkpoints.conversion import (  # torch: after --help
+        FLAGS,
+        PROVENANCE,
+        convert,
+    )
 
     try:
         output = convert(
@@ -59,7 +64,8 @@ def main() -> None:
         print(f"{output}: train from it with --load {output} --finetune and these flags\n")
         print(" \\\n".join(Path(output, FLAGS).read_text().splitlines()))
     else:
-        print(f"{output}: load it with from_pretrained({str(output)!r})")
+        origin = json.loads(Path(output, PROVENANCE).read_text())["configuration"]
+        print(f"{output}: load it with from_pretrained({str(output)!r}); configuration: {origin}")
 
 
 if __name__ == "__main__":

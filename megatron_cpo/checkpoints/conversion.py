@@ -33,8 +33,8 @@ from megatron_cpo.checkpoints.sidecar import (
     SIDECAR,
     carry_tokenizer,
     copy_small_files,
-    find_sidecar,
     has_tokenizer,
+    sidecars,
 )
 from megatron_cpo.checkpoints.stored import Shape
 from megatron_cpo.checkpoints.torch_dist import TorchDistCheckpoint
@@ -97,8 +97,11 @@ def convert(
     if isinstance(checkpoint, _HuggingFace):
         _to_megatron(checkpoint, output, shard_bytes, progress)
     elif isinstance(checkpoint, TorchDistCheckpoint):
-        sidecar = find_sidecar(source, checkpoint, Path(like) if like is not None else None)
-        _to_hugging_face(checkpoint, output, sidecar, vocab_size, shard_bytes, progress)
+        if like is not None:
+            found = _model_like(checkpoint, Path(like), vocab_size)
+        else:
+            found = _model_of_run(checkpoint, sidecars(source, checkpoint), vocab_size)
+        _to_hugging_face(checkpoint, output, *found, shard_bytes, progress)
     return output
 
 
@@ -117,7 +120,8 @@ def _to_megatron(
         shapes[name] = shape if layer is None else (model.num_layers, *shape)
     tensors = {name: (dtypes[name], shape) for name, shape in shapes.items()}
     args = arguments(model) | _tokenizer_arguments(folder, output, model)
-    text = "\n".join(flags(args) + _dtype_flags(set(dtypes.values()))) + "\n"
+    dtype = dtypes["embedding.word_embeddings.weight"]
+    args |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     known_to_megatron = {
         "padded_vocab_size": model.padded_vocab_size,
         "make_vocab_size_divisible_by": MULTIPLE,
@@ -133,42 +137,65 @@ def _to_megatron(
         flush(writing)  # what makes it a checkpoint follows when all values are safe
         (writing / SIDECAR).mkdir()
         copy_small_files(folder, writing / SIDECAR)
-        (writing / FLAGS).write_text(text)
+        (writing / FLAGS).write_text("\n".join(flags(args)) + "\n")
         _write_provenance(writing, checkpoint, model)
         new.complete()
 
 
-def _to_hugging_face(
-    checkpoint: TorchDistCheckpoint,
-    output: Path,
-    sidecar: Path | None,
-    vocab_size: int | None,
-    shard_bytes: float,
-    progress: bool,
-) -> None:
-    known = _described(sidecar) if sidecar else None
-    size = vocab_size or (known.vocab_size if known else _null_vocab_size(checkpoint.args))
+def _model_like(
+    checkpoint: TorchDistCheckpoint, folder: Path, vocab_size: int | None
+) -> tuple[Model, Path | None]:
+    """The run's model, and the folder that was named for its configuration."""
+    if not (folder / "config.json").exists():
+        raise ValueError(f"--like {folder}: there is no config.json")
+    known = _described(folder)
+    if vocab_size not in (None, known.vocab_size):
+        raise ValueError(f"--vocab-size {vocab_size}: {folder} has {known.vocab_size} tokens")
+    model = model_of_arguments(checkpoint.args, known.vocab_size)
+    if found := difference(model, known):
+        name, ours, theirs = found
+        raise ValueError(
+            f"{checkpoint.folder} is not like {folder}: {name} is {ours!r} and {theirs!r}; name "
+            "a model that is, or leave --like out"
+        )
+    return model, folder
+
+
+def _model_of_run(
+    checkpoint: TorchDistCheckpoint, candidates: list[Path], vocab_size: int | None
+) -> tuple[Model, Path | None]:
+    """The run's model, and the folder that has its configuration, if one does."""
+    size = vocab_size or _null_vocab_size(checkpoint.args)
+    for folder in candidates:
+        try:
+            known = _described(folder)
+        except ValueError:  # a tokenizer that came with a model of another kind
+            continue
+        size = size or known.vocab_size
+        model = model_of_arguments(checkpoint.args, size)
+        if size == known.vocab_size and not difference(model, known):
+            return model, folder
     if size is None:
         raise ValueError(
             f"{checkpoint.folder} does not say how many of its embedding's rows are tokens and how "
             "many are padding; give --vocab-size, or --like with a model of the same vocabulary"
         )
-    if known and size != known.vocab_size:
-        raise ValueError(f"--vocab-size {size}: {sidecar} has {known.vocab_size} tokens")
-    model = model_of_arguments(checkpoint.args, size)
-    if known and (found := difference(model, known)):
-        name, ours, theirs = found
-        raise ValueError(
-            f"{checkpoint.folder} is not like {sidecar}: {name} is {ours!r} and {theirs!r}; name "
-            "a model that is, with --like"
-        )
+    return model_of_arguments(checkpoint.args, size), None
+
+
+def _to_hugging_face(
+    checkpoint: TorchDistCheckpoint,
+    output: Path,
+    model: Model,
+    sidecar: Path | None,
+    shard_bytes: float,
+    progress: bool,
+) -> None:
     moves = [move for move in FAMILIES[model.family].moves(model) if not move.padding]
     sources = unstack(checkpoint.tensors)
     check_layers(checkpoint.folder, sources, moves)
-    tensors = {
-        name: (next(sources[m.key].dtype for m in moves if m.hugging_face == name), shape)
-        for name, shape in hugging_face_shapes(moves).items()
-    }
+    dtypes = {move.hugging_face: sources[move.key].dtype for move in moves}
+    tensors = {name: (dtypes[name], shape) for name, shape in hugging_face_shapes(moves).items()}
     with whole_folder(output, _nbytes(tensors)) as writing:
         targets, index = lay_out_safetensors(writing, tensors, shard_bytes)
         Copy(moves, sources, targets, to_megatron=False).run(progress)
@@ -181,11 +208,11 @@ def _to_hugging_face(
         else:
             carry_tokenizer(checkpoint.args, writing)
             config = FAMILIES[model.family].write_config(model)
-        dtypes = {dtype for dtype, _ in tensors.values()}
-        if len(dtypes) == 1:
+        if len(set(dtypes.values())) == 1:
             key = "dtype" if "dtype" in config else "torch_dtype"
-            config[key] = str(dtypes.pop()).removeprefix("torch.")
-        _write_provenance(writing, checkpoint, model)
+            config[key] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        origin = str(sidecar) if sidecar else "made from the run's arguments"
+        _write_provenance(writing, checkpoint, model, configuration=origin)
         (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -214,16 +241,13 @@ def _null_vocab_size(args: dict[str, Any]) -> int | None:
     return args.get("vocab_size") if args.get("tokenizer_type") == "NullTokenizer" else None
 
 
-def _dtype_flags(dtypes: set[torch.dtype]) -> list[str]:
-    return {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(max(dtypes, key=str), [])
-
-
 def _write_provenance(
-    folder: Path, source: _HuggingFace | TorchDistCheckpoint, model: Model
+    folder: Path, source: _HuggingFace | TorchDistCheckpoint, model: Model, **more: str
 ) -> None:
     record = {
         "made_by": f"megatron_cpo {__version__}, torch {torch.__version__}",
         "family": model.family,
         "source": source.identity() | {"folder": str(source.folder.resolve())},
+        **more,
     }
     (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")

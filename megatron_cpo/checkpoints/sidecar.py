@@ -24,20 +24,16 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _TOKENIZERS)
 
 
-def find_sidecar(source: Path, checkpoint: TorchDistCheckpoint, like: Path | None) -> Path | None:
-    """The folder with the configuration that a Megatron checkpoint came from, if there is one.
+def sidecars(source: Path, checkpoint: TorchDistCheckpoint) -> list[Path]:
+    """Folders with a configuration that a Megatron checkpoint may have come from.
 
-    `like` if given; else `hugging_face/` beside the checkpoint; else the run's tokenizer, which is
-    that folder where the run followed the flags of a converted checkpoint.
+    `hugging_face/` beside it; the run's tokenizer, which is that folder where the run followed the
+    flags of a converted checkpoint.
     """
-    if like is not None:
-        if not (like / "config.json").exists():
-            raise ValueError(f"--like {like}: there is no config.json")
-        return like
     candidates = [source / SIDECAR, checkpoint.folder.parent / SIDECAR]
     if tokenizer := checkpoint.args.get("tokenizer_model"):
         candidates.append(Path(tokenizer))
-    return next((path for path in candidates if (path / "config.json").exists()), None)
+    return [path for path in candidates if (path / "config.json").exists()]
 
 
 def copy_small_files(folder: Path, output: Path) -> None:

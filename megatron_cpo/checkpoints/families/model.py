@@ -78,7 +78,7 @@ _PLAIN: dict[str, Any] = {
     "qk_l2_norm": False,
     "qk_layernorm": False,
     "quick_geglu": False,
-    # GPTModel divides by 8 whatever the flag says (0.18 and 0.19 never pass it on).
+    # 0.19 divides by 8 whatever the flag says: it never passes it on.
     "rope_scaling_factor": 8.0,
     "rotary_interleaved": False,
     "rotary_percent": 1.0,

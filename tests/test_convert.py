@@ -4,6 +4,7 @@ Real models of transformers with random weights large enough to matter go throug
 into Megatron's own GPTModel, with no flags but those that the converter wrote.
 """
 
+import functools
 import json
 import os
 import shutil

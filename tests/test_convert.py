@@ -442,19 +442,24 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
 def test_real_loop_and_back(name: str, models: Models, training: Training, tmp_path: Path) -> None:
     """Load as a release at TP=2, train, save; on at PP=2; what comes out scores alike in both."""
     there = models.megatron(name)
-    save = "--lr 1e-3 --save-interval 2 --save"
+    save = "--lr 1e-3 --save-interval 1 --save"
     run = f"{save} {tmp_path / 'tp'} --tensor-model-parallel-size 2"
-    losses = parse_losses(training.run(there, run, 2))["lm loss"]
-    [alone, *_] = parse_losses(training.run(there, "--lr 0", 1))["lm loss"]
-    assert losses[0] == pytest.approx(alone, rel=1e-5)
+    losses = [parse_losses(training.run(there, run, 2))["lm loss"][0]]
+    for world_size, layout in ((1, ""), (2, " --pipeline-model-parallel-size 2")):
+        losses.append(
+            parse_losses(training.run(there, "--lr 0" + layout, world_size))["lm loss"][0]
+        )
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
     shutil.copyfile(there / FLAGS, tmp_path / "tp" / FLAGS)
     run = f"{save} {tmp_path / 'pp'} --pipeline-model-parallel-size 2 --finetune"
     training.run(tmp_path / "tp", run, 2)
+    first = read_model(to_hugging_face(tmp_path / "tp", tmp_path / "first", iteration=1))
     for trained in ("tp", "pp"):
         back = to_hugging_face(tmp_path / trained, tmp_path / f"{trained}-hf")
         weights, before = read_model(back), read_model(models.hugging_face(name))
         assert weights.keys() == before.keys()
-        assert all(not torch.equal(weights[key], before[key]) for key in weights)
+        for earlier in (before, first):
+            assert all(not torch.equal(weights[key], earlier[key]) for key in weights)
         store = write_store(tmp_path / f"{trained}-groups", 3, 4, scored=False)
         found = scores(tmp_path / trained, store, flags_of(there), 1)
         np.testing.assert_allclose(found, hf_scores(back, store), rtol=1e-5)
@@ -614,6 +619,7 @@ def test_command_lines(models: Models, tmp_path: Path) -> None:
     assert_refused(llama, "--from megatron: .* is a Hugging Face checkpoint", tmp_path, **back)
     assert_refused(there, "--from hf: .* is a torch_dist checkpoint", tmp_path)
     assert_refused(llama, "--like and --vocab-size are for --to hf", tmp_path, like=llama)
+    assert_refused(llama, "--iteration 3 is for --from megatron", tmp_path, iteration=3)
     assert_refused(llama, "--shard-gb 0: must be above 0", tmp_path, shard_bytes=0)
     assert_refused(there, "--like .*: there is no config.json", tmp_path, like=tmp_path, **back)
     gpt2 = models.hugging_face("gpt2")

@@ -78,8 +78,7 @@ class Copy:
         hugging_face: dict[str, StoredTensor],
         to_megatron: bool,
     ) -> None:
-        self._moves = [move for move in moves if to_megatron or not move.padding]
-        self._megatron, self._hugging_face = megatron, hugging_face
+        self._moves, self._megatron, self._hugging_face = moves, megatron, hugging_face
         self._to_megatron = to_megatron
         self._sources, self._targets = Files(), Files(os.O_WRONLY)
         self._panels = Semaphore(_PANELS)

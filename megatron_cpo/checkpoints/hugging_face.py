@@ -27,8 +27,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 """Suffixes of what lies beside the weights and goes into the output."""
 _ARCHITECTURE = (
     "model_type hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head "
@@ -50,13 +50,13 @@ class HuggingFaceCheckpoint:
         self.tensors: dict[str, StoredTensor] = {}
         for name in _shards(folder, self._index):
             self._headers[name] = _read_header(folder / name)
-            for key, found in _tensors_of(folder / name, self._headers[name]).items():
+            for key, found in tensors_of(folder / name, self._headers[name]).items():
                 if key in self.tensors:
                     raise ValueError(f"{folder} holds {key} in two files, {name} is the second")
                 self.tensors[key] = found
         if missing := sorted(set(self._index.get("weight_map", ())) - set(self.tensors)):
             raise ValueError(f"{folder}: the index lists {missing[0]}, which no shard holds")
-        config = _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         self.architecture = {name: config[name] for name in _ARCHITECTURE if name in config}
         self.vocabulary = _vocabulary(folder, config)
 
@@ -76,7 +76,7 @@ class HuggingFaceCheckpoint:
                 file.write(len(header).to_bytes(8, "little") + header)
                 ends = [entry["data_offsets"][1] for entry in entries.values()]
                 file.truncate(8 + len(header) + max(ends, default=0))
-            tensors |= _tensors_of(output / name, header)
+            tensors |= tensors_of(output / name, header)
         return tensors
 
     def complete(self, output: Path, dtypes: dict[str, torch.dtype]) -> None:
@@ -92,7 +92,7 @@ class HuggingFaceCheckpoint:
             (output / name).write_text(json.dumps(index, indent=2) + "\n")
         for path in sorted(self.folder.iterdir()):
             skipped = path.name.endswith(".index.json") or path.name == "config.json"
-            if path.is_file() and path.suffix in _COPIED and not skipped:
+            if path.is_file() and path.suffix in COPIED and not skipped:
                 shutil.copyfile(path, output / path.name)
         if not (self.folder / "config.json").exists():
             return
@@ -107,7 +107,7 @@ class HuggingFaceCheckpoint:
         (output / "config.json").write_text(text)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -119,7 +119,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise ValueError(f"{folder} holds several models: {indices[0].name}, {indices[1].name}")
-    return _read_json(indices[0]) if indices else {}
+    return read_json(indices[0]) if indices else {}
 
 
 def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
@@ -145,7 +145,7 @@ def _read_header(path: Path) -> bytes:
     return header
 
 
-def _tensors_of(path: Path, header: bytes) -> dict[str, StoredTensor]:
+def tensors_of(path: Path, header: bytes) -> dict[str, StoredTensor]:
     tensors, start = {}, 8 + len(header)
     for name, entry in json.loads(header).items():
         if name == "__metadata__":
@@ -170,7 +170,7 @@ def _with_dtypes(header: bytes, dtypes: dict[str, torch.dtype]) -> bytes:
     for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
         start, shape = end, entries[name]["shape"]
         end += math.prod(shape) * dtypes[name].itemsize
-        kind = _NAMES[dtypes[name]]
+        kind = NAMES[dtypes[name]]
         changed[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(changed, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
@@ -186,7 +186,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             found[name] = path
     for name in ("tokenizer.json", "vocab.json"):
         if (path := folder / name).exists():
-            tokens: Any = _read_json(path)
+            tokens: Any = read_json(path)
             if name == "tokenizer.json":
                 model = tokens.get("model", {})
                 merges = model.get("merges", [])  # "a b" or ["a", "b"], as the version likes

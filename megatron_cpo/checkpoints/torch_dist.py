@@ -66,7 +66,8 @@ class TorchDistCheckpoint:
         ends = {(i.relative_path, i.offset + i.length) for i in self._stored.values()}
         check_sizes([(self.folder / name, end) for name, end in sorted(ends)])
         self.tensors = self._locate_tensors()
-        args = self._args()
+        self.args = args = self._args()
+        """Megatron's arguments of the run that wrote it, by destination."""
         self.architecture = {name: args[name] for name in _ARCHITECTURE if name in args}
         known = {name: args[name] for name in _TOKENIZER + _TOKENIZER_FILES if args.get(name)}
         self.vocabulary = {k: Path(v) if k in _TOKENIZER_FILES else v for k, v in known.items()}

@@ -1,0 +1,57 @@
+"""What travels with the weights: a Hugging Face model's configuration and tokenizer."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_cpo.checkpoints.hugging_face import COPIED
+from megatron_cpo.checkpoints.torch_dist import TorchDistCheckpoint
+
+SIDECAR = "hugging_face"
+"""Their folder beside a converted Megatron checkpoint."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_FILES = {
+    # Megatron's argument: what transformers calls the file, and the class that reads it.
+    "tokenizer_model": ("tokenizer.model", "LlamaTokenizer"),
+    "vocab_file": ("vocab.json", "GPT2Tokenizer"),
+    "merge_file": ("merges.txt", "GPT2Tokenizer"),
+}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether transformers would find one."""
+    return any((folder / name).exists() for name in _TOKENIZERS)
+
+
+def sidecars(source: Path, checkpoint: TorchDistCheckpoint) -> list[Path]:
+    """Folders with a configuration that a Megatron checkpoint may have come from.
+
+    `hugging_face/` beside it; the run's tokenizer, which is that folder where the run followed the
+    flags of a converted checkpoint.
+    """
+    candidates = [source / SIDECAR, checkpoint.folder.parent / SIDECAR]
+    if tokenizer := checkpoint.args.get("tokenizer_model"):
+        candidates.append(Path(tokenizer))
+    return [path for path in candidates if (path / "config.json").exists()]
+
+
+def copy_small_files(folder: Path, output: Path) -> None:
+    """Configuration and tokenizer; what else lies there beside the weights."""
+    for path in sorted(folder.iterdir()):
+        ours = path.name in ("convert.json", "merge.json") or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in COPIED and not ours:
+            shutil.copyfile(path, output / path.name)
+
+
+def carry_tokenizer(args: dict[str, Any], output: Path) -> None:
+    """The tokenizer of a Megatron run, as far as its files are still where they were."""
+    model = args.get("tokenizer_model")
+    if model and Path(model).is_dir():
+        copy_small_files(Path(model), output)
+        return
+    for name, (file, reader) in _FILES.items():
+        if (path := args.get(name)) and Path(path).is_file():
+            shutil.copyfile(path, output / file)
+            text = json.dumps({"tokenizer_class": reader}, indent=2) + "\n"
+            (output / "tokenizer_config.json").write_text(text)

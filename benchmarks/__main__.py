@@ -5,20 +5,21 @@ GPT-2's width, `--only step` one part of the table.
 """
 
 import argparse
-import logging
 import os
 import platform
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.communication import bench_communication
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
+from benchmarks.memory import bench_memory
 from benchmarks.merge import bench_merge
-from benchmarks.setting import DOLLY, Rows, Setting, temporary_folder
+from benchmarks.scaling import bench_scaling
+from benchmarks.setting import DOLLY, Rows, Setting, be_quiet, temporary_folder
 from benchmarks.step import bench_step
 from benchmarks.trl import bench_trl
 
@@ -26,7 +27,10 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "step": bench_step,
     "trl": bench_trl,
     "loader": bench_loader,
+    "memory": bench_memory,
     "head": bench_head,
+    "scaling": bench_scaling,
+    "communication": bench_communication,
     "merge": bench_merge,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""
@@ -46,10 +50,10 @@ def main() -> None:
     add("--negatives", default="MixN", help="mix of negatives, such as bn=3,tn=8")
     add("--repeats", type=int, default=5, help="timed repetitions of each step")
     add("--data", type=Path, default=DOLLY, help="JSONL records, as tools/build_negatives.py takes")
+    add("--plot", type=Path, metavar="PNG", help="where to draw `scaling`")
     args = vars(parser.parse_args())
     parts = args.pop("only") or PARTS
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
+    be_quiet()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     setting = Setting(**args)
     print(

@@ -1,8 +1,10 @@
 """What every benchmark shares: real groups of the shipped Dolly records and a real Megatron GPT."""
 
+import logging
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +42,8 @@ class Setting:
     """Groups of a padded micro-batch; the trees take as many groups."""
     repeats: int = 5
     data: Path = DOLLY
+    plot: Path | None = None
+    """Where to draw what can be drawn."""
     folder: str = ""
     """For stores and checkpoints; emptied at the end."""
 
@@ -47,6 +51,12 @@ class Setting:
     def device(self) -> torch.device:
         """The GPU where there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def be_quiet() -> None:
+    """No warnings of Megatron's between the rows of the table."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
 
 
 @cache
@@ -161,16 +171,30 @@ class Times(dict[str, list[float]]):
         return statistics.median(x / y for x, y in zip(self[a], self[b], strict=True))
 
 
-def side_by_side(steps: dict[str, Callable[[int], Any]], repeats: int) -> Times:
+def work(step: Callable[[], Any]) -> float:
+    """CPU seconds of one call, all threads': other processes cannot stretch it. On a GPU, time."""
+    if torch.cuda.is_available():
+        return seconds(step)
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def side_by_side(
+    steps: dict[str, Callable[[int], Any]],
+    repeats: int,
+    clock: Callable[[Callable[[], Any]], float] = seconds,
+) -> Times:
     """Seconds of each step, taken in turn so that a busy machine slows all alike.
 
     Args:
         steps: by name, a function of the repetition; the first is run once more, as a warm-up.
+        clock: `seconds` or `work`.
     """
     times = Times({name: [] for name in steps})
     for repeat in range(-1, repeats):
         for name, step in steps.items():
-            took = seconds(lambda step=step, repeat=repeat: step(max(repeat, 0)))
+            took = clock(lambda step=step, repeat=repeat: step(max(repeat, 0)))
             if repeat >= 0:
                 times[name].append(took)
     return times

@@ -293,6 +293,41 @@ def test_tensor_parallel_ranks_without_a_query() -> None:
             assert (of_weight == 0).all()
 
 
+def count_reductions(kept_logits: int) -> tuple[list[int], list[int]]:
+    """Numbers in each all-reduce of the head: of its forward pass, then of its backward pass."""
+    torch.distributed.init_process_group("gloo")
+    group, sizes = torch.distributed.group.WORLD, []
+    all_reduce = torch.distributed.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    hidden, weight = (t.detach() for t in some_inputs())
+    weight = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
+    queries = Queries.of(*some_queries(), "cpu")
+    chunks = {"chunk_logits": 7 * len(weight), "kept_logits": kept_logits}
+    logps = query_logps(hidden.requires_grad_(), weight, queries, VOCAB, group, **chunks)
+    forward = sizes.copy()
+    logps.sum().backward()
+    return forward, sizes[len(forward) :]
+
+
+@pytest.mark.parametrize("kept_logits", [0, 2**24])
+def test_a_chunk_costs_two_reductions(kept_logits: int) -> None:
+    """A maximum per position, then a sum per position and per query; backward: the hidden states.
+
+    What is said of scaling rests on this (docs/scaling.md).
+    """
+    positions = len(Queries.of(*some_queries(), "cpu").positions)
+    queries = int((some_queries()[1] >= 0).sum())
+    for forward, backward in run_ranks(count_reductions, 2, kept_logits):
+        assert len(forward) == 2 * -(-positions // 7)
+        assert sum(forward) == 2 * positions + queries
+        assert backward == [S * B * H]
+
+
 class Memory(TorchDispatchMode):
     """Bytes of the tensors that operations return: the largest, and the most alive at a time."""
 

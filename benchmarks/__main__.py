@@ -47,9 +47,12 @@ def main() -> None:
     add("--layers", type=int, default=4, help="layers of the model")
     add("--heads", type=int, default=4, help="attention heads of the model")
     add("--groups", type=int, default=4, help="groups of a step")
+    add("--row-tokens", type=int, default=2048, help="tokens of a row in `loader` and `memory`")
+    add("--max-length", type=int, default=512, help="longest prefix + candidate")
     add("--negatives", default="MixN", help="mix of negatives, such as bn=3,tn=8")
     add("--repeats", type=int, default=5, help="timed repetitions of each step")
     add("--data", type=Path, default=DOLLY, help="JSONL records, as tools/build_negatives.py takes")
+    add("--bf16", action="store_true", help="16-bit models; not for `trl`")
     add("--plot", type=Path, metavar="PNG", help="where to draw `scaling`")
     args = vars(parser.parse_args())
     parts = args.pop("only") or PARTS
@@ -58,8 +61,9 @@ def main() -> None:
     setting = Setting(**args)
     print(
         f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; {setting.layers} layers, hidden {setting.hidden}, vocabulary "
-        f"{setting.vocab}, {setting.negatives}, {setting.data.name}"
+        f"{torch.__version__}; {setting.layers} layers, hidden {setting.hidden}, "
+        f"{str(setting.dtype).removeprefix('torch.')}, vocabulary {setting.vocab}, "
+        f"{setting.negatives}, {setting.data.name}"
     )
     with temporary_folder() as folder:
         setting = replace(setting, folder=folder)

@@ -41,11 +41,18 @@ class Setting:
     groups: int = 4
     """Groups of a padded micro-batch; the trees take as many groups."""
     repeats: int = 5
+    bf16: bool = False
+    """Weights and activations of 16 bits; log-probs and losses stay float32."""
     data: Path = DOLLY
     plot: Path | None = None
     """Where to draw what can be drawn."""
     folder: str = ""
     """For stores and checkpoints; emptied at the end."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +142,8 @@ def build_model(setting: Setting, trees: bool) -> Any:
         use_cpu_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        bf16=setting.bf16,
+        params_dtype=setting.dtype,
     )
     model = GPTModel(
         config,
@@ -142,7 +151,7 @@ def build_model(setting: Setting, trees: bool) -> Any:
         vocab_size=-(-setting.vocab // 128) * 128,
         max_sequence_length=setting.max_length,
         share_embeddings_and_output_weights=True,
-    ).to(setting.device)
+    ).to(setting.device, setting.dtype)
     return attach_tree_attention([model])[0] if trees else model
 
 

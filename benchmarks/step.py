@@ -223,7 +223,8 @@ def on_device(row: dict[str, Any], setting: Setting) -> dict[str, torch.Tensor]:
 
 def floor_buffer(setting: Setting) -> torch.Tensor:
     """Where the floor's logits go, chunk after chunk."""
-    return torch.empty(FLOOR_ROWS, -(-setting.vocab // 128) * 128, device=setting.device)
+    size = FLOOR_ROWS, -(-setting.vocab // 128) * 128
+    return torch.empty(size, dtype=setting.dtype, device=setting.device)
 
 
 def floor_step(model: Any, row: dict[str, torch.Tensor], buffer: torch.Tensor) -> None:

@@ -41,7 +41,7 @@ def bench_trl(setting: Setting) -> Rows:
     if found.returncode:
         why = (found.stderr.strip().splitlines() or ["no reason given"])[-1]
         return [(NAME, f"skipped: its environment could not be made: {why}")]
-    pairs = replace(setting, negatives="bn=1")
+    pairs = replace(setting, negatives="bn=1", bf16=False)
     reader = group_store(pairs)
     steps = setting.repeats + 1  # the first warms both up
     batches = [sample_groups(reader, PAIRS, i) for i in range(steps)]

@@ -26,7 +26,7 @@ def bench_loader(setting: Setting) -> Rows:
             default_collate([rows[row]])
         rates.append(len(reader) / (time.perf_counter() - start))
     tokens, used = dataset.tokens_per_row.sum(), len(dataset) * setting.row_tokens
-    sizes, _ = reader.tree_sizes()
+    packed = int(dataset.groups_per_row.sum())
     wait, step = _waiting(setting, rows)
     return [
         (
@@ -40,8 +40,8 @@ def bench_loader(setting: Setting) -> Rows:
         ),
         (
             f"packing: rows of {setting.row_tokens} tokens",
-            f"{1 - tokens / used:.1%} padding, {used / len(reader):.0f} tokens a group through the "
-            f"model, {sizes.mean():.0f} in its tree",
+            f"{1 - tokens / used:.1%} padding, {used / packed:.0f} tokens a group through the "
+            f"model, {tokens / packed:.0f} in its tree; {dataset.too_long} groups too long",
         ),
     ]
 

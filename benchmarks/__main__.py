@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.generation import bench_generation
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
 from benchmarks.merge import bench_merge
@@ -28,6 +29,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "loader": bench_loader,
     "head": bench_head,
     "merge": bench_merge,
+    "generation": bench_generation,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from texts import ToyTokenizer, dolly_tokenizer
-from tiny_models import save_hugging_face
+from tiny_models import save_hugging_face, write_tokenizer
 
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling, add_policy_arguments, policy_from_args
@@ -99,7 +99,7 @@ def test_flags_choose_the_policy(tmp_path):
 def test_what_is_no_policy(tmp_path):
     folder = save_hugging_face(tmp_path / "model")
     for flags, match in [
-        (["--policy", "gpt"], r"--policy gpt: unknown; give hf:PATH, or"),
+        (["--policy", "gpt"], r"--policy gpt: unknown; give hf:PATH, http"),
         (["--policy-batch", 0], r"--policy-batch 0: needs at least 1"),
         (["--policy", f"hf:{tmp_path}"], r"--policy hf:.*: no config.json there; give the folder"),
         (["--policy", f"hf:{folder}", "--max-length", 65], r"--max-length 65: .* at most 64 tok"),
@@ -109,25 +109,6 @@ def test_what_is_no_policy(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"--policy hf:.*: cannot be loaded \(.*safetensors"):
         HuggingFacePolicy(folder, ToyTokenizer())
-
-
-def write_tokenizer(folder, tokenizer, change=None, eos="</s>"):
-    """The Megatron tokenizer's pieces as a Hugging Face tokenizer in a model's folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    sentencepiece = tokenizer._tokenizer.tokenizer
-    pieces = [
-        (sentencepiece.id_to_piece(i), sentencepiece.get_score(i))
-        for i in range(tokenizer.vocab_size)
-    ]
-    if change:
-        pieces[change] = ("changed", pieces[change][1])
-    whole = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=whole, eos_token=eos, unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 def test_a_policy_with_another_tokenizer_is_refused(tmp_path):

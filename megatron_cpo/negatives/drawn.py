@@ -31,7 +31,7 @@ def policy_samplers(
     mask_share: float = 0.15,
     replace_share: float = 0.5,
 ) -> dict[str, BlockSampler]:
-    """The samplers `an`, `mn` and `pss` of a policy.
+    """The samplers `an`, `mn` and `pss` of a policy; of a server, `an` alone.
 
     Args:
         sampling: of AN; None: the paper's.
@@ -70,7 +70,10 @@ def policy_samplers(
         ]
         return [list(copies[0]) for copies in _replace(policy, block, places, 1, rngs)]
 
-    return {"an": an, "mn": mn, "pss": pss}
+    from megatron_cpo.negatives.server_policy import ServerPolicy
+
+    # A server has no distributions to draw from.
+    return {"an": an} if isinstance(policy, ServerPolicy) else {"an": an, "mn": mn, "pss": pss}
 
 
 def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:

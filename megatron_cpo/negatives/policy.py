@@ -162,6 +162,11 @@ def policy_from_args(
 
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         policy = HuggingFacePolicy(which.removeprefix("hf:"), tokenizer, args.policy_batch, dtype)
+    elif which.startswith(("http://", "https://")):
+        from megatron_cpo.negatives.server_policy import ServerPolicy
+
+        sampling = sampling_from_args(args)
+        policy = ServerPolicy(which, tokenizer, sampling, args.policy_model, args.policy_batch)
     elif which == "megatron":
         from megatron_cpo.negatives.megatron_policy import MegatronPolicy
         from megatron_cpo.negatives.scoring import score_args
@@ -169,7 +174,8 @@ def policy_from_args(
         policy = MegatronPolicy.load(score_args(extra_args_provider), tokenizer, args.policy_batch)
     else:
         raise ValueError(
-            f"--policy {which}: unknown; give hf:PATH, or megatron with --load CHECKPOINT"
+            f"--policy {which}: unknown; give hf:PATH, http://HOST:PORT/v1, or megatron with "
+            "--load CHECKPOINT"
         )
     if args.max_length and policy.positions and args.max_length > policy.positions:
         raise ValueError(

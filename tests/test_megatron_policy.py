@@ -17,7 +17,7 @@ from tests.ranks import run_pretrain, run_ranks
 from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group, write_store
 
 COMMON = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
 ).split() + TOKENIZER_FLAGS
 MODELS = {
@@ -34,6 +34,10 @@ MODELS = {
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
+    "VPP=2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
 }
 SAMPLING = Sampling(top_k=20)
 
@@ -220,6 +224,13 @@ def test_answers_do_not_depend_on_the_layout(flags, one_process, layout):
             np.testing.assert_allclose(ours, expected, rtol=1e-5)
         np.testing.assert_allclose(found[3], one_process[3], rtol=1e-4, atol=1e-5)
         assert found[4] == one_process[4]
+
+
+def test_what_is_no_checkpoint(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"--load .*: no Megatron checkpoint there"):
+        run_ranks(load, 1, [*flags, "--load", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--context-parallel-size 2: .* use 1, and more"):
+        run_ranks(load, 2, [*flags, "--context-parallel-size", "2"])
 
 
 def both_backends(folder):

@@ -8,6 +8,7 @@ import torch
 from texts import ToyTokenizer, dolly_tokenizer
 from tiny_models import save_hugging_face, write_tokenizer
 
+from megatron_cpo.groups.source import add_source_arguments
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling, add_policy_arguments, policy_from_args
 from tests.test_drawn import contexts, rngs, slow_sample
@@ -82,16 +83,16 @@ def test_equal_weights_are_one_identity(tmp_path):
 
 
 def arguments(*flags):
-    parser = add_policy_arguments(argparse.ArgumentParser())
-    parser.set_defaults(load=None, bf16=False, fp16=False, max_length=None)
-    parser.add_argument("--max-length", type=int)
-    return parser.parse_args([*map(str, flags)])
+    parser = add_policy_arguments(add_source_arguments(argparse.ArgumentParser()))
+    parser.set_defaults(load=None, bf16=False, fp16=False)
+    return parser.parse_args(["--input", "records.jsonl", *map(str, flags)])
 
 
 def test_flags_choose_the_policy(tmp_path):
     assert policy_from_args(arguments(), ToyTokenizer()) is None
     folder = save_hugging_face(tmp_path)
-    policy = policy_from_args(arguments("--policy", f"hf:{folder}"), ToyTokenizer())
+    flags = ["--policy", f"hf:{folder}", "--max-length", 64]
+    policy = policy_from_args(arguments(*flags), ToyTokenizer())
     assert policy.positions == 64
     assert policy.identity["name"] == tmp_path.name
 
@@ -103,6 +104,7 @@ def test_what_is_no_policy(tmp_path):
         (["--policy-batch", 0], r"--policy-batch 0: needs at least 1"),
         (["--policy", f"hf:{tmp_path}"], r"--policy hf:.*: no config.json there; give the folder"),
         (["--policy", f"hf:{folder}", "--max-length", 65], r"--max-length 65: .* at most 64 tok"),
+        (["--policy", f"hf:{folder}"], r"--max-length 1024: .* at most 64 tokens"),
     ]:
         with pytest.raises(ValueError, match=match):
             policy_from_args(arguments(*flags), ToyTokenizer())

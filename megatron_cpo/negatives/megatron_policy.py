@@ -27,6 +27,7 @@ from megatron_cpo.model.stages import Head, StagedModel
 from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.decoding import sample_in_batches
 from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.samplers import NEEDS_POLICY
 from megatron_cpo.negatives.scoring import (
     by_candidate,
     load_model,
@@ -48,6 +49,8 @@ class MegatronPolicy:
         row_tokens: tokens of a row of chains or trees; a longer one has a row of its own.
         batch: most samples that grow at a time.
     """
+
+    kinds: tuple[str, ...] = NEEDS_POLICY
 
     def __init__(
         self,

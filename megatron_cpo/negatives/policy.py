@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.source import source_from_args
 from megatron_cpo.tree import Ints
 
 
@@ -47,6 +48,10 @@ class Policy(Protocol):
     batch, is what its results may depend on. A policy that is spread over ranks is called on all
     of them with the same arguments, and gives all of them the same results.
     """
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Negatives that can be drawn from it, of `samplers.NEEDS_POLICY`."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -177,9 +182,10 @@ def policy_from_args(
             f"--policy {which}: unknown; give hf:PATH, http://HOST:PORT/v1, or megatron with "
             "--load CHECKPOINT"
         )
-    if args.max_length and policy.positions and args.max_length > policy.positions:
+    longest = source_from_args(args).max_length if args.input else None  # else only to score
+    if longest and policy.positions and longest > policy.positions:
         raise ValueError(
-            f"--max-length {args.max_length}: the policy of --policy {which} reads at most "
+            f"--max-length {longest}: the policy of --policy {which} reads at most "
             f"{policy.positions} tokens; give at most that"
         )
     return policy

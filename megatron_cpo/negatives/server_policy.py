@@ -73,6 +73,7 @@ class ServerPolicy:
         ValueError: no answer, no such model, or the tokenizer is another one.
     """
 
+    kinds: tuple[str, ...] = ("an",)
     positions: int | None = None
 
     def __init__(

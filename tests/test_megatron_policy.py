@@ -233,6 +233,33 @@ def test_what_is_no_checkpoint(flags, tmp_path):
         run_ranks(load, 2, [*flags, "--context-parallel-size", "2"])
 
 
+def refusal(flags, size, known):
+    """What the checkpoint has to say to a tokenizer of another size."""
+    from types import SimpleNamespace
+
+    from megatron_cpo.checkpoints import torch_dist
+    from megatron_cpo.negatives.agreement import check_checkpoint
+
+    if not known:  # a checkpoint of a tokenizer with a file knows its rows alone
+        torch_dist._TOKENIZER.remove("vocab_size")
+    try:
+        check_checkpoint(flags[-1], None, SimpleNamespace(vocab_size=size))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_checkpoint_of_another_vocabulary_is_refused(flags, known):
+    """Its 500 tokens are 512 rows, in steps of 128: it may have 385 to 512."""
+    rows = "512 tokens, 127 of them perhaps padding"
+    for size in (384, 513):
+        [message] = run_ranks(refusal, 1, flags, size, known)
+        assert f"has {'500 tokens' if known else rows}, the build's tokenizer {size};" in message
+    [message] = run_ranks(refusal, 1, flags, 499, known)
+    assert (message is not None) == known
+
+
 def both_backends(folder):
     """Samples and log-probs of a Megatron GPT and of a GPT-2 with its weights."""
     import torch

@@ -51,13 +51,14 @@ def bench_generation(setting: Setting) -> Rows:
         }
         times = side_by_side(steps, setting.repeats)
         tokens = PROMPTS * count * NEW_TOKENS
-        for name, taken in times.items():
-            rows.append(
-                (
-                    f"an: {name}, {PROMPTS} prefixes x {count}",
-                    f"{tokens / taken:,.0f} tokens/s, {times['generate'] / taken:.2f} x generate",
-                )
+        rows += [
+            (
+                f"an: {name}, {PROMPTS} prefixes x {count}",
+                f"{tokens / times.median(name):,.0f} tokens/s, "
+                f"{times.ratio('generate', name):.2f} x generate",
             )
+            for name in times
+        ]
     return rows
 
 

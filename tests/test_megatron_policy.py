@@ -121,7 +121,10 @@ def answers(flags, layout=""):
     groups, _ = records()
     sequences = [g.candidates[0] for g in groups] + [np.zeros(0, dtype=np.int32)]
     drawn, _ = replace(policy)
-    return sample(policy), drawn, score(policy), policy.embed(sequences), policy.identity
+    samples = sample(policy)
+    policy._batch, policy._eod = 7, VOCAB_SIZE  # a prefix at a time instead of six
+    assert sample(policy) == samples
+    return samples, drawn, score(policy), policy.embed(sequences), policy.identity
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ class HuggingFacePolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int, _steps: int) -> _Session:
+        def open_session(batch: list[Ints], copies: int) -> _Session:
             return _Session(self._model, self._device, self._mask, batch, copies, sampling)
 
         return sample_in_batches(

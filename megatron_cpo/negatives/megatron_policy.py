@@ -104,7 +104,7 @@ class MegatronPolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int, _steps: int) -> _Session:
+        def open_session(batch: list[Ints], copies: int) -> _Session:
             return _Session(self._model, batch, copies, sampling)
 
         try:

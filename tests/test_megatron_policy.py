@@ -234,6 +234,8 @@ def test_what_is_no_checkpoint(flags, tmp_path):
         run_ranks(load, 1, [*flags, "--load", str(tmp_path)])
     with pytest.raises(ValueError, match=r"--context-parallel-size 2: .* use 1, and more"):
         run_ranks(load, 2, [*flags, "--context-parallel-size", "2"])
+    with pytest.raises(ValueError, match=r"--num-experts 4: .* must be dense"):
+        run_ranks(load, 1, [*flags, "--num-experts", "4"])
 
 
 def refusal(flags, size, known):

@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).with_name("README.md")
 
 PLOT = ["matplotlib>=3.9,<4"]
+SERVER = ["httpx>=0.27,<1"]
 
 setup(
     name="megatron-cpo",
@@ -45,6 +46,8 @@ setup(
     extras_require={
         # Candidates ranked by the sentence embeddings of a real model instead of the built-in one.
         "rank": ["sentence-transformers>=5,<7"],
+        # Autoregressive negatives from an OpenAI-compatible server: `--policy http://...`.
+        "server": SERVER,
         # The MAUVE score in the evaluation report.
         "eval": ["mauve-text>=0.4,<0.5"],
         # Curves. The quickstart draws one.
@@ -54,11 +57,15 @@ setup(
         # What `make test` runs.
         "dev": [
             *PLOT,
+            *SERVER,
+            "fastapi>=0.115,<1",  # fastapi, uvicorn and openai: `transformers serve`
             "mypy>=2.4,<3",
+            "openai>=2",
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
             "sentencepiece>=0.2,<0.3",
             "tensorboard>=2.18,<3",
+            "uvicorn>=0.34,<1",
         ],
     },
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.communication import bench_communication
+from benchmarks.generation import bench_generation
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
 from benchmarks.memory import bench_memory
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "scaling": bench_scaling,
     "communication": bench_communication,
     "merge": bench_merge,
+    "generation": bench_generation,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from texts import ToyTokenizer, dolly_tokenizer
-from tiny_models import save_hugging_face
+from tiny_models import save_hugging_face, write_tokenizer
 
+from megatron_cpo.groups.source import add_source_arguments
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling, add_policy_arguments, policy_from_args
 from tests.test_drawn import contexts, rngs, slow_sample
@@ -82,16 +83,16 @@ def test_equal_weights_are_one_identity(tmp_path):
 
 
 def arguments(*flags):
-    parser = add_policy_arguments(argparse.ArgumentParser())
-    parser.set_defaults(load=None, bf16=False, fp16=False, max_length=None)
-    parser.add_argument("--max-length", type=int)
-    return parser.parse_args([*map(str, flags)])
+    parser = add_policy_arguments(add_source_arguments(argparse.ArgumentParser()))
+    parser.set_defaults(load=None, bf16=False, fp16=False)
+    return parser.parse_args(["--input", "records.jsonl", *map(str, flags)])
 
 
 def test_flags_choose_the_policy(tmp_path):
     assert policy_from_args(arguments(), ToyTokenizer()) is None
     folder = save_hugging_face(tmp_path)
-    policy = policy_from_args(arguments("--policy", f"hf:{folder}"), ToyTokenizer())
+    flags = ["--policy", f"hf:{folder}", "--max-length", 64]
+    policy = policy_from_args(arguments(*flags), ToyTokenizer())
     assert policy.positions == 64
     assert policy.identity["name"] == tmp_path.name
 
@@ -99,35 +100,17 @@ def test_flags_choose_the_policy(tmp_path):
 def test_what_is_no_policy(tmp_path):
     folder = save_hugging_face(tmp_path / "model")
     for flags, match in [
-        (["--policy", "gpt"], r"--policy gpt: unknown; give hf:PATH, or"),
+        (["--policy", "gpt"], r"--policy gpt: unknown; give hf:PATH, http"),
         (["--policy-batch", 0], r"--policy-batch 0: needs at least 1"),
         (["--policy", f"hf:{tmp_path}"], r"--policy hf:.*: no config.json there; give the folder"),
         (["--policy", f"hf:{folder}", "--max-length", 65], r"--max-length 65: .* at most 64 tok"),
+        (["--policy", f"hf:{folder}"], r"--max-length 1024: .* at most 64 tokens"),
     ]:
         with pytest.raises(ValueError, match=match):
             policy_from_args(arguments(*flags), ToyTokenizer())
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"--policy hf:.*: cannot be loaded \(.*safetensors"):
         HuggingFacePolicy(folder, ToyTokenizer())
-
-
-def write_tokenizer(folder, tokenizer, change=None, eos="</s>"):
-    """The Megatron tokenizer's pieces as a Hugging Face tokenizer in a model's folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    sentencepiece = tokenizer._tokenizer.tokenizer
-    pieces = [
-        (sentencepiece.id_to_piece(i), sentencepiece.get_score(i))
-        for i in range(tokenizer.vocab_size)
-    ]
-    if change:
-        pieces[change] = ("changed", pieces[change][1])
-    whole = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=whole, eos_token=eos, unk_token="<unk>"
-    ).save_pretrained(folder)
 
 
 def test_a_policy_with_another_tokenizer_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from tests.ranks import run_pretrain, run_ranks
 from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group, write_store
 
 COMMON = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
 ).split() + TOKENIZER_FLAGS
 MODELS = {
@@ -34,6 +34,10 @@ MODELS = {
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
+    "VPP=2": (
+        2,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
 }
 SAMPLING = Sampling(top_k=20)
 
@@ -117,7 +121,10 @@ def answers(flags, layout=""):
     groups, _ = records()
     sequences = [g.candidates[0] for g in groups] + [np.zeros(0, dtype=np.int32)]
     drawn, _ = replace(policy)
-    return sample(policy), drawn, score(policy), policy.embed(sequences), policy.identity
+    samples = sample(policy)
+    policy._batch, policy._eod = 7, VOCAB_SIZE  # a prefix at a time instead of six
+    assert sample(policy) == samples
+    return samples, drawn, score(policy), policy.embed(sequences), policy.identity
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +227,72 @@ def test_answers_do_not_depend_on_the_layout(flags, one_process, layout):
             np.testing.assert_allclose(ours, expected, rtol=1e-5)
         np.testing.assert_allclose(found[3], one_process[3], rtol=1e-4, atol=1e-5)
         assert found[4] == one_process[4]
+
+
+def test_what_is_no_checkpoint(flags, tmp_path):
+    with pytest.raises(ValueError, match=r"--load .*: no Megatron checkpoint there"):
+        run_ranks(load, 1, [*flags, "--load", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"--context-parallel-size 2: .* use 1, and more"):
+        run_ranks(load, 2, [*flags, "--context-parallel-size", "2"])
+    with pytest.raises(ValueError, match=r"--num-experts 4: .* must be dense"):
+        run_ranks(load, 1, [*flags, "--num-experts", "4"])
+
+
+def refusal(flags, size, known):
+    """What the checkpoint has to say to a tokenizer of another size."""
+    from types import SimpleNamespace
+
+    from megatron_cpo.checkpoints import torch_dist
+    from megatron_cpo.negatives.agreement import check_checkpoint
+
+    if not known:  # a checkpoint of a tokenizer with a file knows its rows alone
+        torch_dist._TOKENIZER.remove("vocab_size")
+    try:
+        check_checkpoint(flags[-1], None, SimpleNamespace(vocab_size=size))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_checkpoint_of_another_vocabulary_is_refused(flags, known):
+    """Its 500 tokens are 512 rows, in steps of 128: it may have 385 to 512."""
+    rows = "512 tokens, 127 of them perhaps padding"
+    for size in (384, 513):
+        [message] = run_ranks(refusal, 1, flags, size, known)
+        assert f"has {'500 tokens' if known else rows}, the build's tokenizer {size};" in message
+    [message] = run_ranks(refusal, 1, flags, 499, known)
+    assert (message is not None) == known
+
+
+def both_backends(folder):
+    """Samples and log-probs of a Megatron GPT and of a GPT-2 with its weights."""
+    import torch
+
+    from benchmarks.generation import hugging_face_twin
+    from benchmarks.setting import Setting, build_model, start_megatron
+    from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
+    from megatron_cpo.negatives.megatron_policy import MegatronPolicy
+
+    start_megatron()
+    torch.manual_seed(1)
+    vocab = VOCAB_SIZE + 1
+    model = build_model(Setting(hidden=32, layers=2, vocab=vocab, max_length=64), trees=True).eval()
+    for weight in model.parameters():
+        weight.data *= 8  # far from uniform
+    hugging_face_twin(model, vocab).save_pretrained(folder)
+    policies = (
+        MegatronPolicy([model], {}, vocab, VOCAB_SIZE, 64, 128),
+        HuggingFacePolicy(folder, null_tokenizer()),
+    )
+    return [(sample(p), replace(p)[0], score(p)) for p in policies]
+
+
+def test_hugging_face_and_megatron_agree(tmp_path):
+    """The same weights: the same tokens for the same seeds, log-probs within 1e-5."""
+    [(ours, theirs)] = run_ranks(both_backends, 1, str(tmp_path))
+    assert ours[0] == theirs[0]
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert a.tolist() == b.tolist()
+    for a, b in zip(ours[2], theirs[2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

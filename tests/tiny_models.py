@@ -40,3 +40,25 @@ def save_hugging_face(folder: Path, kind: str = "llama", rows: int = VOCAB, seed
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def write_tokenizer(folder, tokenizer, change=None, eos="</s>"):
+    """The Megatron tokenizer's pieces as a Hugging Face tokenizer in a model's folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    sentencepiece = tokenizer._tokenizer.tokenizer
+    pieces = [
+        (sentencepiece.id_to_piece(i), sentencepiece.get_score(i))
+        for i in range(tokenizer.vocab_size)
+    ]
+    if change:
+        pieces[change] = ("changed", pieces[change][1])
+    whole = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    whole.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    whole.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=whole, eos_token=eos, unk_token="<unk>"
+    ).save_pretrained(folder)

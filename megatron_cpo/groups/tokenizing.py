@@ -69,6 +69,11 @@ class Encoder:
         # A rendered chat often starts with the text of the BOS which the tokenizer adds as well.
         return ids[n:] if n and ids[n : 2 * n] == self._head else ids
 
+    def unframed(self, ids: list[int]) -> list[int]:
+        """A prefix without what the tokenizer puts before every text."""
+        n = len(self._head)
+        return ids[n:] if n and ids[:n] == self._head else ids
+
     def continuation(self, text: str) -> list[int]:
         """Token ids of a continuation, without what the tokenizer puts before a text, nor EOD."""
         ids = self._untailed(text)[len(self._head) :]

@@ -26,7 +26,7 @@ class Session(Protocol):
 
 
 def sample_in_batches(
-    open_session: Callable[[list[Ints], int, int], Session],
+    open_session: Callable[[list[Ints], int], Session],
     prefixes: Sequence[Ints],
     limits: Sequence[int],
     count: int,
@@ -39,7 +39,7 @@ def sample_in_batches(
     Prefixes of like length and like limit run together, `rows` continuations at a time.
 
     Args:
-        open_session: (prefixes, count, steps) to a session that will take at most `steps` tokens.
+        open_session: (prefixes, count) to a session that has read them.
     """
     # A number for every (token, sample), whatever is used of it: draws do not depend on the batch.
     uniforms = [rng.random((n, count)) for n, rng in zip(limits, rngs, strict=True)]
@@ -50,8 +50,7 @@ def sample_in_batches(
     together = max(rows // count, 1)
     for first in range(0, len(order), together):
         batch = order[first : first + together]
-        most = max(limits[i] for i in batch)
-        session = open_session([prefixes[i] for i in batch], count, most - 1)
+        session = open_session([prefixes[i] for i in batch], count)
         grown = _grow(session, [uniforms[i] for i in batch], [limits[i] for i in batch], eod)
         for place, i in enumerate(batch):
             result[i] = grown[place * count : (place + 1) * count]

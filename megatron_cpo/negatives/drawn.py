@@ -31,7 +31,7 @@ def policy_samplers(
     mask_share: float = 0.15,
     replace_share: float = 0.5,
 ) -> dict[str, BlockSampler]:
-    """The samplers `an`, `mn` and `pss` of a policy.
+    """The samplers `an`, `mn` and `pss` of a policy, those that it can serve.
 
     Args:
         sampling: of AN; None: the paper's.
@@ -70,7 +70,8 @@ def policy_samplers(
         ]
         return [list(copies[0]) for copies in _replace(policy, block, places, 1, rngs)]
 
-    return {"an": an, "mn": mn, "pss": pss}
+    samplers = {"an": an, "mn": mn, "pss": pss}
+    return {kind: samplers[kind] for kind in policy.kinds}
 
 
 def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
@@ -96,8 +97,8 @@ def _fixed_share(
     """[count, t] places of `count` copies: exactly round(share * n) each, but at least 1.
 
     n counts the tokens without EOD. The paper says "c% of the tokens", so the number is fixed and
-    the places are a uniform subset of that size; independent coins would leave every fourth
-    10-token y_1 as it is. A y_1 of one token has that one replaced.
+    the places are a uniform subset of that size; independent coins would leave every fifth
+    y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
     """
     n = len(context.truth) - int(context.truth[-1] == context.eod)
     places = np.zeros((count, len(context.truth)), dtype=bool)

@@ -20,6 +20,7 @@ from megatron_cpo.negatives.agreement import check_tokenizer
 from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.decoding import sample_in_batches
 from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.samplers import NEEDS_POLICY
 from megatron_cpo.tree import Ints
 
 
@@ -36,6 +37,8 @@ class HuggingFacePolicy:
     Raises:
         ValueError: there is no such model, or its tokenizer is another one.
     """
+
+    kinds: tuple[str, ...] = NEEDS_POLICY
 
     def __init__(self, path: str, tokenizer: Any, batch: int = 256, dtype: str = "float32") -> None:
         from transformers import AutoModelForCausalLM
@@ -86,7 +89,7 @@ class HuggingFacePolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int, _steps: int) -> _Session:
+        def open_session(batch: list[Ints], copies: int) -> _Session:
             return _Session(self._model, self._device, self._mask, batch, copies, sampling)
 
         return sample_in_batches(

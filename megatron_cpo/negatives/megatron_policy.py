@@ -24,9 +24,11 @@ from megatron_cpo.model.forward import RowForward, candidate_logps
 from megatron_cpo.model.logprobs import CHUNK_LOGITS, VocabShard
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.stages import Head, StagedModel
+from megatron_cpo.negatives.agreement import check_checkpoint
 from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.decoding import sample_in_batches
 from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.samplers import NEEDS_POLICY
 from megatron_cpo.negatives.scoring import (
     by_candidate,
     load_model,
@@ -49,6 +51,8 @@ class MegatronPolicy:
         batch: most samples that grow at a time.
     """
 
+    kinds: tuple[str, ...] = NEEDS_POLICY
+
     def __init__(
         self,
         chunks: list[Any],
@@ -70,10 +74,12 @@ class MegatronPolicy:
         """The policy of Megatron's parsed and validated arguments; see `scoring.score_args`.
 
         Raises:
-            ValueError: no checkpoint at `--load`, or a layout that cannot grow sequences.
+            ValueError: no checkpoint at `--load`, one with another vocabulary, or a layout that
+                cannot grow sequences.
         """
         _check_layout(args)
         identity = require_checkpoint(args)
+        check_checkpoint(args.load, args.ckpt_step, tokenizer)
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()
@@ -98,7 +104,7 @@ class MegatronPolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int, _steps: int) -> _Session:
+        def open_session(batch: list[Ints], copies: int) -> _Session:
             return _Session(self._model, batch, copies, sampling)
 
         try:

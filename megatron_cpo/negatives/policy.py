@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.source import source_from_args
 from megatron_cpo.tree import Ints
 
 
@@ -47,6 +48,10 @@ class Policy(Protocol):
     batch, is what its results may depend on. A policy that is spread over ranks is called on all
     of them with the same arguments, and gives all of them the same results.
     """
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Negatives that can be drawn from it, of `samplers.NEEDS_POLICY`."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -162,6 +167,11 @@ def policy_from_args(
 
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         policy = HuggingFacePolicy(which.removeprefix("hf:"), tokenizer, args.policy_batch, dtype)
+    elif which.startswith(("http://", "https://")):
+        from megatron_cpo.negatives.server_policy import ServerPolicy
+
+        sampling = sampling_from_args(args)
+        policy = ServerPolicy(which, tokenizer, sampling, args.policy_model, args.policy_batch)
     elif which == "megatron":
         from megatron_cpo.negatives.megatron_policy import MegatronPolicy
         from megatron_cpo.negatives.scoring import score_args
@@ -169,11 +179,13 @@ def policy_from_args(
         policy = MegatronPolicy.load(score_args(extra_args_provider), tokenizer, args.policy_batch)
     else:
         raise ValueError(
-            f"--policy {which}: unknown; give hf:PATH, or megatron with --load CHECKPOINT"
+            f"--policy {which}: unknown; give hf:PATH, http://HOST:PORT/v1, or megatron with "
+            "--load CHECKPOINT"
         )
-    if args.max_length and policy.positions and args.max_length > policy.positions:
+    longest = source_from_args(args).max_length if args.input else None  # else only to score
+    if longest and policy.positions and longest > policy.positions:
         raise ValueError(
-            f"--max-length {args.max_length}: the policy of --policy {which} reads at most "
+            f"--max-length {longest}: the policy of --policy {which} reads at most "
             f"{policy.positions} tokens; give at most that"
         )
     return policy

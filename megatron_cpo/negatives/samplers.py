@@ -147,8 +147,8 @@ def check_kinds(mix: Mapping[str, int], available: Mapping[str, Sampler]) -> Non
     example = ",".join(f"{kind}={count}" for kind, count in rest.items())
     raise ValueError(
         f"--negatives {', '.join(f'{kind}={mix[kind]}' for kind in missing)}: drawn from a policy; "
-        "give --load CHECKPOINT and its model flags, or --policy hf:PATH, or use kinds that need "
-        f"none, such as --negatives {example}"
+        "give --load CHECKPOINT and its model flags, or --policy hf:PATH (a server gives an "
+        f"alone), or use other kinds, such as --negatives {example}"
     )
 
 

@@ -1,0 +1,204 @@
+"""A completions server as a policy: real servers in processes of their own, on loopback."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from texts import ToyTokenizer, dolly_tokenizer
+from tiny_models import save_hugging_face, write_tokenizer
+
+from megatron_cpo.negatives import server_policy
+from megatron_cpo.negatives.drawn import policy_samplers
+from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
+from megatron_cpo.negatives.policy import Sampling, policy_from_args
+from megatron_cpo.negatives.samplers import check_kinds, group_rng
+from megatron_cpo.negatives.server_policy import ServerPolicy
+from tests.test_hf_policy import arguments
+
+ROOT = Path(__file__).parents[1]
+SAMPLING = Sampling(top_k=20, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = dolly_tokenizer(folder)
+    save_hugging_face(folder / "model", rows=tokenizer.vocab_size)
+    write_tokenizer(folder / "model", tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    command = [sys.executable, ROOT / "tests/completions_server.py", folder / "model"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+    ) as process:
+        port = process.stdout.readline().strip()
+        yield f"http://127.0.0.1:{port}/v1"
+        process.kill()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(server_policy, "FIRST_DELAY", 0.001)
+
+
+def prefixes(tokenizer):
+    texts = ["Tell me about trees.", "Why?", "Name three rivers in Europe and one in Asia.", "Hm"]
+    return [np.array(tokenizer.tokenize(text), dtype=np.int32) for text in texts]
+
+
+def draw(policy, tokenizer, limits=(12, 1, 2, 9), count=3, sampling=SAMPLING):
+    rngs = [group_rng(1, i, "an") for i in range(4)]
+    drawn = policy.sample(prefixes(tokenizer), limits, count, rngs, sampling)
+    return [[c.tolist() for c in found] for found in drawn]
+
+
+def expected(folder, tokenizer, limits=(12, 1, 2, 9), count=3):
+    """What the model behind the server samples with the seeds that the server is given."""
+    policy = HuggingFacePolicy(str(folder / "model"), tokenizer)
+    seeds = [int(group_rng(1, i, "an").integers(2**31, size=count)[0]) for i in range(4)]
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    drawn = policy.sample(prefixes(tokenizer), limits, count, rngs, SAMPLING)
+    return [[c.tolist() for c in found] for found in drawn]
+
+
+def test_token_ids_are_used_as_they_are(folder, url):
+    """Ids in and out: the model's own samples, cut to the limits, EOD last; twice the same."""
+    tokenizer = dolly_tokenizer(folder)
+    policy = ServerPolicy(url, tokenizer, SAMPLING)
+    assert policy.identity == {"backend": "server", "name": "tiny", "dialect": "token ids"}
+    assert draw(policy, tokenizer) == expected(folder, tokenizer) == draw(policy, tokenizer)
+    assert not policy.retries
+
+
+def test_a_server_of_texts(folder, url):
+    """OpenAI's fields alone: answers are encoded again, within the limits, EOD last."""
+    tokenizer = dolly_tokenizer(folder)
+    everything = Sampling(top_k=0)
+    policy = ServerPolicy(url, tokenizer, everything, "plain")
+    assert policy.identity["dialect"] == "text"
+    limits = (12, 1, 2, 9)
+    drawn = draw(policy, tokenizer, limits, sampling=everything)
+    for limit, found in zip(limits, drawn, strict=True):
+        assert len(found) == 3
+        for tokens in found:
+            assert len(tokens) <= limit
+            assert tokens[-1] == tokenizer.eod
+
+
+def test_errors_half_the_time_are_tried_again_and_counted(folder, url):
+    tokenizer = dolly_tokenizer(folder)
+    policy = ServerPolicy(url, tokenizer, SAMPLING, "half")
+    assert draw(policy, tokenizer) == expected(folder, tokenizer)
+    assert set(policy.retries) == {"HTTP 500", "HTTP 429"}
+    assert policy.retries.total() >= 4  # three records and the first question
+
+
+def test_a_server_that_only_fails_is_given_up(folder, url):
+    tokenizer = dolly_tokenizer(folder)
+    with pytest.raises(ValueError, match=r"8 requests failed in a row, the last .* HTTP (500|429)"):
+        ServerPolicy(url, tokenizer, SAMPLING, "down")
+
+
+def test_a_server_that_goes_away(folder, url):
+    """Refused connections are tried again too, then said."""
+    tokenizer = dolly_tokenizer(folder)
+    policy = ServerPolicy(url, tokenizer, SAMPLING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        policy._url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+        with pytest.raises(ValueError, match=r"failed in a row, the last one with ConnectError"):
+            draw(policy, tokenizer)
+    assert any("ConnectError" in reason for reason in policy.retries)
+
+
+def test_what_is_no_server(folder, url):
+    tokenizer = dolly_tokenizer(folder)
+    for address, match in [
+        ("http://127.0.0.1:9/v1", r"no list of models there \(ConnectError.*start the server"),
+        (url.removesuffix("/v1") + "/v2", r"serves tiny, half; choose one with --policy-model"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            policy_from_args(arguments("--policy", address), tokenizer)
+
+
+def test_httpx_is_named_when_it_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs the package httpx: .*megatron-cpo\[server\]"):
+        ServerPolicy("http://127.0.0.1:9/v1", ToyTokenizer(), SAMPLING)
+
+
+def test_a_server_that_knows_no_top_k(folder, url):
+    with pytest.raises(ValueError, match=r"understands none .* 422 .* \(--top-k 0, not 20\)"):
+        ServerPolicy(url, dolly_tokenizer(folder), SAMPLING, "plain")
+
+
+def test_a_server_with_another_tokenizer(url, monkeypatch):
+    monkeypatch.setattr(ToyTokenizer, "detokenize", lambda _, ids: "a", raising=False)
+    for model, sampling in [("tiny", SAMPLING), ("plain", Sampling(top_k=0))]:
+        with pytest.raises(ValueError, match=r"counts \d+ tokens in a test text, the build's"):
+            ServerPolicy(url, ToyTokenizer(), sampling, model)
+
+
+def test_a_server_gives_samples_alone(folder, url):
+    policy = ServerPolicy(url, dolly_tokenizer(folder), SAMPLING)
+    samplers = policy_samplers(policy)
+    check_kinds({"an": 3}, samplers)
+    with pytest.raises(ValueError, match=r"mn=5: drawn .* \(a server gives an alone\)"):
+        check_kinds({"mn": 5}, samplers)
+    for call in (policy.replacements, policy.embed, policy.logps):
+        with pytest.raises(ValueError, match=r"gives no distributions, so .* hf:PATH"):
+            call([], [])
+
+
+def test_transformers_serve(folder):
+    """The server of the installed transformers: text, one sample a request, and no list."""
+    for name in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(name, reason="transformers serve needs it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = str(folder / "model")
+    code = "from transformers.cli.transformers import main; main()"
+    flags = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *flags], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _wait(port, process)
+            tokenizer = dolly_tokenizer(folder)
+            with pytest.raises(ValueError, match=r"--policy-model"):
+                ServerPolicy(f"http://127.0.0.1:{port}/v1", tokenizer, SAMPLING)
+            policy = ServerPolicy(
+                f"http://127.0.0.1:{port}/v1", tokenizer, SAMPLING, model, concurrency=2
+            )
+            assert policy.identity["dialect"] == "transformers"
+            drawn = draw(policy, tokenizer)
+        finally:
+            process.kill()
+    assert [len(found) for found in drawn] == [3] * 4
+    assert all(tokens[-1] == tokenizer.eod for found in drawn for tokens in found)
+    assert len({tuple(tokens) for tokens in drawn[0]}) == 3
+
+
+def _wait(port, process):
+    for _ in range(300):
+        if process.poll() is not None:
+            raise RuntimeError(re.sub(r"\n+", "\n", process.stderr.read())[-2000:])
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)
+    raise TimeoutError("transformers serve did not come up")

@@ -38,7 +38,7 @@ from tests.stores import TOKENIZER_FLAGS, write_store
 
 K = 5
 TOLERANCE = 1e-5
-"""Relative, float32; seen are at most 2e-6. See the docstring for bf16."""
+"""Relative, float32; seen are at most 1e-6. See the docstring for bf16."""
 MEASURES = ("log-probs", "loss", "gradient")
 TABLE = ROOT / "docs" / "parity.md"
 BEGIN, END = "<!-- parity table: written by python -m tests.parity -->", "<!-- end of the table -->"

@@ -38,7 +38,7 @@ from tests.stores import TOKENIZER_FLAGS, write_store
 
 K = 5
 TOLERANCE = 1e-5
-"""Relative, float32; seen are at most 2e-6. See the docstring for bf16."""
+"""Relative, float32; seen are at most 1e-6. See the docstring for bf16."""
 MEASURES = ("log-probs", "loss", "gradient")
 TABLE = ROOT / "docs" / "parity.md"
 BEGIN, END = "<!-- parity table: written by python -m tests.parity -->", "<!-- end of the table -->"
@@ -320,7 +320,9 @@ class Matrix:
         if BF16 not in case.flags:
             return dict.fromkeys(MEASURES, TOLERANCE)
         twins = (self._twin(case.architecture, bf16) for bf16 in (True, False))
-        return {name: 2 * value for name, value in differences(*twins).items()}
+        limits = {name: 2 * value for name, value in differences(*twins).items()}
+        # A loss is one number, whose error may vanish by chance; it is made of the log-probs.
+        return limits | {"loss": limits["log-probs"]}
 
     def _twin(self, architecture: str, bf16: bool) -> Step:
         key = architecture, bf16

@@ -242,13 +242,14 @@ def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 def _uneven_gather(gather: Callable) -> Callable:
     @functools.wraps(gather)
-    def gather_parts(parts: list[torch.Tensor], own: torch.Tensor, **kwargs: Any) -> Any:
-        sizes = {tuple(part.shape[:1]) for part in parts}
-        if len(sizes) == 1:
-            return gather(parts, own, **kwargs)
+    def gather_parts(
+        parts: list[torch.Tensor], own: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if len({part.shape[:1] for part in parts}) == 1:
+            return gather(parts, own, *args, **kwargs)
         most = max(map(len, parts))
         received = [part.new_empty(most, *part.shape[1:]) for part in parts]
-        gather(received, _padded(own, most), group=kwargs.get("group"))
+        gather(received, _padded(own, most), *args, **kwargs)
         for part, padded in zip(parts, received, strict=True):
             part.copy_(padded[: len(part)])
 
@@ -257,13 +258,14 @@ def _uneven_gather(gather: Callable) -> Callable:
 
 def _uneven_scatter(scatter: Callable) -> Callable:
     @functools.wraps(scatter)
-    def scatter_parts(own: torch.Tensor, parts: list[torch.Tensor], **kwargs: Any) -> Any:
-        sizes = {tuple(part.shape[:1]) for part in parts}
-        if len(sizes) == 1:
-            return scatter(own, parts, **kwargs)
+    def scatter_parts(
+        own: torch.Tensor, parts: list[torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        if len({part.shape[:1] for part in parts}) == 1:
+            return scatter(own, parts, *args, **kwargs)
         most = max(map(len, parts))
         received = own.new_empty(most, *own.shape[1:])
-        scatter(received, [_padded(part, most) for part in parts], group=kwargs.get("group"))
+        scatter(received, [_padded(part, most) for part in parts], *args, **kwargs)
         own.copy_(received[: len(own)])
 
     return scatter_parts

@@ -11,6 +11,7 @@ from tiny_models import save_hugging_face, write_tokenizer
 from megatron_cpo.groups.source import add_source_arguments
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling, add_policy_arguments, policy_from_args
+from tests.ranks import run_ranks
 from tests.test_drawn import contexts, rngs, slow_sample
 
 KINDS = ["llama", "gpt2", "gemma2"]
@@ -72,6 +73,29 @@ def test_rows_that_pad_the_vocabulary_are_never_drawn(tmp_path):
     ones = [np.array([i], dtype=np.int32) for i in range(100)]
     [logps] = policy.logps([context.prefix], [ones])
     assert np.exp(logps.astype(float)).sum() == pytest.approx(1, abs=1e-6)
+
+
+def on_the_cpu_host(folder):
+    """Log-probs in a process that runs Megatron on the CPU, as the build tool does."""
+    import torch
+
+    with torch.device("meta"):
+        assert torch.arange(3).device.type == "meta"
+    block = contexts(5)
+    policy = HuggingFacePolicy(folder, ToyTokenizer())
+    return policy.logps([c.prefix for c in block], [[c.truth] for c in block])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_host_changes_nothing(tmp_path, kind):
+    """Its factories once hid from `with torch.device("meta")`: rotary tables were garbage."""
+    folder = save_hugging_face(tmp_path, kind)
+    block = contexts(5)
+    expected = HuggingFacePolicy(folder, ToyTokenizer()).logps(
+        [c.prefix for c in block], [[c.truth] for c in block]
+    )
+    [found] = run_ranks(on_the_cpu_host, 1, folder)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_equal_weights_are_one_identity(tmp_path):

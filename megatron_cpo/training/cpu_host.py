@@ -12,6 +12,7 @@ changes torch for the whole process, on machines without CUDA only; it refuses t
 import argparse
 import copy
 import functools
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -418,6 +419,9 @@ def enable() -> None:
             "cpu_host.enable() got a machine with CUDA, where Megatron needs no CPU host: drop the "
             'call, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
+    # `with torch.device(...)` knows factories by identity, from its first use on: the originals,
+    # which the wrappers call. Else transformers leaves rotary tables uninitialised on loading.
+    importlib.import_module("torch.utils._device")._device_constructors()
     _wrap(torch, _FACTORIES, _made_on_cpu)
     _wrap(torch.Tensor, _TENSOR_FACTORIES, _made_on_cpu)
     _wrap(torch.Tensor, ("to",), _moved_to_cpu)

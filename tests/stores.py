@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpo.groups.store import Group, GroupWriter, write_reference_logps
+from megatron_cpo.groups.store import Group
+from megatron_cpo.groups.writing import GroupWriter, write_reference_logps
 
 VOCAB_SIZE = 499
 """Text tokens of the null tokenizer below; its EOD is the next and last id."""

@@ -14,11 +14,10 @@ from megatron_cpo.groups.store import (
     KINDS,
     Group,
     GroupReader,
-    GroupWriter,
     no_scores,
     read_manifest,
-    write_reference_logps,
 )
+from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_reference_logps
 from megatron_cpo.tree import build_tree
 from tests.stores import VOCAB_SIZE, random_group
 
@@ -167,7 +166,7 @@ def test_unscored_groups_come_back_as_nan(tmp_path) -> None:
 
 def test_scores_for_another_number_of_groups_are_refused(store: str) -> None:
     with pytest.raises(ValueError, match=r"7 groups, 2 were scored"):
-        write_reference_logps(store, [np.zeros(1, dtype=np.float32)] * 2, REFERENCE)
+        write_reference_logps(store, [g.reference_logps for g in make_groups(2)], REFERENCE)
     assert_equal(GroupReader(store)[6], make_groups()[6])
 
 
@@ -195,14 +194,14 @@ def test_an_empty_store_is_refused_and_leaves_nothing(tmp_path) -> None:
 
 
 def test_an_interrupted_writer_leaves_nothing_under_the_prefix(tmp_path) -> None:
-    """Killed before `close()`: only files named `.writing-`, and no store."""
+    """Killed before `close()`: one folder aside, and no store; the next writer clears it."""
     writer = GroupWriter(str(tmp_path / "store"), {}, VOCAB_SIZE + 1)
     writer.add(make_groups()[5])
-    assert all(name.startswith("store.writing-") for name in names(tmp_path))
+    assert names(tmp_path) == {"store.writing"}
     with pytest.raises(ValueError, match="no manifest there"):
         GroupReader(str(tmp_path / "store"))
-    writer.abort()
-    assert not names(tmp_path)
+    write(tmp_path / "store", make_groups())
+    assert names(tmp_path) == {f"store{suffix}" for suffix in (*FILES, ".json")}
 
 
 def test_an_interrupted_writer_leaves_the_old_store_as_it_was(tmp_path, store: str) -> None:
@@ -226,7 +225,9 @@ def test_a_store_is_unreadable_rather_than_mixed_while_it_is_replaced(
     """Power is cut after so many renames: there is no manifest, so there is no store."""
     replace, done = os.replace, []
 
-    def cut(source: str, target: str) -> None:
+    def cut(source: Path, target: str) -> None:
+        if str(target).endswith("writing/store.json"):  # the seal: from here on it is decided
+            return replace(source, target)
         if len(done) == renames:
             raise KeyboardInterrupt
         done.append(target)
@@ -243,6 +244,14 @@ def test_a_store_is_unreadable_rather_than_mixed_while_it_is_replaced(
     assert len(done) == renames
     with pytest.raises(ValueError, match="no manifest there"):
         GroupReader(store)
+    monkeypatch.undo()
+    assert finish_publishing(store)
+    assert not finish_publishing(store)
+    assert names(Path(store).parent) == {f"store{suffix}" for suffix in (*FILES, ".json")}
+    reader = GroupReader(store)
+    reader.verify()
+    assert len(reader) == (3 if operation == "build" else 7)
+    assert (reader.manifest["reference"] == REFERENCE) == (operation == "score")
 
 
 def test_replacing_a_store(store: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.records import BadRecord, Dropped, read_records
 from megatron_cpo.groups.source import Source, indexed_prefix
 from megatron_cpo.groups.tokenizing import Encoder, Pair, chat_renderer
@@ -182,12 +183,13 @@ def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tupl
 
 
 def _write_documents(documents: Iterator[list[Ints]], path_prefix: str, vocab_size: int) -> int:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(path_prefix + ".bin", dtype=DType.optimal_dtype(vocab_size))
+    writer = IndexedWriter(path_prefix, store_dtype(vocab_size))
     count = 0
-    with builder.data_file:
+    try:
         for count, sequences in enumerate(documents, 1):  # noqa: B007
-            builder.add_document(np.concatenate(sequences), [len(s) for s in sequences])
-    builder.finalize(path_prefix + ".idx")
+            writer.add(np.concatenate(sequences), [len(s) for s in sequences])
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
     return count

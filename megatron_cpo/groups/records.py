@@ -23,6 +23,8 @@ from typing import Any
 Message = dict[str, str]
 
 DEFAULT_TEMPLATE = "Instruction: {instruction}\nContext: {context}\nResponse: "
+LONGEST_LINE = 32 << 20
+"""Bytes. A longer line, as of a file that is not JSON Lines, is a bad record and never held."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -98,6 +100,8 @@ def read_records(
     usable = 0
     for source, line in _lines(paths):
         try:
+            if line is None:
+                raise BadRecord(f"line longer than {LONGEST_LINE >> 20} MiB")
             record = parse_record(line, shape, template, render_chat or plain_chat)
         except BadRecord as error:
             dropped.bad(str(error), source)
@@ -255,20 +259,40 @@ def _text(fields: dict[str, Any], name: str) -> str:
     return fields[name]
 
 
-def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    """(file:line, content) of the lines that are not blank."""
+def _bounded(file: Any) -> Iterator[bytes | None]:
+    """The lines of a file, None in place of one of more than `LONGEST_LINE` bytes."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):  # read on to its end, and keep nothing
+            line = file.readline(1 << 20)
+        yield None
+
+
+def check_file(path: str) -> None:
+    """Refuse an input that is not there.
+
+    Raises:
+        ValueError: it is no file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"--input {path}: no such file; give JSON Lines (.jsonl, .jsonl.gz) or the prefix "
+            "of a Megatron indexed dataset"
+        )
+
+
+def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+    """(file:line, content) of the lines that are not blank; None for one that is too long."""
     for path in paths:
-        if not Path(path).is_file():
-            raise ValueError(
-                f"--input {path}: no such file; give JSON Lines (.jsonl, .jsonl.gz) or the prefix "
-                "of a Megatron indexed dataset"
-            )
+        check_file(path)
         try:
             with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if number == 1:
+                for number, line in enumerate(_bounded(file), 1):
+                    if number == 1 and line:
                         line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put first
-                    if line.strip():
+                    if line is None or line.strip():
                         yield f"{path}:{number}", line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(

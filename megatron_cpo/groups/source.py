@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_cpo.groups.records import DEFAULT_TEMPLATE, SHAPES, check_template
+from megatron_cpo.groups.records import DEFAULT_TEMPLATE, SHAPES, check_file, check_template
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class Source:
         check_template(self.template)
 
     def describe(self) -> list[dict[str, str]]:
-        """Base name and sha256 of every input file, for manifests; independent of its folder."""
+        """Base name and sha256 of every input file, for manifests; independent of its folder.
+
+        Raises:
+            ValueError: one is not there.
+        """
         paths = chain.from_iterable(
             (p + ".bin", p + ".idx") if (p := indexed_prefix(path)) else (path,)
             for path in self.inputs
@@ -69,6 +73,7 @@ def indexed_prefix(path: str) -> str | None:
 
 
 def _sha256(path: str) -> str:
+    check_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

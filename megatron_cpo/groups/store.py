@@ -6,15 +6,13 @@ Files of a store PREFIX:
     PREFIX.values.bin / .idx   float32; one document per group: the rows of `VALUE_ROWS`
     PREFIX.json                the manifest: what made it, with which tokenizer, and checksums
 
-so that Megatron's tools and memory mapping work on it. The manifest is renamed into place last: a
-store without one is not a store. Values are keyed by the group, never by the order in which
+so that Megatron's tools and memory mapping work on it. A store without a manifest is not a store;
+`groups.writing` puts it into place last. Values are keyed by the group, never by the order in which
 training visits it. A reader refuses what does not fit together and shows both values.
 """
 
 import hashlib
 import json
-import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.tree import Ints, build_tree
+from megatron_cpo.tree import Ints
 
 FORMAT_VERSION = 1
 KINDS = ("gt", "an", "bn", "mn", "tn", "given", "pss")
@@ -49,88 +47,6 @@ class Group:
     """[K] place in the order by similarity, 0 = best = y_1."""
     reference_logps: NDArray[np.float32]
     """[K] log pi_ref(y_k | x), nats, summed over the tokens of y_k; NaN until scored."""
-
-
-class GroupWriter:
-    """Writes a store aside and makes it visible all at once in `close()`.
-
-    Args:
-        path_prefix: the store's PREFIX.
-        manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able.
-            The writer adds `format_version`, `groups`, `k`, `kinds`, token counts and the
-            checksums of the files.
-        vocab_size: decides the stored integer type, as Megatron's own preprocessing does.
-    """
-
-    def __init__(self, path_prefix: str, manifest: dict[str, Any], vocab_size: int) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._prefix, self._manifest = path_prefix, dict(manifest)
-        self._aside = f"{path_prefix}.writing-{os.getpid()}"
-        Path(path_prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._tokens = IndexedDatasetBuilder(
-            self._aside + ".bin", dtype=DType.optimal_dtype(vocab_size)
-        )
-        self._values = IndexedDatasetBuilder(self._aside + ".values.bin", dtype=np.float32)
-        self._counts = dict.fromkeys(
-            ("groups", "tree_tokens", "sequence_tokens", "longest_sequence"), 0
-        )
-        self._kinds: Counter[str] = Counter()
-        self._k = 0
-
-    def add(self, group: Group) -> None:
-        """Append one group.
-
-        Raises:
-            ValueError: a value row does not have one entry per candidate, or there is no candidate.
-        """
-        k = len(group.candidates)
-        for name in VALUE_ROWS[:-1]:
-            if len(getattr(group, name)) != k or k == 0:
-                raise ValueError(f"group has {k} candidates but {len(getattr(group, name))} {name}")
-        tree = build_tree(group.prefix, group.candidates)
-        sequences = [group.prefix, *group.candidates]
-        self._tokens.add_document(np.concatenate(sequences), [len(s) for s in sequences])
-        _add_values(self._values, group, np.array([len(tree.tokens), len(tree.query_targets)]))
-        self._counts["groups"] += 1
-        self._counts["tree_tokens"] += len(tree.tokens)
-        self._counts["sequence_tokens"] += k * len(group.prefix) + sum(map(len, group.candidates))
-        longest = len(group.prefix) + max(map(len, group.candidates))
-        self._counts["longest_sequence"] = max(self._counts["longest_sequence"], longest)
-        self._kinds.update(KINDS[int(kind)] for kind in group.kinds)
-        self._k = max(self._k, k)
-
-    def close(self) -> None:
-        """Finish the files and rename them into place, the manifest last.
-
-        Raises:
-            ValueError: no group was added.
-        """
-        if not self._counts["groups"]:
-            self.abort()
-            raise ValueError(
-                f"{self._prefix}: no group to write; see the counts of dropped records"
-            )
-        self._tokens.finalize(self._aside + ".idx")
-        self._values.finalize(self._aside + ".values.idx")
-        manifest = {"format_version": FORMAT_VERSION, **self._manifest, **self._counts}
-        manifest |= {
-            "k": self._k,
-            "kinds": dict(self._kinds),
-            "reference": manifest.get("reference"),
-        }
-        Path(self._prefix + ".json").unlink(missing_ok=True)  # the old store ends before it changes
-        manifest["files"] = {}
-        for suffix in FILES:
-            manifest["files"][suffix] = _settle(self._aside + suffix, self._prefix + suffix)
-        _write_manifest(self._prefix, manifest)
-
-    def abort(self) -> None:
-        """Remove what was written aside; what stood under PREFIX before stays as it was."""
-        self._tokens.data_file.close()
-        self._values.data_file.close()
-        for suffix in FILES:
-            Path(self._aside + suffix).unlink(missing_ok=True)
 
 
 class GroupReader:
@@ -187,7 +103,7 @@ class GroupReader:
             ValueError: a file's content is not what was written.
         """
         for suffix, expected in self.manifest["files"].items():
-            found = _sha256(self.path_prefix + suffix)
+            found = sha256(self.path_prefix + suffix)
             if found != expected["sha256"]:
                 raise ValueError(
                     f"{self.path_prefix}{suffix}: sha256 {found}, its manifest says "
@@ -210,41 +126,6 @@ class GroupReader:
     def _document(self, dataset: Any, index: int) -> Iterator[NDArray[Any]]:
         first, last = dataset.document_indices[index : index + 2]
         return (dataset[i] for i in range(int(first), int(last)))
-
-
-def write_reference_logps(
-    path_prefix: str, reference_logps: list[NDArray[np.float32]], reference: dict[str, Any]
-) -> None:
-    """Replace the reference log-probs of a store, and name the reference in its manifest.
-
-    Args:
-        reference_logps: per group [K], nats, summed.
-        reference: identity of the checkpoint they were scored under; JSON-able.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    reader = GroupReader(path_prefix)
-    if len(reference_logps) != len(reader):
-        raise ValueError(f"{path_prefix}: {len(reader)} groups, {len(reference_logps)} were scored")
-    aside = f"{path_prefix}.scoring-{os.getpid()}"
-    builder = IndexedDatasetBuilder(aside + ".values.bin", dtype=np.float32)
-    tokens, queries = reader.tree_sizes()
-    for index, logps in enumerate(reference_logps):
-        group = reader[index]
-        if len(logps) != len(group.candidates):
-            raise ValueError(
-                f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
-                f"{len(logps)} log-probs were given"
-            )
-        scored = Group(**{**group.__dict__, "reference_logps": logps})
-        _add_values(builder, scored, np.array([tokens[index], queries[index]]))
-    builder.finalize(aside + ".values.idx")
-    # Between the two renames a reader finds no manifest, never values that belong to another one.
-    Path(path_prefix + ".json").unlink()
-    manifest = {**reader.manifest, "reference": reference}
-    for suffix in (".values.bin", ".values.idx"):
-        manifest["files"][suffix] = _settle(aside + suffix, path_prefix + suffix)
-    _write_manifest(path_prefix, manifest)
 
 
 def read_manifest(path_prefix: str) -> dict[str, Any]:
@@ -275,28 +156,8 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _add_values(builder: Any, group: Group, sizes: NDArray[Any]) -> None:
-    rows = [np.asarray(getattr(group, name), dtype=np.float32) for name in VALUE_ROWS[:-1]]
-    rows.append(sizes.astype(np.float32))
-    builder.add_document(np.concatenate(rows), [len(row) for row in rows])
-
-
-def _settle(aside: str, path: str) -> dict[str, Any]:
-    """Flush a finished file to disk, rename it into place, and describe it for the manifest."""
-    with open(aside, "rb") as file:
-        os.fsync(file.fileno())
-    description = {"bytes": os.path.getsize(aside), "sha256": _sha256(aside)}
-    os.replace(aside, path)
-    return description
-
-
-def _write_manifest(path_prefix: str, manifest: dict[str, Any]) -> None:
-    aside = Path(f"{path_prefix}.json.writing-{os.getpid()}")
-    aside.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(aside, path_prefix + ".json")
-
-
-def _sha256(path: str) -> str:
+def sha256(path: str) -> str:
+    """Checksum of a file, as manifests hold it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
-from megatron_cpo.groups.store import GroupReader, write_reference_logps
+from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.groups.writing import write_reference_logps
 from megatron_cpo.model.forward import RowForward, candidate_logps
 from megatron_cpo.tree import Ints, build_tree
 

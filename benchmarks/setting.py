@@ -92,7 +92,8 @@ def group_store(setting: Setting) -> GroupReader:
 
     from megatron_cpo.groups.source import Source
     from megatron_cpo.groups.tokenizing import train_sentencepiece
-    from megatron_cpo.negatives.build import BuildConfig, build_groups
+    from megatron_cpo.negatives.build import build_groups
+    from megatron_cpo.negatives.config import BuildConfig
 
     source = Source((str(setting.data),), max_length=setting.max_length)
     train_sentencepiece(source, f"{setting.folder}/tokenizer.model", 4000)

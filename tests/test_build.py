@@ -13,8 +13,9 @@ from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import KINDS, GroupReader
-from megatron_cpo.negatives import build
-from megatron_cpo.negatives.build import BuildConfig, build_groups
+from megatron_cpo.negatives.build import build_groups
+from megatron_cpo.negatives.config import BuildConfig, Run
+from megatron_cpo.negatives.samplers import NEGATIVES
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 256
@@ -49,7 +50,8 @@ def toy_config(tmp_path, *records, **options):
 
 def test_groups(built, tokenizer):
     _, report, reader = built
-    assert report.groups == len(reader) == 400 - report.dropped.counts["longer than 256 tokens"]
+    dropped = report.manifest["dropped"]["longer than 256 tokens"]
+    assert report.manifest["groups"] == len(reader) == 400 - dropped
     expected = [KINDS.index(kind) for kind in ["gt", *["bn"] * 3, *["tn"] * 8]]
     truths = [reader[i].candidates[0].tobytes() for i in range(len(reader))]
     for index in range(len(reader)):
@@ -73,19 +75,22 @@ def test_groups(built, tokenizer):
 
 
 def test_manifest(built, tokenizer):
-    config, report, reader = built
+    config, _, reader = built
     manifest = reader.manifest
     expected = {
         "k": 12,
-        "groups": report.groups,
+        "groups": len(reader),
         "negatives": {"bn": 3, "tn": 8},
         "seed": 7,
         "ranker": "lexical",
+        "embedder": None,
+        "policy": None,
+        "block_records": 64,
         "max_length": MAX_LENGTH,
         "prefix_fraction": 0.15,
         "format": "auto",
         "prompt_template": "Instruction: {instruction}\nContext: {context}\nResponse: ",
-        "dropped": {"longer than 256 tokens": 400 - report.groups},
+        "dropped": {"longer than 256 tokens": 400 - len(reader)},
         "eod": tokenizer.eod,
         "reference": None,
     }
@@ -100,41 +105,50 @@ def test_manifest(built, tokenizer):
 def test_report(built):
     _, report, reader = built
     groups = [reader[i] for i in range(len(reader))]
-    assert report.candidates == {"gt": len(groups), "bn": 3 * len(groups), "tn": 8 * len(groups)}
-    assert report.prefix_tokens == sum(len(g.prefix) for g in groups)
-    assert report.truth_tokens == sum(len(g.candidates[0]) for g in groups)
-    assert report.negative_tokens == sum(len(c) for g in groups for c in g.candidates[1:])
-    assert report.tree_tokens == reader.manifest["tree_tokens"] > report.truth_tokens
+    found = report.manifest["statistics"]
+    assert report.manifest["kinds"] == {
+        "gt": len(groups),
+        "bn": 3 * len(groups),
+        "tn": 8 * len(groups),
+    }
+    assert found["prefix_tokens"] == sum(len(g.prefix) for g in groups)
+    assert found["truth_tokens"] == sum(len(g.candidates[0]) for g in groups)
+    assert found["negative_tokens"] == sum(len(c) for g in groups for c in g.candidates[1:])
+    longest = [len(g.prefix) + max(map(len, g.candidates)) for g in groups]
+    assert found["padded_tokens"] == 12 * sum(longest)
     truncated = np.concatenate([g.similarities[g.kinds == KINDS.index("tn")] for g in groups])
-    assert report.mean_similarity["tn"] == pytest.approx(truncated.mean(), rel=1e-5)
-    assert report.mean_similarity["tn"] > report.mean_similarity["bn"] > 0
+    assert found["mean_similarity"]["tn"] == pytest.approx(truncated.mean(), rel=1e-5)
+    assert found["mean_similarity"]["tn"] > found["mean_similarity"]["bn"] > 0
     repeats = sum(12 - len({c.tobytes() for c in g.candidates}) for g in groups)
-    assert report.duplicates == repeats > 0
+    assert found["duplicates"] == repeats > 0
     lines = str(report).splitlines()
     assert lines[0].split() == ["groups", str(len(groups)), "of", "K", "=", "12"]
+    times = found["padded_tokens"] / report.manifest["tree_tokens"]
+    assert any(line.endswith(f"{times:.1f} times the trees") for line in lines)
     assert any(line.startswith("negatives: tn") for line in lines)
     assert lines[-1].startswith("dropped: longer than 256 tokens")
+    assert f"first {DOLLY}:" in lines[-1]
 
 
-def test_rebuild_has_the_same_bytes_and_leaves_nothing_else(built, tokenizer, folder, tmp_path):
-    """Also from another folder and over an older store; another seed gives other bytes."""
+SUFFIXES = (".bin", ".idx", ".values.bin", ".values.idx", ".json")
+
+
+def files_of(prefix):
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in SUFFIXES]
+
+
+def test_rebuild_has_the_same_bytes_and_leaves_nothing_else(built, tokenizer, tmp_path):
+    """Also from another folder; another seed gives other bytes."""
     config, _, _ = built
-    copy = tmp_path / "elsewhere"
-    copy.mkdir()
-    data = copy / "dolly-400.jsonl"
+    data = tmp_path / "dolly-400.jsonl"
     data.write_bytes(Path(DOLLY).read_bytes())
     source = replace(config.source, inputs=(str(data),))
-    again = BuildConfig(source, str(copy / "groups"), seed=7)
-    other = replace(again, seed=8)
-    build_groups(other, tokenizer)
-    suffixes = (".bin", ".idx", ".values.bin", ".values.idx", ".json")
-    files = [Path(config.output_prefix + s).read_bytes() for s in suffixes]
-    seeded = [Path(again.output_prefix + s).read_bytes() for s in suffixes]
-    assert seeded[0] != files[0]
-    build_groups(again, tokenizer)
-    assert [Path(again.output_prefix + s).read_bytes() for s in suffixes] == files
-    assert sorted(os.listdir(copy)) == sorted(
-        ["dolly-400.jsonl", *(f"groups{s}" for s in suffixes)]
+    build_groups(BuildConfig(source, str(tmp_path / "other"), seed=8), tokenizer)
+    build_groups(BuildConfig(source, str(tmp_path / "groups"), seed=7), tokenizer)
+    assert files_of(tmp_path / "other")[0] != files_of(config.output_prefix)[0]
+    assert files_of(tmp_path / "groups") == files_of(config.output_prefix)
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        ["dolly-400.jsonl", *(f"{name}{s}" for name in ("groups", "other") for s in SUFFIXES)]
     )
 
 
@@ -165,24 +179,10 @@ def test_given_negatives(tmp_path):
     records = [{"prompt": "1", "chosen": "2", "rejected": [str(i), "8", "9"]} for i in (3, 4)]
     config = toy_config(tmp_path, *records, {"prompt": "1", "chosen": "5"}, negatives="given=2")
     report = build_groups(config, ToyTokenizer())
-    assert report.dropped.counts == {"fewer than 2 rejected continuations": 1}
+    assert report.manifest["dropped"] == {"fewer than 2 rejected continuations": 1}
     group = GroupReader(config.output_prefix)[1]
     assert [c.tolist() for c in group.candidates] == [[2, 99], [4, 99], [8, 99]]
     assert group.kinds.tolist() == [0, KINDS.index("given"), KINDS.index("given")]
-
-
-def test_policy_samplers_join_the_mix(tmp_path):
-    """A sampler that needs a policy sees all records first, then is asked group by group."""
-    config = toy_config(tmp_path, negatives="an=1,bn=1")
-
-    def samplers(pairs):
-        assert len(pairs) == 5
-        return {"an": lambda context, count, rng: [context.truth[:1]] * count}
-
-    build_groups(config, ToyTokenizer(), samplers)
-    group = GroupReader(config.output_prefix)[3]
-    assert group.kinds.tolist() == [0, KINDS.index("an"), KINDS.index("bn")]
-    assert group.candidates[1].tolist() == [3]
 
 
 def failing_sampler(context, count, rng):
@@ -191,18 +191,21 @@ def failing_sampler(context, count, rng):
     return [context.truth] * count
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_failure_leaves_nothing_but_an_older_store(tmp_path, monkeypatch, older):
-    config = toy_config(tmp_path, negatives="tn=2")
-    if older:
-        build_groups(config, ToyTokenizer())
+def test_a_failure_keeps_finished_blocks(tmp_path, monkeypatch):
+    """Of five records in blocks of two, two blocks; the same command then builds the others."""
+    config = toy_config(tmp_path, negatives="tn=2", block_records=2)
     output = Path(config.output_prefix).parent
-    before = {p.name: p.read_bytes() for p in output.glob("*")}
-    monkeypatch.setitem(build.NEGATIVES, "tn", failing_sampler)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        build_groups(config, ToyTokenizer())
-    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
-    assert len(before) == (5 if older else 0)
+    with monkeypatch.context() as patch:
+        patch.setitem(NEGATIVES, "tn", failing_sampler)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            build_groups(config, ToyTokenizer(), run=Run(workers=1))
+    assert os.listdir(output) == ["store.build"]
+    assert os.listdir(output / "store.build" / "groups") == ["00000000.npz"]
+    report = build_groups(config, ToyTokenizer())
+    assert report.manifest["groups"] == 5
+    assert GroupReader(config.output_prefix)[0].candidates[1].tolist() == [0, 3, 4, 99]  # kept
+    assert GroupReader(config.output_prefix)[2].candidates[1].tolist() != [2, 3, 4, 99]
+    assert not list(output.glob("store.build*"))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,6 @@ def test_failure_leaves_nothing_but_an_older_store(tmp_path, monkeypatch, older)
     [
         ({"negatives": "bn=3", "k": 12}, r"--k 12: --negatives bn=3 makes K = 4 .*leave --k out"),
         ({"negatives": "xn=3"}, r"--negatives xn=3: unknown kind 'xn'"),
-        ({"ranker": "bert"}, r"--ranker bert: unknown; give one of lexical, none"),
         ({"seed": -1}, r"--seed -1: needs a number that is not negative"),
     ],
 )

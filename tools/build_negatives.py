@@ -5,43 +5,42 @@
       --output-prefix runs/groups --negatives bn=3,tn=8 \\
       --tokenizer-type SentencePieceTokenizer --tokenizer-model runs/tokenizer.model
 
-Megatron's own flags are understood too: --tokenizer-*, --seed, --max-position-embeddings. With
---load CKPT and the model's flags the groups are scored under that reference, at any layout:
+Some negatives are drawn from a policy: a Hugging Face model (--policy hf:PATH), a completions
+server (--policy http://...) or the Megatron checkpoint of --load. Ranking by sentence embeddings
+needs the extra: pip install 'megatron-cpo[rank]', then --rank minilm.
+
+Reference log-probs: with --load CKPT and the model's flags the groups are scored under that
+checkpoint, at any layout; --score does it under --policy hf:, --score-only does it later:
 
   torchrun --nproc-per-node 2 tools/build_negatives.py --score-only --output-prefix runs/groups \\
       --load runs/mle --tensor-model-parallel-size 2 --num-layers 4 ... --seq-length 1024
 
---seq-length is then the length of a row of groups, as in training. Build a large store first and
-score it with --score-only: under torchrun the other ranks wait for rank 0 to build.
+--seq-length is then the length of a row of groups, as in training.
+
+Killed, or out of disk? The same command goes on where it was: finished blocks are kept in
+PREFIX.build until the store is whole. The same command always writes the same bytes, whatever the
+number of --workers, ranks and shards and whoever executes them; only an negatives from a server
+may differ from run to run. Another command over the same output is refused.
+--shard 0/8 .. 7/8 spread the work over machines that share a file system, torchrun over ranks,
+--executor ray over a cluster (pip install 'megatron-cpo[ray]'). Megatron's own flags are understood
+too: --tokenizer-*, --seed, --max-position-embeddings.
 """
 
-import argparse
 import os
 import sys
 
-from megatron_cpo.groups.source import add_source_arguments, answer_help, source_from_args
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this tool's flags to a parser, which may be Megatron's."""
-    add = add_source_arguments(parser).add_argument_group("groups").add_argument
-    add("--output-prefix", required=True, metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .values.bin, .values.idx and PREFIX.json")  # fmt: skip
-    add("--negatives", default="bn=3,tn=8", metavar="MIX",
-        help="how many of each kind: bn = continuation of another record, tn = y_1 cut short, "
-        "given = the record's own rejected ones; or BN4, MixN (default: %(default)s)")  # fmt: skip
-    add("--k", type=int, help="check that the mix makes this K, y_1 included")
-    add("--ranker", default="lexical",
-        help="similarity to y_1, for the ranked loss: lexical = cosine of TF-IDF vectors of token "
-        "n-grams, none = the order of the mix (default: lexical)")  # fmt: skip
-    add("--score-only", action="store_true",
-        help="build nothing; score the store at --output-prefix under --load")  # fmt: skip
-    return parser
+from megatron_cpo.groups.source import answer_help
+from megatron_cpo.negatives.arguments import (
+    add_build_arguments,
+    config_from_args,
+    policy_use_from_args,
+    run_from_args,
+)
 
 
 def main() -> None:
-    """Build the store on rank 0; with --load, score it on all ranks."""
-    answer_help(__doc__, add_arguments)
+    """Build this rank's share of the store; with --load, score it on all ranks."""
+    answer_help(__doc__, add_build_arguments)
 
     from megatron_cpo import install
 
@@ -49,28 +48,24 @@ def main() -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
 
-    from megatron_cpo.negatives.build import BuildConfig, build_groups
+    from megatron_cpo.negatives.build import build_groups
+    from megatron_cpo.negatives.report import BuildReport
     from megatron_cpo.negatives.scoring import score_args, score_groups
 
-    args = parse_args(add_arguments)
+    args = parse_args(add_build_arguments)
     try:
-        if args.score_only and not args.load:
-            raise ValueError(
-                "--score-only needs --load CKPT, the checkpoint to score the store under"
-            )
-        if not args.score_only and int(os.environ.get("RANK", "0")) == 0:
-            config = BuildConfig(
-                source=source_from_args(args),
-                output_prefix=args.output_prefix,
-                negatives=args.negatives,
-                k=args.k,
-                seed=args.seed,
-                ranker=args.ranker,
-            )
-            print(build_groups(config, build_tokenizer(args)), flush=True)
-        if args.load:
-            score_groups(args.output_prefix, score_args(add_arguments))
-    except ValueError as error:
+        tokenizer = build_tokenizer(args)
+        use, report = policy_use_from_args(args, tokenizer), None
+        if not args.score_only:
+            config = config_from_args(args)
+            report = build_groups(config, tokenizer, use, run_from_args(args, config))
+        if args.load and not args.shard:
+            score_groups(args.output_prefix, score_args(add_build_arguments))
+            first = int(os.environ.get("RANK", "0")) == 0
+            report = BuildReport.read(args.output_prefix) if first else None
+        if report is not None:
+            print(report, flush=True)
+    except (ValueError, OSError) as error:
         sys.exit(f"build_negatives.py: {error}")
 
 

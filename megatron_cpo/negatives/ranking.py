@@ -1,12 +1,11 @@
 """Ranking candidates by similarity to y_1, for the ranked objective (eq. 2, arXiv:2502.16433).
 
-The paper takes the cosine of sentence embeddings. A ranker here is made by a function in `RANKERS`
-from the tokenised records, and maps the candidates of a group, y_1 first, to their similarities.
-`lexical` needs no model and no download; it measures shared words, not meaning.
+The paper takes the cosine of sentence embeddings (`embeddings.py`). `lexical` needs no model and no
+download; it measures shared words, not meaning. Every ranker ends in a function from the candidates
+of a block of groups to their similarities, so that a model sees many sequences at once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,75 +13,108 @@ from numpy.typing import NDArray
 from megatron_cpo.groups.pairs import PairReader
 from megatron_cpo.tree import Ints
 
-Similarity = Callable[[Sequence[Ints]], NDArray[np.float32]]
+Candidates = Sequence[Sequence[Ints]]
+"""The candidates of each group of a block, y_1 first."""
+BlockSimilarity = Callable[[Candidates], list[NDArray[np.float32]]]
+"""Similarity to y_1 of each candidate, [K] per group."""
 
 BUCKETS = 1 << 20
 """Features of the lexical ranker; n-grams that collide count as one."""
 
 
-def lexical(pairs: PairReader, eod: int) -> Similarity:
-    """Cosine of TF-IDF vectors of token 1- and 2-grams, hashed to `BUCKETS` features.
-
-    A candidate's weight for a feature f is (times f occurs in it) * log((1 + N) / (1 + N_f)) + that
-    same count, with N records of which N_f have f in y_1 (smoothed, never 0). EOD is no feature.
-    One pass over the records for N_f; 12 MB, whatever their number.
-    """
-    having = np.zeros(BUCKETS, dtype=np.int32)
-    for index in range(len(pairs)):
-        having[np.unique(_features(pairs.continuation(index), eod))] += 1
-    weights = 1.0 + np.log((1.0 + len(pairs)) / (1.0 + having))
-    return lambda candidates: cosines([_features(c, eod) for c in candidates], weights)
-
-
-def none(pairs: PairReader, eod: int) -> Similarity:
-    """No ranking: 1 for y_1 and 0 for the rest, which keeps the order of the candidates."""
-    return lambda candidates: np.eye(1, len(candidates), dtype=np.float32)[0]
-
-
-RANKERS: dict[str, Callable[[PairReader, int], Similarity]] = {"lexical": lexical, "none": none}
-
-
 def rank_candidates(
-    candidates: Sequence[Ints], similarity: Similarity
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Similarity to y_1, float32 [K], and rank, int32 [K], of each candidate, y_1 first.
+    candidates: Candidates, similarity: BlockSimilarity
+) -> list[tuple[NDArray[np.float32], NDArray[np.int32]]]:
+    """Similarity to y_1, float32 [K], and rank, int32 [K], of the candidates of each group.
 
     y_1 has similarity 1 and rank 0 whatever comes; so do its duplicates have similarity 1. Equal
-    similarities are ranked in candidate order.
+    similarities, as duplicates have, are ranked in candidate order. A candidate without any text
+    (EOD alone) has similarity 0, unless y_1 is the same.
     """
-    similarities = np.array(similarity(candidates), dtype=np.float32)
-    for index, candidate in enumerate(candidates):
-        if np.array_equal(candidate, candidates[0]):
+    return [
+        _rank(group, np.array(similarities, dtype=np.float32))
+        for group, similarities in zip(candidates, similarity(candidates), strict=True)
+    ]
+
+
+def _rank(
+    group: Sequence[Ints], similarities: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    truth = group[0].tobytes()
+    for index, candidate in enumerate(group):
+        if candidate.tobytes() == truth:
             similarities[index] = 1.0  # exactly, not up to rounding
     order = 1 + np.argsort(-similarities[1:], kind="stable")
-    ranks = np.zeros(len(candidates), dtype=np.int32)
-    ranks[order] = np.arange(1, len(candidates))
+    ranks = np.zeros(len(group), dtype=np.int32)
+    ranks[order] = np.arange(1, len(group))
     return similarities, ranks
 
 
-def cosines(features: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Cosine of each bag of features to the first one, float32 [K] in [0, 1]; 0 for an empty bag.
+def unranked(candidates: Candidates) -> list[NDArray[np.float32]]:
+    """No ranking: 1 for y_1 and 0 for the rest, which keeps the order of the candidates."""
+    return [np.eye(1, len(group), dtype=np.float32)[0] for group in candidates]
+
+
+def lexical_weights(pairs: PairReader, eod: int) -> NDArray[np.float64]:
+    """TF-IDF weight of each feature, [BUCKETS]: 1 + log((1 + N) / (1 + N_f)).
+
+    N records, of which N_f have feature f in y_1; smoothed, never 0. One pass over the records.
+    """
+    having = np.zeros(BUCKETS, dtype=np.int32)
+    for index in range(len(pairs)):
+        features, _ = _features([pairs.continuation(index)], eod)
+        having[np.unique(features)] += 1
+    return 1.0 + np.log((1.0 + len(pairs)) / (1.0 + having))
+
+
+def lexical(weights: NDArray[np.float64], eod: int) -> BlockSimilarity:
+    """Cosine of TF-IDF vectors of token 1- and 2-grams, hashed to `BUCKETS` features.
+
+    A candidate's entry for a feature is its count times its weight. EOD is no feature.
+    """
+
+    def similarity(candidates: Candidates) -> list[NDArray[np.float32]]:
+        sizes = [len(group) for group in candidates]
+        features, owners = _features([c for group in candidates for c in group], eod)
+        truths = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+        cosines = _cosines(features, owners, truths, weights)
+        return np.split(cosines, np.cumsum(sizes)[:-1])
+
+    return similarity
+
+
+def _cosines(
+    features: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    truths: NDArray[np.int64],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float32]:
+    """Cosine of each sequence's weighted counts with those of its truth; 0 if either is empty.
 
     Args:
-        features: feature ids, repeated as often as they occur.
-        weights: weight of one occurrence, by feature id.
+        features: in [0, BUCKETS), of all sequences; `owners` says of which.
+        truths: [sequences] number of each one's truth.
     """
-    known, counts = np.unique(features[0], return_counts=True)
-    truth = counts * weights[known]
-    result = np.zeros(len(features), dtype=np.float32)
-    for index, bag in enumerate(features):
-        if not len(bag) or not len(known):
-            continue
-        ids, counts = np.unique(bag, return_counts=True)
-        vector = counts * weights[ids]
-        _, ours, theirs = np.intersect1d(known, ids, assume_unique=True, return_indices=True)
-        norm = np.sqrt(truth @ truth) * np.sqrt(vector @ vector)
-        result[index] = min(truth[ours] @ vector[theirs] / norm, 1.0)
-    return result
+    keys, counts = np.unique(owners * BUCKETS + features, return_counts=True)
+    owner, feature = np.divmod(keys, BUCKETS)
+    entries = counts * weights[feature]
+    in_truth = truths[owner] * BUCKETS + feature
+    at = np.minimum(np.searchsorted(keys, in_truth), max(len(keys) - 1, 0))
+    products = np.where(keys[at] == in_truth, entries * entries[at], 0.0)
+    # bincount adds in order, so that a sum does not depend on what else is in the block.
+    dots = np.bincount(owner, products, minlength=len(truths))
+    norms = np.sqrt(np.bincount(owner, entries**2, minlength=len(truths)))
+    scale = norms * norms[truths]
+    cosines = np.divide(dots, scale, out=np.zeros(len(truths)), where=scale > 0)
+    return np.minimum(cosines, 1.0).astype(np.float32)
 
 
-def _features(tokens: Ints, eod: int) -> NDArray[np.int64]:
-    """Feature ids of the 1-grams and 2-grams of a sequence, without EOD."""
-    ids = tokens[tokens != eod].astype(np.int64)
+def _features(sequences: Sequence[Ints], eod: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Feature ids of the 1-grams and 2-grams of sequences without EOD, and whose they are."""
+    ids = np.concatenate(sequences).astype(np.int64)
+    owners = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
+    ids, owners = ids[ids != eod], owners[ids != eod]
     pairs = (ids[:-1] + 1) * 1_000_003 + ids[1:]  # a prime apart; a 1-gram stays its own id
-    return np.concatenate([ids, pairs]) % BUCKETS
+    same = owners[:-1] == owners[1:]
+    features = np.concatenate([ids, pairs[same]]) % BUCKETS
+    return features, np.concatenate([owners, owners[:-1][same]])

@@ -8,7 +8,7 @@ A sampler is a plain function `(context, count, rng) -> count token sequences`, 
 no rank, worker or shard matters, and more of one kind leaves the draws of the others as they were.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,7 +129,7 @@ def parse_mix(text: str) -> dict[str, int]:
     return mix
 
 
-def check_kinds(mix: Mapping[str, int], available: Mapping[str, Sampler]) -> None:
+def check_kinds(mix: Mapping[str, int], available: Collection[str]) -> None:
     """Refuse a mix with a kind that cannot be drawn.
 
     Raises:

@@ -1,0 +1,99 @@
+"""What runs blocks: this process, processes of this machine, or a Ray cluster.
+
+An executor takes a `work` function that finishes one block, the numbers of the blocks, and yields
+their numbers as they are done, in any order. What it loses it may run again.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+Work = Callable[[int], None]
+
+_work: Work | None = None
+
+
+def default_workers() -> int:
+    """Processes for work that needs no model: the cores of this rank."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max((cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def run_here(work: Work, blocks: Sequence[int]) -> Iterator[int]:
+    """In this process, in order."""
+    for block in blocks:
+        work(block)
+        yield block
+
+
+def run_processes(work: Work, blocks: Sequence[int], workers: int) -> Iterator[int]:
+    """In forked processes, which share what this one has loaded; models run on one thread each.
+
+    Raises:
+        ValueError: a worker died, or there is a model on a GPU, which a fork cannot share.
+    """
+    if workers == 1 or len(blocks) < 2:
+        yield from run_here(work, blocks)
+        return
+    _refuse_gpu(workers)
+    global _work
+    _work = work
+    pool = ProcessPoolExecutor(
+        min(workers, len(blocks)),
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_start_worker,
+        initargs=(os.getpid(),),
+    )
+    try:
+        waiting = iter(blocks)
+        # Only a few are handed out ahead, so that memory does not grow with the number of blocks.
+        running = {pool.submit(_run, block) for block in islice(waiting, 4 * workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(_run, block) for block in islice(waiting, len(done))}
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"--workers {workers}: a worker was killed, often for lack of memory; finished work is "
+            "kept: run the same command again, with fewer --workers if this repeats"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        _work = None
+
+
+def _run(block: int) -> int:
+    assert _work is not None
+    _work(block)
+    return block
+
+
+def _start_worker(parent: int) -> None:
+    """One thread for models: a fork cannot use the threads of its parent. End with the parent."""
+    import torch
+
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A killed parent takes its workers along; nothing else would tell them."""
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    os._exit(1)
+
+
+def _refuse_gpu(workers: int) -> None:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        raise ValueError(
+            f"--workers {workers}: a model on a GPU cannot be shared by processes; leave --workers "
+            "out and start one process a GPU with torchrun"
+        )

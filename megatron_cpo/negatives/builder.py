@@ -84,7 +84,8 @@ class Builder:
         """Compute what all blocks need to know of all records, into a folder."""
         if self.config.ranker == "lexical":
             pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
-            np.save(folder / "weights.npy", lexical_weights(pairs, self.eod))
+            weights = lexical_weights(pairs, self.eod)
+            (folder / "weights").write_bytes(weights.tobytes())  # np.save hides a full disk
 
     def open(self) -> None:
         """Open what `prepare` and the tokeniser left in the work folder."""
@@ -156,7 +157,7 @@ class Builder:
         if self.config.ranker == "none":
             return unranked
         if self.config.ranker == "lexical":
-            weights = np.load(self.work.path / "shared" / "weights.npy", mmap_mode="r")
+            weights = np.memmap(self.work.path / "shared" / "weights", np.float64, "r")
             return lexical(weights, self.eod)
         assert self.embedder is not None
         if isinstance(self.embedder, SentenceEmbedder) and not self._writer:

@@ -213,7 +213,7 @@ def test_a_damaged_block_is_built_anew(tokenizer, expected, tmp_path):
 def test_another_command_over_the_same_output_is_refused(tokenizer, expected, tmp_path):
     build_groups(config_in(tmp_path), tokenizer, run=Run(share=0, shares=2, workers=1))
     other = config_in(tmp_path, seed=8)
-    message = r"holds an unfinished build with seed 7, this command has 8; run that command again"
+    message = r"holds unfinished work with seed 7, this command has 8; run that command again"
     with pytest.raises(ValueError, match=message):
         build_groups(other, tokenizer)
     build_groups(config_in(tmp_path), tokenizer)

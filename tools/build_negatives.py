@@ -35,6 +35,7 @@ from megatron_cpo.negatives.arguments import (
     config_from_args,
     policy_use_from_args,
     run_from_args,
+    uses_megatron,
 )
 
 
@@ -50,17 +51,25 @@ def main() -> None:
 
     from megatron_cpo.negatives.build import build_groups
     from megatron_cpo.negatives.report import BuildReport
+    from megatron_cpo.negatives.rescoring import rescore
     from megatron_cpo.negatives.scoring import score_args, score_groups
 
     args = parse_args(add_build_arguments)
     try:
         tokenizer = build_tokenizer(args)
-        use, report = policy_use_from_args(args, tokenizer), None
-        if not args.score_only:
+        model = None
+        if args.score_only:
+            use, report = policy_use_from_args(args, tokenizer), None
+            if use is not None and not args.load:
+                report = rescore(args.output_prefix, tokenizer, use, run_from_args(args))
+        else:
             config = config_from_args(args)
+            use = policy_use_from_args(args, tokenizer, config)
             report = build_groups(config, tokenizer, use, run_from_args(args, config))
+            if use is not None and uses_megatron(args, config):
+                model = use.open().chunks
         if args.load and not args.shard:
-            score_groups(args.output_prefix, score_args(add_build_arguments))
+            score_groups(args.output_prefix, score_args(add_build_arguments), model)
             first = int(os.environ.get("RANK", "0")) == 0
             report = BuildReport.read(args.output_prefix) if first else None
         if report is not None:

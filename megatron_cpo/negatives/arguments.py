@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -80,34 +81,48 @@ def config_from_args(args: argparse.Namespace) -> BuildConfig:
     )
 
 
-def policy_use_from_args(args: argparse.Namespace, tokenizer: Any) -> PolicyUse | None:
+def uses_megatron(args: argparse.Namespace, config: BuildConfig) -> bool:
+    """Whether the build asks the Megatron checkpoint of --load, on the ranks that hold it."""
+    return bool(config.needs_policy and args.load and args.policy in (None, "megatron"))
+
+
+def policy_use_from_args(
+    args: argparse.Namespace, tokenizer: Any, config: BuildConfig | None = None
+) -> PolicyUse | None:
     """The policy of the flags and what it is for; None if they name none.
+
+    Args:
+        config: of the build; None: only for scoring.
 
     Raises:
         ValueError: a flag is out of range, or --score has no policy that can score.
     """
-    scores = args.score or args.score_only
-    if scores and not (args.policy or "").startswith("hf:") and not args.load:
+    flag = "--score-only" if args.score_only else "--score" if args.score else None
+    if flag and not (args.policy or "").startswith("hf:") and not args.load:
         raise ValueError(
-            f"{'--score-only' if args.score_only else '--score'} needs the model to score under: "
-            "--load CHECKPOINT with its model flags, or --policy hf:PATH"
+            f"{flag} needs the model to score under: --load CHECKPOINT with its model flags, or "
+            "--policy hf:PATH"
         )
     if args.policy is None and args.load is None:
         return None
+    load: Callable[[], Any] = partial(policy_from_args, args, tokenizer, add_build_arguments)
+    if config is not None and uses_megatron(args, config):
+        policy = load()  # Megatron loads once a process
+        load = partial(_same, policy)
     return PolicyUse(
-        open=partial(_open_policy, args, tokenizer),
+        open=load,
         sampling=sampling_from_args(args),
         mask_share=args.mask_share,
         replace_share=args.replace_share,
-        score=scores and not args.load,  # under --load rows of groups are scored afterwards
+        score=bool(flag) and not args.load,  # --load scores rows of groups once they are built
     )
 
 
-def _open_policy(args: argparse.Namespace, tokenizer: Any) -> Any:
-    return policy_from_args(args, tokenizer)
+def _same(policy: Any) -> Any:
+    return policy
 
 
-def run_from_args(args: argparse.Namespace, config: BuildConfig) -> Run:
+def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -> Run:
     """Which share of the work this process has, by --shard and by its rank under torchrun.
 
     Ranks are shares of a shard. Ranks that hold one Megatron policy together have one share.
@@ -118,7 +133,12 @@ def run_from_args(args: argparse.Namespace, config: BuildConfig) -> Run:
     shard, shards = parse_shard(args.shard) if args.shard else (0, 1)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     writer = True
-    if config.needs_policy and args.policy in (None, "megatron") and args.load:
+    if config is not None and uses_megatron(args, config):
+        if args.executor == "ray":
+            raise ValueError(
+                "--executor ray: a Megatron policy needs the ranks of torchrun; start with "
+                "torchrun, and give each machine a --shard"
+            )
         # Megatron's order of ranks: tensor, context, data, pipeline.
         inner = args.tensor_model_parallel_size * args.context_parallel_size
         outer = args.pipeline_model_parallel_size

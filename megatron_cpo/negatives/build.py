@@ -9,9 +9,10 @@ where sentences are embedded.
 
 import json
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_cpo.groups.pairs import read_pairs, write_pairs
 from megatron_cpo.groups.records import Dropped
@@ -20,10 +21,12 @@ from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_js
 from megatron_cpo.negatives.blocks import unpack_from_file
 from megatron_cpo.negatives.builder import Builder
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
-from megatron_cpo.negatives.executors import default_workers, run_here, run_processes
+from megatron_cpo.negatives.executors import blocks_of, run_stage
 from megatron_cpo.negatives.report import BuildReport, progress
 from megatron_cpo.negatives.samplers import check_batch_negatives
 from megatron_cpo.negatives.workfolder import explained
+
+TITLES = {"truths": "embed y_1", "groups": "build groups"}
 
 
 def build_groups(
@@ -47,18 +50,28 @@ def build_groups(
     builder = Builder(config, tokenizer, use, run.writer)
     work = builder.work
     with explained(work.path):
-        if not run.writer:
-            pass
-        elif finished := _prepare(builder, run):
+        finished = _prepare(builder) if run.writer else None
+        _wait_for_ranks()
+        if not work.path.exists():
             return finished
-        builder.open()
-        if not run.merge_only:
-            for stage in builder.stages:
-                _run_stage(builder, stage, run)
+        try:
+            builder.open()
+            if not run.merge_only:
+                for stage in builder.stages:
+                    run_stage(builder, stage, run, TITLES[stage])
+        except FileNotFoundError:  # there was nothing to do here, and the others have finished
+            if not Path(config.output_prefix + ".json").exists():
+                raise
         return _put_together(builder, run) if run.writer else None
 
 
-def _prepare(builder: Builder, run: Run) -> BuildReport | None:
+def _wait_for_ranks() -> None:
+    """Until all ranks of a Megatron policy are here, so that they see the same blocks finished."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _prepare(builder: Builder) -> BuildReport | None:
     """Tokenise the records, unless that is done; the report if the whole store is there."""
     config, work = builder.config, builder.work
     with work.locked():
@@ -95,28 +108,6 @@ def _tokenise(builder: Builder, folder: Path) -> None:
     write_json(folder / "dropped.json", {"counts": dropped.counts, "first": dropped.first})
 
 
-def _run_stage(builder: Builder, stage: str, run: Run) -> None:
-    mine = range(run.share, builder.blocks, run.shares)
-    todo = builder.work.missing(stage, mine)
-    workers = run.workers or (1 if builder.has_model else default_workers())
-    if not run.writer:
-        done: Iterable[int] = run_here(builder.work_of(stage), todo)
-    elif run.executor == "ray":
-        from megatron_cpo.negatives.ray_executor import run_ray
-
-        done = run_ray(builder, stage, todo, workers)
-    else:
-        done = run_processes(builder.work_of(stage), todo, workers)
-    size, records = builder.config.block_records, builder.records
-    bar = progress(None, {"truths": "embed y_1", "groups": "build groups"}[stage], "groups")
-    bar.total = sum(min(size, records - block * size) for block in mine)
-    bar.update(bar.total - sum(min(size, records - block * size) for block in todo))
-    bar.unpause()
-    with bar:
-        for block in done:
-            bar.update(min(size, records - block * size))
-
-
 def _put_together(builder: Builder, run: Run) -> BuildReport | None:
     """Write the store if every block is there."""
     config, work = builder.config, builder.work
@@ -124,10 +115,11 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         if not (work.path / "pairs").exists():  # another share finished while this one waited
             work.remove()
             return BuildReport.read(config.output_prefix)
-        if missing := work.missing("groups", range(builder.blocks)):
+        blocks = blocks_of(builder)
+        if missing := work.missing("groups", range(blocks)):
             if run.merge_only:
                 raise ValueError(
-                    f"--merge: {len(missing)} of {builder.blocks} blocks in {work.path} are not "
+                    f"--merge: {len(missing)} of {blocks} blocks in {work.path} are not "
                     f"finished, the first is {missing[0]}; run their shards to the end first"
                 )
             return None
@@ -136,7 +128,7 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
         writer = GroupWriter(config.output_prefix, manifest, builder.tokenizer.vocab_size)
         try:
-            for block in progress(range(builder.blocks), "put together", "blocks"):
+            for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))
             writer.close()
         except BaseException:

@@ -1,5 +1,6 @@
 """What one process needs to finish blocks: models, tokenised records, a work folder."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.indexed import store_dtype
@@ -51,11 +53,14 @@ class Builder:
     ) -> None:
         self.config, self.tokenizer, self._use, self._writer = config, tokenizer, use, writer
         self.arguments = (config, tokenizer, use)
+        self.size = config.block_records
         self.eod = Encoder(tokenizer).eod
         self._samplers: dict[str, BlockSampler] = {
             kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
         }
         self.policy = None
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if use is not None and (use.score or config.needs_policy):
             self.policy = use.open()
             self._samplers |= policy_samplers(
@@ -63,7 +68,7 @@ class Builder:
             )
         check_kinds(config.mix, self._samplers)
         self.embedder = self._open_embedder()
-        self.work = WorkFolder(config.output_prefix, self._command())
+        self.work = WorkFolder(config.output_prefix, "build", self._command())
 
     @property
     def has_model(self) -> bool:
@@ -97,7 +102,7 @@ class Builder:
             self._truths = TruthEmbeddings(
                 pairs,
                 self.embedder,
-                config.block_records,
+                self.size,
                 lambda block: self.work.block_path("truths", block),
                 self._write_arrays,
             )
@@ -112,7 +117,6 @@ class Builder:
             score=self.policy.logps if self.policy and self.scores else None,
         )
         self.records = len(pairs)
-        self.blocks = -(-len(pairs) // config.block_records)
 
     def work_of(self, stage: str) -> Callable[[int], None]:
         """The function that finishes a block of a stage."""
@@ -129,7 +133,7 @@ class Builder:
             self._truths.compute(block)
 
     def _finish_groups(self, block: int) -> None:
-        records = block_records(block, self.config.block_records, self.records)
+        records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
             packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))

@@ -6,12 +6,12 @@ together with, and so its last bit, depends on the block alone.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.pairs import PairReader
@@ -202,12 +202,10 @@ def _load_sentence_model(name: str) -> Any:
             f"--rank {name} needs the package {error.name}: pip install 'megatron-cpo[rank]', or "
             "rank with lexical, which needs no package"
         ) from error
-    import torch
-
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         model = sentence_transformers.SentenceTransformer(
-            folder if name == "minilm" else name, device=device
+            folder if name == "minilm" else name,
+            device="cuda" if torch.cuda.is_available() else "cpu",  # of this rank, not the first
         )
     except (OSError, ValueError) as error:
         raise ValueError(

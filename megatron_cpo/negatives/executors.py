@@ -1,19 +1,79 @@
 """What runs blocks: this process, processes of this machine, or a Ray cluster.
 
-An executor takes a `work` function that finishes one block, the numbers of the blocks, and yields
-their numbers as they are done, in any order. What it loses it may run again.
+An executor takes a function that finishes one block and the numbers of the blocks, and yields them
+as they are done, in any order. What it loses it may run again.
 """
 
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from typing import Any, Protocol
+
+from megatron_cpo.negatives.blocks import block_records
+from megatron_cpo.negatives.config import Run
+from megatron_cpo.negatives.report import progress
+from megatron_cpo.negatives.workfolder import WorkFolder
 
 Work = Callable[[int], None]
+
+
+class Job(Protocol):
+    """Work in blocks that any process can do which opens it with the same arguments."""
+
+    arguments: tuple[Any, ...]
+    """Of the constructor; they can be pickled."""
+    work: WorkFolder
+    records: int
+    size: int
+    """Records a block."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    @property
+    def has_model(self) -> bool:
+        """Whether work is a model's, which uses all cores by itself."""
+
+    def open(self) -> None:
+        """Open what was prepared in the work folder; sets `records`."""
+
+    def work_of(self, stage: str) -> Work:
+        """The function that finishes a block of a stage."""
+
+
+def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
+    """Finish this run's share of the blocks of a stage, but for those that are there.
+
+    Args:
+        what: title of the progress bar.
+    """
+    mine = range(run.share, blocks_of(job), run.shares)
+    todo = job.work.missing(stage, mine)
+    workers = run.workers or (1 if job.has_model else default_workers())
+    if not run.writer:
+        done: Iterable[int] = run_here(job.work_of(stage), todo)
+    elif run.executor == "ray":
+        from megatron_cpo.negatives.ray_executor import run_ray
+
+        done = run_ray(job, stage, todo, workers)
+    else:
+        done = run_processes(job.work_of(stage), todo, workers)
+    sizes = {block: len(block_records(block, job.size, job.records)) for block in mine}
+    with progress(None, what, "groups", sum(sizes.values())) as bar:
+        bar.update(bar.total - sum(sizes[block] for block in todo))
+        bar.unpause()
+        for block in done:
+            bar.update(sizes[block])
+
+
+def blocks_of(job: Job) -> int:
+    """Number of blocks of an opened job."""
+    return -(-job.records // job.size)
+
 
 _work: Work | None = None
 

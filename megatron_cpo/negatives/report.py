@@ -60,7 +60,7 @@ class BuildReport:
         return f", first {self.first_dropped[reason]}" if reason in self.first_dropped else ""
 
 
-def progress(items: Any, what: str, unit: str) -> Any:
+def progress(items: Any, what: str, unit: str, total: int | None = None) -> Any:
     """A progress bar on the first rank's terminal, with rate and time left; none in a log file."""
     hidden = None if os.environ.get("RANK", "0") == "0" else True
-    return tqdm(items, desc=what, unit=f" {unit}", disable=hidden, dynamic_ncols=True)
+    return tqdm(items, desc=what, unit=f" {unit}", total=total, disable=hidden, dynamic_ncols=True)

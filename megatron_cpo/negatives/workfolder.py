@@ -21,15 +21,16 @@ from megatron_cpo.groups.writing import write_json
 
 
 class WorkFolder:
-    """PREFIX.build.
+    """PREFIX.build, or PREFIX.score of a later scoring.
 
     Args:
         path_prefix: the store's PREFIX.
-        command: what decides the bytes of the store, JSON-able.
+        kind: of work, `build` or `score`.
+        command: what decides the bytes of the result, JSON-able.
     """
 
-    def __init__(self, path_prefix: str, command: dict[str, Any]) -> None:
-        self.path = Path(f"{path_prefix}.build")
+    def __init__(self, path_prefix: str, kind: str, command: dict[str, Any]) -> None:
+        self.path = Path(f"{path_prefix}.{kind}")
         self._prefix = path_prefix
         # As a manifest has it: tuples are lists.
         self.command: dict[str, Any] = json.loads(json.dumps(command))
@@ -44,7 +45,7 @@ class WorkFolder:
         if path.exists():
             self.refuse_other(
                 json.loads(path.read_text(encoding="utf-8")),
-                f"{self.path} holds an unfinished build",
+                f"{self.path} holds unfinished work",
                 f"run that command again to finish it, or remove {self.path}",
             )
         else:

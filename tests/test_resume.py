@@ -9,14 +9,16 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, Run, parse_shard
+from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run, parse_shard
 
 NAMES = sorted(f"groups{suffix}" for suffix in (*FILES, ".json"))
 FORK = multiprocessing.get_context("fork")
@@ -262,11 +264,44 @@ def test_two_ranks(tokenizer, expected, tmp_path):
     assert sum("of K = 12" in output for output in outputs) == 1
 
 
-def test_ray(tokenizer, expected, tmp_path):
-    """Actors of a real cluster of this machine; one is killed in the middle."""
-    pytest.importorskip("ray")
-    build_groups(config_in(tmp_path), tokenizer, run=Run(executor="ray", workers=2))
-    assert files_in(tmp_path) == expected[0]
+class LethalPolicy:
+    """Continues every prefix with one token; the first process to ask it anything is killed."""
+
+    positions = None
+
+    def __init__(self, folder):
+        self.identity = {"name": "lethal"}
+        self._folder = folder
+
+    def sample(self, prefixes, limits, count, rngs, sampling):
+        try:
+            (self._folder / "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return [
+                [np.array([rng.integers(9), 99], dtype=np.int32) for _ in range(count)]
+                for rng in rngs
+            ]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_ray_builds_the_same_and_repeats_what_is_lost(tmp_path):
+    """A real cluster of this machine, one of whose actors dies in the middle of a block."""
+    ray = pytest.importorskip("ray")
+    for module in (__name__, "texts"):  # a worker cannot import them
+        ray.cloudpickle.register_pickle_by_value(sys.modules[module])
+    path = write_jsonl(
+        tmp_path / "r.jsonl", *({"prompt": "1", "completion": f"{i} 3"} for i in range(20))
+    )
+    written = []
+    for executor in ("ray", "local"):
+        prefix = str(tmp_path / executor / "groups")
+        config = BuildConfig(Source((path,)), prefix, negatives="an=2,bn=2", block_records=2)
+        run = Run(executor=executor, workers=2 if executor == "ray" else 1)
+        build_groups(config, ToyTokenizer(), PolicyUse(partial(LethalPolicy, tmp_path)), run)
+        written.append(files_in(tmp_path / executor))
+    assert (tmp_path / "killed").exists()
+    assert written[0] == written[1]
+    ray.shutdown()
 
 
 def test_without_ray(tokenizer, tmp_path, monkeypatch):

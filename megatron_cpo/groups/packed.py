@@ -39,6 +39,8 @@ class Totals:
     """Candidates by kind."""
     similarity: dict[str, float] = field(default_factory=dict)
     """Sum of the similarities by kind."""
+    reference_logp: dict[str, float] = field(default_factory=dict)
+    """Sum of the reference log-probs by kind, nats; NaN where some were not scored."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""
@@ -108,8 +110,11 @@ def pack_groups(groups: Sequence[Group], dtype: Any) -> Packed:
         totals.duplicates += k - len({candidate.tobytes() for candidate in group.candidates})
         names = [KINDS[int(kind)] for kind in group.kinds]
         kinds.update(names)
-        for kind, similarity in zip(names, group.similarities.tolist(), strict=True):
+        for kind, similarity, logp in zip(
+            names, group.similarities.tolist(), group.reference_logps.tolist(), strict=True
+        ):
             totals.similarity[kind] = totals.similarity.get(kind, 0.0) + similarity
+            totals.reference_logp[kind] = totals.reference_logp.get(kind, 0.0) + logp
     totals.kinds = dict(kinds)
     return Packed(
         tokens=np.concatenate(tokens).astype(dtype),

@@ -87,6 +87,9 @@ class GroupWriter:
             "duplicates": totals.duplicates,
             "mean_similarity": _means(totals.similarity, totals.kinds),
         }
+        if manifest["reference"] is not None:
+            logps = _means(totals.reference_logp, totals.kinds)
+            manifest["statistics"]["mean_reference_logp"] = logps
         _seal(self._prefix, manifest, FILES)
         finish_publishing(self._prefix)
 

@@ -30,7 +30,7 @@ class Embedder(Protocol):
     """What decides its vectors, for the manifest."""
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        """[sequences, d]; a sequence without text, EOD alone, gives zeros."""
+        """[sequences, d] float32; one without text, such as EOD alone, gives zeros."""
 
 
 class SentenceEmbedder:

@@ -79,4 +79,6 @@ def _why_not(
 def _describe(identity: dict[str, Any] | None) -> str:
     if identity is None:
         return "random weights"
-    return f"{identity['name']} iteration {identity['iteration']} ({identity['sha256'][:12]})"
+    # A Hugging Face reference has no iteration.
+    iteration = f" iteration {identity['iteration']}" if "iteration" in identity else ""
+    return f"{identity['name']}{iteration} ({identity['sha256'][:12]})"

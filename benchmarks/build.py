@@ -1,0 +1,151 @@
+"""How fast a store is built, and how much of the ranking's time is the embedding model's."""
+
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.setting import Setting, build_tokenizer_of
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.negatives.build import build_groups
+from megatron_cpo.negatives.config import BuildConfig, Run
+
+RECORDS = 6000
+"""Records of the bn/tn build; the data is repeated up to that."""
+RANKED = 100
+"""Records whose candidates are ranked by sentence embeddings."""
+
+
+def bench_build(setting: Setting, folder: str) -> list[tuple[str, str]]:
+    """Rows of the table."""
+    tokenizer = build_tokenizer_of(folder)
+    return [
+        *_bench_negatives(setting, tokenizer, Path(folder)),
+        *_bench_ranking(setting, tokenizer, Path(folder)),
+    ]
+
+
+def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple[str, str]]:
+    """Candidates a second from text to store, with one process and with all cores."""
+    lines = setting.data.read_bytes().splitlines(keepends=True)
+    data = folder / "records.jsonl"
+    data.write_bytes(b"".join(lines * -(-RECORDS // len(lines))))
+    source = Source((str(data),), max_length=setting.max_length)
+    cores = len(os.sched_getaffinity(0))
+    rates: dict[int, list[float]] = {1: [], cores: []}
+    for _ in range(3):
+        for workers in rates:
+            config = BuildConfig(source, str(folder / "built" / "groups"), setting.negatives)
+            start = time.perf_counter()
+            report = build_groups(config, tokenizer, run=Run(workers=workers))
+            took = time.perf_counter() - start
+            assert report is not None
+            rates[workers].append(sum(report.manifest["kinds"].values()) / took)
+            shutil.rmtree(folder / "built")
+    return [
+        (
+            f"build: {setting.negatives}, lexical rank, tokenise to store, {workers} process(es)",
+            f"{statistics.median(rate):,.0f} candidates/s",
+        )
+        for workers, rate in rates.items()
+    ]
+
+
+def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple[str, str]]:
+    """Builds with and without `--rank minilm`: their difference against the model alone."""
+    try:
+        from megatron_cpo.negatives.embeddings import BATCH, SentenceEmbedder
+
+        embedder = SentenceEmbedder("minilm", tokenizer)
+    except ValueError as error:
+        return [("ranking", f"not measured: {error}")]
+    data = folder / "ranked.jsonl"
+    data.write_bytes(b"".join(setting.data.read_bytes().splitlines(keepends=True)[:RANKED]))
+    source = Source((str(data),), max_length=setting.max_length)
+
+    def build(ranker: str) -> float:
+        config = BuildConfig(source, str(folder / ranker / "groups"), setting.negatives, ranker=ranker)
+        start = time.perf_counter()
+        build_groups(config, tokenizer, run=Run(workers=1))
+        return time.perf_counter() - start
+
+    build("none")
+    reader = GroupReader(str(folder / "none" / "groups"))
+    groups = [reader[i] for i in range(len(reader))]
+    texts = list(dict.fromkeys(embedder.text(c) for g in groups for c in g.candidates))
+    texts = [text for text in texts if text.strip()]
+    times: dict[str, list[float]] = {"none": [], "minilm": [], "encode": [], "open": []}
+    for _ in range(3):
+        for name in ("none", "minilm"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            times[name].append(build(name))
+        start = time.perf_counter()
+        SentenceEmbedder("minilm", tokenizer)
+        times["open"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        embedder.model.encode(texts, batch_size=BATCH, show_progress_bar=False)
+        times["encode"].append(time.perf_counter() - start)
+    median = {name: statistics.median(taken) for name, taken in times.items()}
+    ranking = median["minilm"] - median["none"] - median["open"]
+    return [
+        (
+            f"rank minilm: {len(texts)} distinct texts of {len(groups)} groups",
+            f"{len(texts) / ranking:.0f} texts/s in the build, {len(texts) / median['encode']:.0f} "
+            f"texts/s by SentenceTransformer.encode alone ({median['encode'] / ranking:.0%})",
+        )
+    ]
+
+
+def measure_memory(records: int) -> None:
+    """Build synthetic records in a process of its own and print its peak memory and speed.
+
+    `python -m benchmarks --build-records 1000000`.
+    """
+    command = [sys.executable, "-m", "benchmarks.build", str(records)]
+    subprocess.run(command, check=True)
+
+
+def _build_synthetic(records: int) -> None:
+    """In this process: `records` records of 12 to 40 words, bn=3,tn=8, lexical rank."""
+    import tempfile
+
+    import numpy as np
+
+    from benchmarks.setting import null_tokenizer
+
+    rng = np.random.default_rng(0)
+    tokenizer = null_tokenizer()
+    with tempfile.TemporaryDirectory(prefix="megatron-cpo-bench-") as folder:
+        data = Path(folder) / "records.jsonl"
+        with data.open("w") as file:
+            for _ in range(records):
+                words = rng.integers(0, 30_000, rng.integers(12, 40)).tolist()
+                x, y = (" ".join(map(str, part)) for part in (words[:6], words[6:]))
+                file.write(f'{{"prompt": "{x}", "completion": "{y}"}}\n')
+        before = _peak()
+        start = time.perf_counter()
+        config = BuildConfig(Source((str(data),)), f"{folder}/groups")
+        report = build_groups(config, tokenizer)
+        took = time.perf_counter() - start
+        assert report is not None
+        print(report)
+        print(
+            f"{took:.0f} s, {sum(report.manifest['kinds'].values()) / took:,.0f} candidates/s; peak "
+            f"memory {_peak():.0f} MiB ({before:.0f} MiB before the build), of a worker "
+            f"{_peak(resource.RUSAGE_CHILDREN):.0f} MiB"
+        )
+
+
+def _peak(who: int = resource.RUSAGE_SELF) -> float:
+    """MiB of resident memory at the peak."""
+    return resource.getrusage(who).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    _build_synthetic(int(sys.argv[1]))

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.communication import bench_communication
 from benchmarks.generation import bench_generation
+from benchmarks.build import bench_build
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
 from benchmarks.memory import bench_memory
@@ -34,6 +35,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "communication": bench_communication,
     "merge": bench_merge,
     "generation": bench_generation,
+    "build": bench_build,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""
 

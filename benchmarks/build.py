@@ -1,16 +1,26 @@
-"""How fast a store is built, and how much of the ranking's time is the embedding model's."""
+"""How fast a store is built, and how much of the ranking's time is the embedding model's.
+
+`python -m benchmarks.build 1000000` builds that many synthetic records and says its peak memory.
+"""
 
 import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.setting import Setting, build_tokenizer_of
+import numpy as np
+
+from benchmarks.setting import (
+    Rows,
+    Setting,
+    megatron_tokenizer,
+    record_tokenizer,
+    temporary_folder,
+)
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.negatives.build import build_groups
@@ -20,18 +30,20 @@ RECORDS = 6000
 """Records of the bn/tn build; the data is repeated up to that."""
 RANKED = 100
 """Records whose candidates are ranked by sentence embeddings."""
+NEGATIVES = "bn=3,tn=8"
+"""What needs no policy."""
 
 
-def bench_build(setting: Setting, folder: str) -> list[tuple[str, str]]:
+def bench_build(setting: Setting) -> Rows:
     """Rows of the table."""
-    tokenizer = build_tokenizer_of(folder)
+    tokenizer, folder = record_tokenizer(setting), Path(setting.folder)
     return [
-        *_bench_negatives(setting, tokenizer, Path(folder)),
-        *_bench_ranking(setting, tokenizer, Path(folder)),
+        *_bench_negatives(setting, tokenizer, folder),
+        *_bench_ranking(setting, tokenizer, folder),
     ]
 
 
-def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple[str, str]]:
+def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
     """Candidates a second from text to store, with one process and with all cores."""
     lines = setting.data.read_bytes().splitlines(keepends=True)
     data = folder / "records.jsonl"
@@ -41,7 +53,7 @@ def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> list[tup
     rates: dict[int, list[float]] = {1: [], cores: []}
     for _ in range(3):
         for workers in rates:
-            config = BuildConfig(source, str(folder / "built" / "groups"), setting.negatives)
+            config = BuildConfig(source, str(folder / "built" / "groups"), NEGATIVES)
             start = time.perf_counter()
             report = build_groups(config, tokenizer, run=Run(workers=workers))
             took = time.perf_counter() - start
@@ -50,14 +62,14 @@ def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> list[tup
             shutil.rmtree(folder / "built")
     return [
         (
-            f"build: {setting.negatives}, lexical rank, tokenise to store, {workers} process(es)",
+            f"build: {NEGATIVES}, lexical rank, tokenise to store, {workers} process(es)",
             f"{statistics.median(rate):,.0f} candidates/s",
         )
         for workers, rate in rates.items()
     ]
 
 
-def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple[str, str]]:
+def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
     """Builds with and without `--rank minilm`: their difference against the model alone."""
     try:
         from megatron_cpo.negatives.embeddings import BATCH, SentenceEmbedder
@@ -70,7 +82,8 @@ def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple
     source = Source((str(data),), max_length=setting.max_length)
 
     def build(ranker: str) -> float:
-        config = BuildConfig(source, str(folder / ranker / "groups"), setting.negatives, ranker=ranker)
+        prefix = str(folder / ranker / "groups")
+        config = BuildConfig(source, prefix, NEGATIVES, ranker=ranker)
         start = time.perf_counter()
         build_groups(config, tokenizer, run=Run(workers=1))
         return time.perf_counter() - start
@@ -102,26 +115,11 @@ def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> list[tuple
     ]
 
 
-def measure_memory(records: int) -> None:
-    """Build synthetic records in a process of its own and print its peak memory and speed.
-
-    `python -m benchmarks --build-records 1000000`.
-    """
-    command = [sys.executable, "-m", "benchmarks.build", str(records)]
-    subprocess.run(command, check=True)
-
-
-def _build_synthetic(records: int) -> None:
-    """In this process: `records` records of 12 to 40 words, bn=3,tn=8, lexical rank."""
-    import tempfile
-
-    import numpy as np
-
-    from benchmarks.setting import null_tokenizer
-
+def build_synthetic(records: int) -> None:
+    """Build `records` records of 12 to 40 words, bn=3,tn=8, lexical rank; print what it took."""
     rng = np.random.default_rng(0)
-    tokenizer = null_tokenizer()
-    with tempfile.TemporaryDirectory(prefix="megatron-cpo-bench-") as folder:
+    tokenizer = megatron_tokenizer("NullTokenizer", "--vocab-size", "30001")
+    with temporary_folder() as folder:
         data = Path(folder) / "records.jsonl"
         with data.open("w") as file:
             for _ in range(records):
@@ -134,11 +132,11 @@ def _build_synthetic(records: int) -> None:
         report = build_groups(config, tokenizer)
         took = time.perf_counter() - start
         assert report is not None
+        rate = sum(report.manifest["kinds"].values()) / took
         print(report)
         print(
-            f"{took:.0f} s, {sum(report.manifest['kinds'].values()) / took:,.0f} candidates/s; peak "
-            f"memory {_peak():.0f} MiB ({before:.0f} MiB before the build), of a worker "
-            f"{_peak(resource.RUSAGE_CHILDREN):.0f} MiB"
+            f"{took:.0f} s, {rate:,.0f} candidates/s; peak memory {_peak():.0f} MiB ({before:.0f} "
+            f"MiB before the build), of a worker {_peak(resource.RUSAGE_CHILDREN):.0f} MiB"
         )
 
 
@@ -148,4 +146,4 @@ def _peak(who: int = resource.RUSAGE_SELF) -> float:
 
 
 if __name__ == "__main__":
-    _build_synthetic(int(sys.argv[1]))
+    build_synthetic(int(sys.argv[1]))

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from megatron_cpo.groups.store import Group, GroupReader
-from megatron_cpo.negatives.samplers import Context, Sampler, batch_negative
+from megatron_cpo.negatives.samplers import NEGATIVES, Context, Sampler, batch_negative
 from megatron_cpo.tree import Ints
 
 Rows = list[tuple[str, str]]
@@ -83,29 +84,41 @@ def start_megatron() -> None:
 
 @cache
 def group_store(setting: Setting) -> GroupReader:
-    """Groups of the setting's mix over its records, built once; so is the tokenizer, on them."""
+    """Groups of the setting's mix over its records, built once."""
     start_megatron()
+    from megatron_cpo.groups.source import Source
+    from megatron_cpo.negatives.build import build_groups
+    from megatron_cpo.negatives.config import BuildConfig
+
+    source = Source((str(setting.data),), max_length=setting.max_length)
+    store = f"{setting.folder}/{setting.negatives}"
+    with patch.dict(NEGATIVES, STAND_INS):
+        build_groups(BuildConfig(source, store, setting.negatives), record_tokenizer(setting))
+    return GroupReader(store)
+
+
+@cache
+def record_tokenizer(setting: Setting) -> Any:
+    """A tokenizer of 4,000 pieces, trained on the setting's records."""
+    from megatron_cpo.groups.source import Source
+    from megatron_cpo.groups.tokenizing import train_sentencepiece
+
+    model = f"{setting.folder}/tokenizer.model"
+    train_sentencepiece(Source((str(setting.data),)), model, 4000)
+    return megatron_tokenizer("SentencePieceTokenizer", "--tokenizer-model", model)
+
+
+def megatron_tokenizer(kind: str, *flags: str) -> Any:
+    """What Megatron builds of --tokenizer-type and other flags."""
     import argparse
 
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_cpo.groups.source import Source
-    from megatron_cpo.groups.tokenizing import train_sentencepiece
-    from megatron_cpo.negatives.build import build_groups
-    from megatron_cpo.negatives.config import BuildConfig
-
-    source = Source((str(setting.data),), max_length=setting.max_length)
-    train_sentencepiece(source, f"{setting.folder}/tokenizer.model", 4000)
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    flags = ["--tokenizer-type", "SentencePieceTokenizer"]
-    args = parser.parse_args([*flags, "--tokenizer-model", f"{setting.folder}/tokenizer.model"])
+    args = parser.parse_args(["--tokenizer-type", kind, *flags])
     args.rank = 1  # Megatron's builder prints on rank 0
-    store = f"{setting.folder}/{setting.negatives}"
-    build_groups(
-        BuildConfig(source, store, setting.negatives), build_tokenizer(args), lambda _: STAND_INS
-    )
-    return GroupReader(store)
+    return build_tokenizer(args)
 
 
 def _another(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:

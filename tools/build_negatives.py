@@ -26,6 +26,7 @@ may differ from run to run. Another command over the same output is refused.
 too: --tokenizer-*, --seed, --max-position-embeddings.
 """
 
+import logging
 import os
 import sys
 
@@ -55,6 +56,8 @@ def main() -> None:
     from megatron_cpo.negatives.scoring import score_args, score_groups
 
     args = parse_args(add_build_arguments)
+    # It tells of every file that it opens.
+    logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)
     try:
         tokenizer = build_tokenizer(args)
         model = None

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.build import bench_build
 from benchmarks.communication import bench_communication
 from benchmarks.generation import bench_generation
-from benchmarks.build import bench_build
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
 from benchmarks.memory import bench_memory

@@ -267,6 +267,7 @@ def test_two_ranks(tokenizer, expected, tmp_path):
 class LethalPolicy:
     """Continues every prefix with one token; the first process to ask it anything is killed."""
 
+    kinds = ("an",)
     positions = None
 
     def __init__(self, folder):

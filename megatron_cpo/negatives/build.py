@@ -135,7 +135,8 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             writer.abort()
             raise
         work.remove()
-    return BuildReport.read(config.output_prefix, dropped["first"])
+    retries = getattr(builder.policy, "retries", {})  # a server's alone
+    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
 
 
 def _read_block(builder: Builder, block: int) -> Any:

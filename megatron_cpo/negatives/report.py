@@ -17,17 +17,17 @@ class BuildReport:
     manifest: Mapping[str, Any]
     first_dropped: Mapping[str, str] = field(default_factory=dict)
     """Where the first record of each reason was; known to the run that put the store together."""
+    retries: Mapping[str, int] = field(default_factory=dict)
+    """Requests to a server that this run repeated, by reason."""
 
     @classmethod
-    def read(
-        cls, path_prefix: str, first_dropped: Mapping[str, str] | None = None
-    ) -> "BuildReport":
-        """The report of a store.
+    def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":
+        """The report of a store, with what only this run knows.
 
         Raises:
             ValueError: it has no readable manifest.
         """
-        return cls(read_manifest(path_prefix), first_dropped or {})
+        return cls(read_manifest(path_prefix), **details)
 
     def __str__(self) -> str:
         m, s = self.manifest, self.manifest["statistics"]
@@ -43,6 +43,7 @@ class BuildReport:
               for kind in KINDS if (n := m["kinds"].get(kind))),
             ("negatives: duplicates", f"{s['duplicates']:,}"),
             *((f"dropped: {why}", f"{n:,}{self._first(why)}") for why, n in m["dropped"].items()),
+            *((f"asked again: {why}", f"{n:,}") for why, n in self.retries.items()),
         ]  # fmt: skip
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

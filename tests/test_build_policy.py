@@ -1,5 +1,6 @@
 """The build tool with a policy: a Megatron checkpoint at several layouts, and later scoring."""
 
+import json
 import os
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_scoring_later_equals_asking_the_policy(store, model):
     assert "mean reference log-prob" in str(report)
     assert Path(store + ".bin").read_bytes() == tokens
     assert sorted(os.listdir(Path(store).parent)) == sorted(f"groups{s}" for s in (*FILES, ".json"))
+
+
+def test_a_store_that_says_less_of_itself_has_a_shorter_report(store, model):
+    """As one of another tool, or of an earlier version."""
+    path = Path(store + ".json")
+    manifest = json.loads(path.read_text())
+    del manifest["statistics"], manifest["dropped"]
+    path.write_text(json.dumps(manifest))
+    report = str(rescore(store, ToyTokenizer(), use_of(model), Run()))
+    assert [line.split("  ")[0] for line in report.splitlines()] == [
+        "groups", "tokens: token trees", "y_1: gt", "negatives: bn", "negatives: tn",
+    ]  # fmt: skip
+    assert "mean reference log-prob" in report
 
 
 def test_scoring_is_resumed_and_not_mixed_with_another_policy(store, model, tmp_path):

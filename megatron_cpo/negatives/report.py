@@ -30,30 +30,47 @@ class BuildReport:
         return cls(read_manifest(path_prefix), **details)
 
     def __str__(self) -> str:
-        m, s = self.manifest, self.manifest["statistics"]
-        padded, tree = s["padded_tokens"], m["tree_tokens"]
+        m, duplicates = self.manifest, self._statistics.get("duplicates")
         rows = [
             ("groups", f"{m['groups']:,} of K = {m['k']}"),
-            ("tokens: prefix", f"{s['prefix_tokens']:,}"),
-            ("tokens: y_1", f"{s['truth_tokens']:,}"),
-            ("tokens: negatives", f"{s['negative_tokens']:,}"),
-            ("tokens: token trees", f"{tree:,}"),
-            ("tokens: K padded rows", f"{padded:,}, {padded / max(tree, 1):.1f} times the trees"),
+            *self._tokens(),
             *((f"{'y_1' if kind == 'gt' else 'negatives'}: {kind}", self._kind(kind, n))
               for kind in KINDS if (n := m["kinds"].get(kind))),
-            ("negatives: duplicates", f"{s['duplicates']:,}"),
-            *((f"dropped: {why}", f"{n:,}{self._first(why)}") for why, n in m["dropped"].items()),
+            *([("negatives: duplicates", f"{duplicates:,}")] if duplicates is not None else []),
+            *((f"dropped: {why}", f"{n:,}{self._first(why)}")
+              for why, n in m.get("dropped", {}).items()),
             *((f"asked again: {why}", f"{n:,}") for why, n in self.retries.items()),
         ]  # fmt: skip
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
+    @property
+    def _statistics(self) -> Mapping[str, Any]:
+        """Not all of it is there in stores of other tools and earlier versions."""
+        return dict(self.manifest.get("statistics", {}))
+
+    def _tokens(self) -> list[tuple[str, str]]:
+        tree = self.manifest["tree_tokens"]
+        kinds = ("prefix", "truth", "negative", "padded")
+        found = {kind: self._statistics.get(f"{kind}_tokens") for kind in kinds}
+        rows = [
+            ("tokens: prefix", found["prefix"]),
+            ("tokens: y_1", found["truth"]),
+            ("tokens: negatives", found["negative"]),
+            ("tokens: token trees", tree),
+        ]
+        lines = [(name, f"{n:,}") for name, n in rows if n is not None]
+        if padded := found["padded"]:
+            times = f"{padded / max(tree, 1):.1f} times the trees"
+            lines.append(("tokens: K padded rows", f"{padded:,}, {times}"))
+        return lines
+
     def _kind(self, kind: str, count: int) -> str:
-        statistics = self.manifest["statistics"]
         parts = [f"{count:,}"]
-        if kind != "gt":
-            parts.append(f"mean similarity {statistics['mean_similarity'][kind]:.3f}")
-        if logps := statistics.get("mean_reference_logp"):
+        similarity = self._statistics.get("mean_similarity", {})
+        if kind != "gt" and kind in similarity:
+            parts.append(f"mean similarity {similarity[kind]:.3f}")
+        if logps := self._statistics.get("mean_reference_logp"):
             parts.append(f"mean reference log-prob {logps[kind]:.1f} nats")
         return ", ".join(parts)
 

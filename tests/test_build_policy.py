@@ -157,6 +157,16 @@ def test_a_store_that_says_less_of_itself_has_a_shorter_report(store, model):
     assert "mean reference log-prob" in report
 
 
+def test_blocks_with_and_without_scores_are_not_mixed(store, model):
+    config = BuildConfig(
+        Source((str(Path(store).parents[1] / "r.jsonl"),)), store, negatives="bn=2,tn=1"
+    )
+    build_groups(config, ToyTokenizer())
+    message = r"with score false, this command has true;"
+    with pytest.raises(ValueError, match=message):
+        build_groups(config, ToyTokenizer(), use_of(model))
+
+
 def test_scoring_is_resumed_and_not_mixed_with_another_policy(store, model, tmp_path):
     assert rescore(store, ToyTokenizer(), use_of(model), Run(share=0, shares=2)) is None
     other = use_of(save_hugging_face(tmp_path / "other", seed=1))

@@ -185,6 +185,7 @@ class Builder:
             "ranker": config.ranker if self.embedder is None else self.embedder.identity["name"],
             "embedder": self.embedder.identity if self.embedder else None,
             "block_records": config.block_records,
+            "score": self.scores,
             "policy": self.policy.identity if self.policy else None,
         }
         if self.policy is not None and use is not None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.groups.writing import write_reference_logps
+from megatron_cpo.groups.writing import finish_publishing, write_reference_logps
 from megatron_cpo.model.forward import RowForward, candidate_logps
 from megatron_cpo.tree import Ints, build_tree
 
@@ -59,7 +59,9 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     reference = require_checkpoint(args)
     if model is None:
         start_megatron()
-    torch.distributed.barrier()  # rank 0 may have built the store just now
+    if torch.distributed.get_rank() == 0:
+        finish_publishing(path_prefix)  # of a run that was killed
+    torch.distributed.barrier()  # the last rank may have built the store just now
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
     rows = GroupDataset(reader, config, rows=None, shuffle=False)

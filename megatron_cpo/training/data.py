@@ -42,8 +42,8 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
         )
     if config.objective == "ranked" and manifest.get("ranker") == "none":
         raise ValueError(
-            f"--cpo-objective ranked: {path} was built with --ranker none, so its order means "
-            "nothing; rebuild it with another ranker, or use --cpo-objective best"
+            f"--cpo-objective ranked: {path} was built with --rank none, so its order means "
+            "nothing; rebuild it with another --rank, or use --cpo-objective best"
         )
     if manifest["reference"] is None:
         raise ValueError(

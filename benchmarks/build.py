@@ -72,7 +72,7 @@ def _bench_negatives(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
 def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
     """Builds with and without `--rank minilm`: their difference against the model alone."""
     try:
-        from megatron_cpo.negatives.embeddings import BATCH, SentenceEmbedder
+        from megatron_cpo.negatives.embeddings import SentenceEmbedder
 
         embedder = SentenceEmbedder("minilm", tokenizer)
     except ValueError as error:
@@ -102,7 +102,7 @@ def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
         SentenceEmbedder("minilm", tokenizer)
         times["open"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        embedder.model.encode(texts, batch_size=BATCH, show_progress_bar=False)
+        embedder.model.encode(texts, show_progress_bar=False)
         times["encode"].append(time.perf_counter() - start)
     median = {name: statistics.median(taken) for name, taken in times.items()}
     ranking = median["minilm"] - median["none"] - median["open"]

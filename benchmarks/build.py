@@ -28,7 +28,7 @@ from megatron_cpo.negatives.config import BuildConfig, Run
 
 RECORDS = 6000
 """Records of the bn/tn build; the data is repeated up to that."""
-RANKED = 100
+RANKED = 128
 """Records whose candidates are ranked by sentence embeddings."""
 NEGATIVES = "bn=3,tn=8"
 """What needs no policy."""
@@ -85,7 +85,7 @@ def _bench_ranking(setting: Setting, tokenizer: Any, folder: Path) -> Rows:
         prefix = str(folder / ranker / "groups")
         config = BuildConfig(source, prefix, NEGATIVES, ranker=ranker)
         start = time.perf_counter()
-        build_groups(config, tokenizer, run=Run(workers=1))
+        build_groups(config, tokenizer)
         return time.perf_counter() - start
 
     build("none")

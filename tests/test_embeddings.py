@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 from tiny_models import save_hugging_face
 
@@ -55,7 +56,13 @@ def build(folder, records, tokenizer, run=None, use=None, **options):
 
 @pytest.fixture(scope="module")
 def built(records, tokenizer, minilm, tmp_path_factory):
-    return build(tmp_path_factory.mktemp("built"), records, tokenizer)
+    """By one process with more threads than a worker: a model would round otherwise on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    prefix = build(tmp_path_factory.mktemp("built"), records, tokenizer)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+    return prefix
 
 
 def test_similarities_are_those_of_the_model_asked_directly(built, tokenizer, minilm):

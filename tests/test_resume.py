@@ -268,6 +268,7 @@ class LethalPolicy:
     """Continues every prefix with one token; the first process to ask it anything is killed."""
 
     kinds = ("an",)
+    forks = True
     positions = None
 
     def __init__(self, folder):

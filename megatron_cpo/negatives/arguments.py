@@ -48,8 +48,9 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add_policy_arguments(parser)
     add = parser.add_argument_group("scale; none of these changes a byte").add_argument
     add("--workers", type=int, metavar="N",
-        help="processes that build blocks, or actors of --executor ray (default: the cores, or 1 "
-        "where a model is at work)")  # fmt: skip
+        help="processes that build blocks, or actors of --executor ray; on a CPU each runs models "
+        "on one thread (default: the cores; 1 for a model on a GPU, a Megatron policy or a "
+        "server)")  # fmt: skip
     add("--shard", metavar="I/N",
         help="build every N-th block only, from block I on, I in 0 .. N-1; the shard that "
         "finishes last makes the store")  # fmt: skip

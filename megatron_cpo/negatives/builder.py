@@ -72,8 +72,14 @@ class Builder:
 
     @property
     def has_model(self) -> bool:
-        """Whether work is a model's, which uses all cores by itself."""
+        """Whether work is a model's."""
         return self.policy is not None or self.embedder is not None
+
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes may do it: not on a GPU, and as the policy says."""
+        on_gpu = self.has_model and torch.cuda.is_available()
+        return not on_gpu and (self.policy is None or self.policy.forks)
 
     @property
     def scores(self) -> bool:

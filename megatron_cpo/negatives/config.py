@@ -70,7 +70,8 @@ class Run:
     executor: str = "local"
     """`local` or `ray`."""
     workers: int | None = None
-    """Processes, or actors. None: the cores of this rank, or 1 where a model is at work."""
+    """Processes, or actors, each with one thread. None: the cores of this rank, or 1 where forks
+    cannot help: a model on a GPU, a policy of Megatron's, a server."""
     share: int = 0
     """Number of this shard and rank, from 0; its blocks are share, share + shares, ..."""
     shares: int = 1

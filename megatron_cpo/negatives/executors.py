@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
@@ -36,7 +37,11 @@ class Job(Protocol):
 
     @property
     def has_model(self) -> bool:
-        """Whether work is a model's, which uses all cores by itself."""
+        """Whether work is a model's."""
+
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes may do it as well as this one."""
 
     def open(self) -> None:
         """Open what was prepared in the work folder; sets `records`."""
@@ -53,7 +58,7 @@ def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
     """
     mine = range(run.share, blocks_of(job), run.shares)
     todo = job.work.missing(stage, mine)
-    workers = run.workers or (1 if job.has_model else default_workers())
+    workers = run.workers or (default_workers() if job.forks else 1)
     if not run.writer:
         done: Iterable[int] = run_here(job.work_of(stage), todo)
     elif run.executor == "ray":
@@ -63,7 +68,7 @@ def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
     else:
         done = run_processes(job.work_of(stage), todo, workers)
     sizes = {block: len(block_records(block, job.size, job.records)) for block in mine}
-    with progress(None, what, "groups", sum(sizes.values())) as bar:
+    with one_thread(), progress(None, what, "groups", sum(sizes.values())) as bar:
         bar.update(bar.total - sum(sizes[block] for block in todo))
         bar.unpause()
         for block in done:
@@ -78,8 +83,25 @@ def blocks_of(job: Job) -> int:
 _work: Work | None = None
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models on a CPU run on one thread, whoever runs them: more cores are for more processes.
+
+    On more threads a sum is added up in another order and rounds otherwise, and the bytes of a
+    store would depend on the number of workers.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def default_workers() -> int:
-    """Processes for work that needs no model: the cores of this rank."""
+    """Processes for work that may be forked: the cores of this rank."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max((cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
@@ -92,7 +114,7 @@ def run_here(work: Work, blocks: Sequence[int]) -> Iterator[int]:
 
 
 def run_processes(work: Work, blocks: Sequence[int], workers: int) -> Iterator[int]:
-    """In forked processes, which share what this one has loaded; models run on one thread each.
+    """In forked processes, which share what this one has loaded.
 
     Raises:
         ValueError: a worker died, or there is a model on a GPU, which a fork cannot share.
@@ -135,10 +157,7 @@ def _run(block: int) -> int:
 
 
 def _start_worker(parent: int) -> None:
-    """One thread for models: a fork cannot use the threads of its parent. End with the parent."""
-    import torch
-
-    torch.set_num_threads(1)
+    """End with the parent."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

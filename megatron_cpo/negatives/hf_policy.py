@@ -39,6 +39,7 @@ class HuggingFacePolicy:
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
+    forks = True
 
     def __init__(self, path: str, tokenizer: Any, batch: int = 256, dtype: str = "float32") -> None:
         from transformers import AutoModelForCausalLM

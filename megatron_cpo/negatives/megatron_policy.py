@@ -52,6 +52,7 @@ class MegatronPolicy:
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
+    forks = False  # its process groups stay behind
 
     def __init__(
         self,

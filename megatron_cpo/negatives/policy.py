@@ -54,6 +54,10 @@ class Policy(Protocol):
         """Negatives that can be drawn from it, of `samplers.NEEDS_POLICY`."""
 
     @property
+    def forks(self) -> bool:
+        """Whether a forked process can go on with a copy of it."""
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides its answers, for the manifest: JSON-able, no path of this machine."""
 

@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from megatron_cpo.negatives.executors import Job
 
 CALL_BLOCKS = 4
@@ -18,6 +20,7 @@ class BlockActor:
     """Opens the job for itself and finishes the blocks it is handed."""
 
     def __init__(self, kind: type[Job], arguments: tuple[Any, ...], stage: str) -> None:
+        torch.set_num_threads(1)  # as everywhere, see `executors.one_thread`
         self._job = kind(*arguments)
         self._job.open()
         self._work, self._stage = self._job.work_of(stage), stage

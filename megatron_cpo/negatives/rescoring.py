@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.store import GroupReader, read_manifest
@@ -46,6 +47,11 @@ class Scorer:
         self.policy = use.open()
         command = {"files": manifest["files"][".bin"], "reference": self.policy.identity}
         self.work = WorkFolder(path_prefix, "score", command)
+
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes may do it: not on a GPU, and as the policy says."""
+        return not torch.cuda.is_available() and self.policy.forks
 
     def open(self) -> None:
         """Open the store."""

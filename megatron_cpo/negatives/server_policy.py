@@ -74,6 +74,7 @@ class ServerPolicy:
     """
 
     kinds: tuple[str, ...] = ("an",)
+    forks = False  # it asks in parallel by itself, and counts
     positions: int | None = None
 
     def __init__(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 from tiny_models import save_hugging_face
 
@@ -24,6 +25,15 @@ from megatron_cpo.negatives.embeddings import (
 from megatron_cpo.negatives.ranking import rank_candidates
 
 RECORDS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the processes of --workers: with another number of threads a model rounds otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

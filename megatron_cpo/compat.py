@@ -7,6 +7,7 @@ the number of one and the code of the other.
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,18 @@ def _unsupported(path: str, reason: str) -> ImportError:
         f"megatron_cpo needs {name} and cannot use that of {host()}: {reason}. It is tested with "
         f"{TESTED}: install megatron-core[training]>=0.18,<0.20, or use a checkout of one of these"
     )
+
+
+def skip_compiled_helpers() -> None:
+    """Let Megatron use the dataset helper that its wheel ships instead of compiling it.
+
+    `compile_helpers` runs make, the wheel has no Makefile, and a failure exits the process; on GPUs
+    as well. A checkout whose helper is not compiled yet still compiles. Twice is once.
+    """
+    from megatron.core.datasets import utils
+
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils.compile_helpers = lambda: None
 
 
 def hooked(provider: Callable, hook: Callable[[list[Any]], list[Any]]) -> Callable:

@@ -5,9 +5,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_cpo.checkpoints.files import TRACKER
 from megatron_cpo.checkpoints.stored import StoredTensor
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Checkpoint(Protocol):
@@ -58,12 +57,3 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     raise ValueError(
         f"{path} is not a checkpoint: it has neither Megatron's {TRACKER} nor *.safetensors"
     )
-
-
-def check_sizes(pieces: list[tuple[Path, int]]) -> None:
-    """ValueError for a file that is missing or ends before the byte named with it."""
-    for path, end in pieces:
-        if not path.exists():
-            raise ValueError(f"{path} is missing: the checkpoint is not whole")
-        if (size := path.stat().st_size) < end:
-            raise ValueError(f"{path} is truncated: {size} bytes of at least {end}")

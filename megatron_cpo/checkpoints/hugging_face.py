@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpo.checkpoints.formats import check_sizes
+from megatron_cpo.checkpoints.files import check_sizes
 from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.checkpoints.stored import Piece, StoredTensor
 

@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.checkpoints.files import TRACKER, iteration_folder
+
 _HASHED_BYTES = 1 << 16
 
 
@@ -19,12 +21,12 @@ def checkpoint_identity(load: str | None, step: int | None = None) -> dict[str, 
     """
     if load is None:
         return None
-    tracker = Path(load) / "latest_checkpointed_iteration.txt"
+    tracker = Path(load) / TRACKER
     if not tracker.exists():
         return None
     text = tracker.read_text().strip() if step is None else str(step)
-    folder = Path(load) / ("release" if text == "release" else f"iter_{int(text):07d}")
-    return {"name": Path(load).name, "iteration": text, "sha256": folder_digest(folder)}
+    digest = folder_digest(iteration_folder(Path(load), text))
+    return {"name": Path(load).name, "iteration": text, "sha256": digest}
 
 
 def folder_digest(folder: Path) -> str:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpo.checkpoints.archive import frame
-from megatron_cpo.checkpoints.formats import TRACKER
+from megatron_cpo.checkpoints.files import TRACKER
 from megatron_cpo.checkpoints.stored import Piece, Shape, StoredTensor
 
 LAYERS = "decoder.layers."

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_cpo.checkpoints.formats import check_sizes
+from megatron_cpo.checkpoints.files import check_sizes
 from megatron_cpo.checkpoints.hugging_face import HuggingFaceCheckpoint, read_json
 from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.checkpoints.stored import Piece, StoredTensor

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpo.checkpoints.archive import frame, values_start
-from megatron_cpo.checkpoints.formats import TRACKER, check_sizes
+from megatron_cpo.checkpoints.files import TRACKER, check_sizes, iteration_folder
 from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.checkpoints.stored import Piece, Shape, StoredTensor
 from megatron_cpo.checkpoints.unpickling import unpickle, unpickle_archive
@@ -197,7 +197,7 @@ def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:
     text = (path / TRACKER).read_text().strip() if iteration is None else str(iteration)
     if text != "release" and not text.isdecimal():
         raise ValueError(f"{path / TRACKER} holds {text!r}: neither an iteration nor 'release'")
-    folder = path / ("release" if text == "release" else f"iter_{int(text):07d}")
+    folder = iteration_folder(path, text)
     if not folder.is_dir():
         saved = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
         raise ValueError(f"{path} has no {folder.name}; there are: {saved}")

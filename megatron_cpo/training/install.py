@@ -34,7 +34,7 @@ def install() -> None:
 
     compat.check_host()
     if torch.cuda.is_available():
-        cpu_host.skip_compiled_helpers()
+        compat.skip_compiled_helpers()
     else:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)

@@ -37,7 +37,7 @@ _MODEL: tuple[Check, ...] = (
      "Mamba-like layers carry a state along the row, across branches and groups, and MTP (/) looks "
      "ahead in it; use attention *, MLP - and expert E layers"),
     ("--hybrid-layer-pattern with a pipeline stage that has no expert layer E",
-     lambda a: _stage_without_experts(a),
+     _stage_without_experts,
      "Megatron would wait forever when it logs the routers' losses; give each stage an E"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),

@@ -27,15 +27,6 @@ from megatron_cpo.negatives.ranking import rank_candidates
 RECORDS = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the processes of --workers: with another number of threads a model rounds otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return dolly_tokenizer(tmp_path_factory.mktemp("tokenizer"))

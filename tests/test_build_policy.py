@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from texts import ToyTokenizer, write_jsonl
-from tiny_models import save_hugging_face
+from tiny_models import save_hugging_face, train_megatron
 
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES, GroupReader
@@ -17,22 +17,13 @@ from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.rescoring import rescore
 from tests.ranks import run_pretrain
-from tests.stores import write_store
 from tests.test_megatron_policy import COMMON
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """--load of a checkpoint after one step from random weights."""
-    folder = tmp_path_factory.mktemp("reference")
-    store = write_store(folder / "groups", 8, 3)
-    train = (
-        "--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
-        f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
-        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
-    )
-    run_pretrain([*COMMON, *train.split()], 1)
-    return f"{folder}/model"
+    return train_megatron(tmp_path_factory.mktemp("reference"), COMMON)
 
 
 def build_with_tool(folder, reference, world_size, layout=""):

@@ -27,7 +27,7 @@ from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.groups.store import GroupReader
 from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
 from tests.stores import VOCAB_SIZE, write_store
-from tests.test_merge import read_model, read_torch_dist
+from tests.test_merge import Trap, read_model, read_torch_dist
 
 VOCAB = VOCAB_SIZE + 1
 LLAMA3 = {
@@ -211,16 +211,6 @@ def test_pickled_weights(shards: int, models: Models, tmp_path: Path) -> None:
     (source / files[-1]).unlink()
     if shards > 1:
         assert_refused(source, f"{files[-1]} is missing", tmp_path)
-
-
-class Trap:
-    """An object whose pickle, loaded the plain way, makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
 
 
 def test_pickles_are_not_run(models: Models, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_models import train_megatron
 
 from megatron_cpo.negatives.megatron_policy import MegatronPolicy
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import group_rng
-from tests.ranks import run_pretrain, run_ranks
-from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group, write_store
+from tests.ranks import run_ranks
+from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group
 
 COMMON = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
@@ -45,15 +46,8 @@ SAMPLING = Sampling(top_k=20)
 @pytest.fixture(scope="module", params=MODELS)
 def flags(request, tmp_path_factory):
     """Model flags and --load of a checkpoint after one step from random weights."""
-    folder = tmp_path_factory.mktemp(request.param)
-    store = write_store(folder / "groups", 8, 3)
-    train = (
-        f"--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
-        f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
-        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
-    )
-    run_pretrain([*MODELS[request.param], *train.split()], 1)
-    return [*MODELS[request.param], "--load", f"{folder}/model"]
+    model = MODELS[request.param]
+    return [*model, "--load", train_megatron(tmp_path_factory.mktemp(request.param), model)]
 
 
 def records():

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from tests.ranks import run_pretrain
+from tests.stores import write_store
+
 VOCAB = 100  # of `texts.ToyTokenizer`; its EOD is 99
 
 
@@ -40,6 +43,18 @@ def save_hugging_face(folder: Path, kind: str = "llama", rows: int = VOCAB, seed
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def train_megatron(folder: Path, flags: list[str]) -> str:
+    """One step of Megatron's loop from the random weights of a model's flags; what to --load."""
+    store = write_store(folder / "groups", 8, 3)
+    train = (
+        "--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
+        f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
+        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
+    )
+    run_pretrain([*flags, *train.split()], 1)
+    return f"{folder}/model"
 
 
 def write_tokenizer(folder, tokenizer, change=None, eos="</s>"):

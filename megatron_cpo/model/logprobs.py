@@ -237,10 +237,10 @@ class VocabShard:
         self, grad_logits: Tensor, hidden: Tensor, grad_hidden: Tensor, grad_weight: Tensor
     ) -> None:
         """Both products with the gradient of a chunk's logits: one written, one added."""
-        narrow = grad_logits.to(self.weight.dtype)
+        narrow, hidden = (t.to(self.weight.dtype) for t in (grad_logits, hidden))
         grad_hidden.copy_(_matmul(narrow, self.weight))
         if narrow.dtype == grad_weight.dtype:
-            grad_weight.addmm_(narrow.t(), hidden.to(narrow.dtype))
+            grad_weight.addmm_(narrow.t(), hidden)
         else:
             grad_weight += _matmul(narrow.t(), hidden)
 

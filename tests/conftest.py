@@ -1,0 +1,10 @@
+"""What tests need of the environment; here, because libraries read it when they are imported."""
+
+import os
+
+# A name that is no folder is not looked up on the network, and a network that is not there is not
+# waited for.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tensors are small, and where something else has a core, threads wait for one another: the tests of
+# the head's memory took 18 and 65 s with two threads, 12 and 8 s with one, in turn.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -59,9 +59,10 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     reference = require_checkpoint(args)
     if model is None:
         start_megatron()
+    torch.distributed.barrier()  # the last rank may be putting the store together
     if torch.distributed.get_rank() == 0:
         finish_publishing(path_prefix)  # of a run that was killed
-    torch.distributed.barrier()  # the last rank may have built the store just now
+    torch.distributed.barrier()
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
     rows = GroupDataset(reader, config, rows=None, shuffle=False)

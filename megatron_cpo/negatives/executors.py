@@ -45,11 +45,12 @@ class Job(Protocol):
         """The function that finishes a block of a stage."""
 
 
-def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
+def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 1) -> None:
     """Finish this run's share of the blocks of a stage, but for those that are there.
 
     Args:
         what: title of the progress bar.
+        unit: what the bar counts, `each` a record.
     """
     mine = range(run.share, blocks_of(job), run.shares)
     todo = job.work.missing(stage, mine)
@@ -62,8 +63,8 @@ def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
         done = run_ray(job, stage, todo, workers)
     else:
         done = run_processes(job.work_of(stage), todo, workers)
-    sizes = {block: len(block_records(block, job.size, job.records)) for block in mine}
-    with progress(None, what, "groups", sum(sizes.values())) as bar:
+    sizes = {block: each * len(block_records(block, job.size, job.records)) for block in mine}
+    with progress(None, what, unit, sum(sizes.values())) as bar:
         bar.update(bar.total - sum(sizes[block] for block in todo))
         bar.unpause()
         for block in done:

@@ -97,7 +97,8 @@ def rescore(path_prefix: str, tokenizer: Any, use: PolicyUse, run: Run) -> Build
             work.claim()
         scorer.open()
         if not run.merge_only:
-            run_stage(scorer, "logps", run, "reference")
+            k = read_manifest(path_prefix)["k"]
+            run_stage(scorer, "logps", run, "reference", "candidates", k)
         with work.locked():
             if read_manifest(path_prefix)["reference"] == work.command["reference"]:
                 work.remove()  # another share finished while this one waited

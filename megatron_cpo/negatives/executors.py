@@ -76,6 +76,14 @@ def blocks_of(job: Job) -> int:
     return -(-job.records // job.size)
 
 
+def take_gpu() -> None:
+    """Let this rank of torchrun use the GPU that is its own, before a model is loaded."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 _work: Work | None = None
 
 

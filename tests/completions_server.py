@@ -3,8 +3,9 @@
     python tests/completions_server.py FOLDER
 
 prints its port. The model's name says how it behaves: `half` answers every second request with an
-error, 500 and 429 in turn, `down` every one; `plain` knows OpenAI's own fields alone. The rest of
-the time the samples are those of `HuggingFacePolicy` with the request's seed.
+error, 500 and 429 in turn, `down` every one; `none` answers without a sample; `plain` knows
+OpenAI's own fields alone. The rest of the time the samples are those of `HuggingFacePolicy` with
+the request's seed.
 """
 
 import json
@@ -67,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
                 {**choice, "token_ids": c.tolist()}
                 for choice, c in zip(choices, drawn, strict=True)
             ]
+        if model == "none":
+            choices = []
         return self.answer(200, {"choices": choices, "usage": {"prompt_tokens": len(ids)}})
 
     def answer(self, status, value):

@@ -197,3 +197,14 @@ def test_scoring_needs_a_model(flag):
     message = rf"--{flag.replace('_', '-')} needs the model to score under: --load CHECKPOINT"
     with pytest.raises(ValueError, match=message):
         arguments.policy_use_from_args(args, ToyTokenizer())
+
+
+@pytest.mark.parametrize("flag", ["score", "score_only"])
+def test_a_shard_is_not_scored_under_a_checkpoint(flag):
+    from argparse import Namespace
+
+    args = Namespace(score=False, score_only=False, policy=None, load="x", shard="0/2")
+    setattr(args, flag, True)
+    message = rf"--{flag.replace('_', '-')} --shard 0/2: .*without --shard"
+    with pytest.raises(ValueError, match=message):
+        arguments.policy_use_from_args(args, ToyTokenizer())

@@ -125,6 +125,7 @@ def test_what_is_no_policy(tmp_path):
     folder = save_hugging_face(tmp_path / "model")
     for flags, match in [
         (["--policy", "gpt"], r"--policy gpt: unknown; give hf:PATH, http"),
+        (["--policy", "megatron"], r"--policy megatron: .* give --load CHECKPOINT"),
         (["--policy-batch", 0], r"--policy-batch 0: needs at least 1"),
         (["--policy", f"hf:{tmp_path}"], r"--policy hf:.*: no config.json there; give the folder"),
         (["--policy", f"hf:{folder}", "--max-length", 65], r"--max-length 65: .* at most 64 tok"),

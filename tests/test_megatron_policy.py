@@ -1,7 +1,8 @@
 """The Megatron policy with its cache against forwards over everything, and at every layout.
 
-Two real checkpoints: a GPT with learned positions and tied embeddings, and a Llama-like model with
-RoPE, grouped-query attention, RMSNorm and SwiGLU, both written by Megatron's training loop.
+Three real checkpoints, written by Megatron's training loop: a GPT with learned positions and tied
+embeddings, a Llama-like model with RoPE, grouped-query attention, RMSNorm and SwiGLU, and a
+HybridModel of the same layers.
 """
 
 import sys
@@ -21,17 +22,17 @@ COMMON = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
 ).split() + TOKENIZER_FLAGS
-MODELS = {
-    "gpt": COMMON,
-    "llama": [
-        *COMMON,
-        *(
-            "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
-            "--normalization RMSNorm --swiglu --disable-bias-linear "
-            "--untie-embeddings-and-output-weights"
-        ).split(),
-    ],
-}
+LLAMA = [
+    *COMMON,
+    *(
+        "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
+        "--normalization RMSNorm --swiglu --disable-bias-linear "
+        "--untie-embeddings-and-output-weights"
+    ).split(),
+]
+# The pattern takes the place of --num-layers 4.
+HYBRID = ["--hybrid-layer-pattern", "*-*-", *LLAMA[2:]]
+MODELS = {"gpt": COMMON, "llama": LLAMA, "hybrid": HYBRID}
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
     "PP=2": (2, "--pipeline-model-parallel-size 2"),
@@ -213,6 +214,8 @@ def test_logps_and_embeddings(one_process, twin):
 def test_answers_do_not_depend_on_the_layout(flags, one_process, layout):
     """The same tokens and identity, log-probs within 1e-5, on every rank."""
     ranks, extra = LAYOUTS[layout]
+    if layout == "VPP=2" and "--hybrid-layer-pattern" in flags:
+        extra = "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *|-|*|-"
     for found in run_ranks(answers, ranks, flags, extra):
         assert found[0] == one_process[0]
         for ours, expected in zip(found[1], one_process[1], strict=True):

@@ -118,3 +118,11 @@ def test_row_too_short_for_a_group_is_refused(tmp_path: Path, reference: str) ->
 def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no Megatron checkpoint there"):
         score(tmp_path, str(tmp_path / "nowhere"), 1, "")
+
+
+def test_a_checkpoint_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_cpo.negatives.scoring import start_megatron
+
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match=r"--load: .* needs the ranks of torchrun; start this"):
+        start_megatron()

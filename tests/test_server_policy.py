@@ -111,6 +111,14 @@ def test_a_server_that_only_fails_is_given_up(folder, url):
         ServerPolicy(url, tokenizer, SAMPLING, "down")
 
 
+def test_a_server_that_gives_no_samples(folder, url):
+    """It would be asked for ever."""
+    tokenizer = dolly_tokenizer(folder)
+    policy = ServerPolicy(url, tokenizer, SAMPLING, "none")
+    with pytest.raises(ValueError, match=r"answered a request for 3 samples with none"):
+        draw(policy, tokenizer)
+
+
 def test_a_server_that_goes_away(folder, url):
     """Refused connections are tried again too, then said."""
     tokenizer = dolly_tokenizer(folder)

@@ -78,6 +78,8 @@ def main() -> None:
             report = BuildReport.read(args.output_prefix) if first else None
         if report is not None:
             print(report, flush=True)
+            if args.load and args.shard:
+                print("not scored: no shard has the whole store; run --score-only with this --load")
     except (ValueError, OSError) as error:
         sys.exit(f"build_negatives.py: {error}")
 

@@ -96,13 +96,20 @@ def policy_use_from_args(
         config: of the build; None: only for scoring.
 
     Raises:
-        ValueError: a flag is out of range, or --score has no policy that can score.
+        ValueError: a flag is out of range, or --score has no policy that can score, or --load
+            cannot score a shard.
     """
     flag = "--score-only" if args.score_only else "--score" if args.score else None
     if flag and not (args.policy or "").startswith("hf:") and not args.load:
         raise ValueError(
             f"{flag} needs the model to score under: --load CHECKPOINT with its model flags, or "
             "--policy hf:PATH"
+        )
+    if flag and args.load and args.shard:
+        raise ValueError(
+            f"{flag} --shard {args.shard}: under --load a finished store is scored in one run; "
+            "build the shards first, then run --score-only with --load and without --shard, on "
+            "as many ranks of torchrun as there are"
         )
     if args.policy is None and args.load is None:
         return None

@@ -26,7 +26,8 @@ from megatron_cpo.negatives.report import BuildReport, progress
 from megatron_cpo.negatives.samplers import check_batch_negatives
 from megatron_cpo.negatives.workfolder import explained
 
-TITLES = {"truths": "embed y_1", "groups": "build groups"}
+TITLES = {"truths": ("embed y_1", "texts"), "groups": ("build groups", "candidates")}
+"""Of the progress bars, and what they count."""
 
 
 def build_groups(
@@ -57,8 +58,10 @@ def build_groups(
         try:
             builder.open()
             if not run.merge_only:
+                k = 1 + sum(config.mix.values())
                 for stage in builder.stages:
-                    run_stage(builder, stage, run, TITLES[stage])
+                    each = k if stage == "groups" else 1
+                    run_stage(builder, stage, run, *TITLES[stage], each)
         except FileNotFoundError:  # there was nothing to do here, and the others have finished
             if not Path(config.output_prefix + ".json").exists():
                 raise

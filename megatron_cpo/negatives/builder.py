@@ -1,6 +1,5 @@
 """What one process needs to finish blocks: models, tokenised records, a work folder."""
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
@@ -31,6 +30,7 @@ from megatron_cpo.negatives.embeddings import (
     TruthEmbeddings,
     embedding_similarity,
 )
+from megatron_cpo.negatives.executors import take_gpu
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
 from megatron_cpo.negatives.samplers import NEGATIVES, check_kinds
 from megatron_cpo.negatives.workfolder import WorkFolder, explained
@@ -59,8 +59,7 @@ class Builder:
             kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
         }
         self.policy = None
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        take_gpu()
         if use is not None and (use.score or config.needs_policy):
             self.policy = use.open()
             self._samplers |= policy_samplers(

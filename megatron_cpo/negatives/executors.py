@@ -50,11 +50,12 @@ class Job(Protocol):
         """The function that finishes a block of a stage."""
 
 
-def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
+def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 1) -> None:
     """Finish this run's share of the blocks of a stage, but for those that are there.
 
     Args:
         what: title of the progress bar.
+        unit: what the bar counts, `each` a record.
     """
     mine = range(run.share, blocks_of(job), run.shares)
     todo = job.work.missing(stage, mine)
@@ -67,8 +68,8 @@ def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
         done = run_ray(job, stage, todo, workers)
     else:
         done = run_processes(job.work_of(stage), todo, workers)
-    sizes = {block: len(block_records(block, job.size, job.records)) for block in mine}
-    with one_thread(), progress(None, what, "groups", sum(sizes.values())) as bar:
+    sizes = {block: each * len(block_records(block, job.size, job.records)) for block in mine}
+    with one_thread(), progress(None, what, unit, sum(sizes.values())) as bar:
         bar.update(bar.total - sum(sizes[block] for block in todo))
         bar.unpause()
         for block in done:
@@ -78,6 +79,14 @@ def run_stage(job: Job, stage: str, run: Run, what: str) -> None:
 def blocks_of(job: Job) -> int:
     """Number of blocks of an opened job."""
     return -(-job.records // job.size)
+
+
+def take_gpu() -> None:
+    """Let this rank of torchrun use the GPU that is its own, before a model is loaded."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 _work: Work | None = None

@@ -177,6 +177,11 @@ def policy_from_args(
         sampling = sampling_from_args(args)
         policy = ServerPolicy(which, tokenizer, sampling, args.policy_model, args.policy_batch)
     elif which == "megatron":
+        if not args.load:
+            raise ValueError(
+                "--policy megatron: it is the checkpoint of --load; give --load CHECKPOINT and its "
+                "model flags"
+            )
         from megatron_cpo.negatives.megatron_policy import MegatronPolicy
         from megatron_cpo.negatives.scoring import score_args
 

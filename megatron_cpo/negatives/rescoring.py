@@ -17,7 +17,7 @@ from megatron_cpo.groups.tokenizing import tokenizer_identity
 from megatron_cpo.groups.writing import finish_publishing, write_reference_logps
 from megatron_cpo.negatives.blocks import block_records
 from megatron_cpo.negatives.config import BLOCK_RECORDS, PolicyUse, Run
-from megatron_cpo.negatives.executors import blocks_of, run_stage
+from megatron_cpo.negatives.executors import blocks_of, run_stage, take_gpu
 from megatron_cpo.negatives.report import BuildReport
 from megatron_cpo.negatives.workfolder import WorkFolder, explained
 
@@ -44,6 +44,7 @@ class Scorer:
                 f"{path_prefix}: built with the tokenizer {json.dumps(manifest['tokenizer'])}, "
                 f"--tokenizer-model is {json.dumps(ours)}: pass the one the store was built with"
             )
+        take_gpu()
         self.policy = use.open()
         command = {"files": manifest["files"][".bin"], "reference": self.policy.identity}
         self.work = WorkFolder(path_prefix, "score", command)
@@ -103,7 +104,8 @@ def rescore(path_prefix: str, tokenizer: Any, use: PolicyUse, run: Run) -> Build
             work.claim()
         scorer.open()
         if not run.merge_only:
-            run_stage(scorer, "logps", run, "reference")
+            k = read_manifest(path_prefix)["k"]
+            run_stage(scorer, "logps", run, "reference", "candidates", k)
         with work.locked():
             if read_manifest(path_prefix)["reference"] == work.command["reference"]:
                 work.remove()  # another share finished while this one waited

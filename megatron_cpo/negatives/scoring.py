@@ -4,6 +4,7 @@ Under torchrun with the reference's own model flags, at any TP x PP x DP. Rows a
 data-parallel ranks, every pipeline stage walks them in step, and rank 0 writes the store.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,9 +60,10 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     reference = require_checkpoint(args)
     if model is None:
         start_megatron()
+    torch.distributed.barrier()  # the last rank may be putting the store together
     if torch.distributed.get_rank() == 0:
         finish_publishing(path_prefix)  # of a run that was killed
-    torch.distributed.barrier()  # the last rank may have built the store just now
+    torch.distributed.barrier()
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
@@ -99,10 +101,19 @@ def require_checkpoint(args: Any) -> dict[str, Any]:
 
 
 def start_megatron() -> None:
-    """Megatron's process groups and seeds, once."""
+    """Megatron's process groups and seeds, once.
+
+    Raises:
+        ValueError: this process is no rank of torchrun or of another launcher.
+    """
     from megatron.core import parallel_state
     from megatron.training.initialize import initialize_megatron
 
+    if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            "--load: a Megatron checkpoint needs the ranks of torchrun; start this command with "
+            "torchrun --standalone --nproc-per-node N in place of python"
+        )
     if not parallel_state.model_parallel_is_initialized():
         initialize_megatron()
 

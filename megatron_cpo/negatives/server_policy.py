@@ -146,7 +146,12 @@ class ServerPolicy:
             missing = len(seeds) - len(found)
             body = self._body(self._dialect, prefix, sampling)
             body |= {"max_tokens": limit - 1, "seed": seeds[len(found)], "n": missing}
-            choices = (await self._post(client, body))["choices"]
+            choices = (await self._post(client, body)).get("choices")
+            if not choices:
+                raise ValueError(
+                    f"--policy {self._url}: answered a request for {missing} samples with none; "
+                    "see the server's log and start again: what is finished is kept"
+                )
             for choice in choices[:missing]:
                 ids = choice.get("token_ids")
                 tokens = self._encoder.continuation(choice["text"]) if ids is None else ids

@@ -135,8 +135,8 @@ def test_sixteen_bits_are_rounded_once() -> None:
     averager = Averager(8, inputs=2)
     mle = torch.tensor([1 + 2**-7, -1 - 2**-7, torch.inf, torch.nan]).bfloat16()
     cpo = torch.tensor([1.0, -1, 1, 1]).bfloat16()
-    averager.load([mle, cpo])
-    found, finite = averager.average([0.5 + 2**-30, 0.5 - 2**-30], torch.bfloat16)
+    weights = [0.5 + 2**-30, 0.5 - 2**-30]
+    [(found, finite)] = averager.average([mle, cpo], [(weights, torch.bfloat16)])
     assert not finite
     assert found[:3].tolist() == [1 + 2**-7, -1 - 2**-7, torch.inf]
     assert found[3].isnan()
@@ -612,9 +612,8 @@ def test_verify_finds_a_wrong_value(
 ) -> None:
     right = Averager.average
 
-    def wrong(*args: Any) -> tuple[torch.Tensor, bool]:
-        average, finite = right(*args)
-        return average * 1.001, finite
+    def wrong(*args: Any) -> list[tuple[torch.Tensor, bool]]:
+        return [(average * 1.001, finite) for average, finite in right(*args)]
 
     monkeypatch.setattr(Averager, "average", wrong)
     assert_refused(models, "was not written as it should be", tmp_path, verify=True)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+CHUNK = 1 << 17
+"""Elements of a pass: few enough for the cache, enough that calling it costs nothing beside."""
 _LOW = (1 << 29) - 1
 """Bits of a float64's fraction that a float32 has not."""
 
@@ -18,43 +20,68 @@ class Averager:
     """Working memory for boxes of up to `limit` elements of `inputs` models; one per thread."""
 
     def __init__(self, limit: int, inputs: int) -> None:
-        self._wide = torch.empty(inputs, limit, dtype=torch.float64)
-        self._sum, self._spare = torch.empty(2, limit, dtype=torch.float64)
-        self._result = torch.empty(limit * 8, dtype=torch.uint8)
+        self._limit = limit
+        self._wide = torch.empty(inputs, CHUNK, dtype=torch.float64)
+        self._sum, self._spare = torch.empty(2, CHUNK, dtype=torch.float64)
+        self._results: list[torch.Tensor] = []
 
-    def load(self, boxes: Sequence[torch.Tensor]) -> None:
-        """Take one box of every input, all of one shape and dtype."""
-        self._shape = boxes[0].shape
-        size = self._shape.numel()
+    def average(
+        self, boxes: Sequence[torch.Tensor], sums: Sequence[tuple[Sequence[float], torch.dtype]]
+    ) -> list[tuple[torch.Tensor, bool]]:
+        """Weighted sums of a box of every input, all of one shape and dtype.
+
+        Args:
+            sums: the weights, one per input, and the dtype of each result. An input whose weight is
+                0 is left out, one whose weight is 1 is taken as it is: 0 * x would spoil -0.0 and
+                infinities.
+
+        Returns:
+            Each sum, valid until the next call, and whether all of it is finite.
+        """
+        size = boxes[0].numel()
+        while len(self._results) < len(sums):
+            self._results.append(torch.empty(self._limit * 8, dtype=torch.uint8))
+        results = [
+            buffer[: size * dtype.itemsize].view(dtype)
+            for buffer, (_, dtype) in zip(self._results, sums, strict=False)
+        ]
+        # By chunks, or each pass would fetch what the one before wrote from beyond the cache.
+        inputs = [box.reshape(-1).split(CHUNK) for box in boxes]
+        outputs = [result.split(CHUNK) for result in results]
+        for chunk in range(len(inputs[0])):
+            wide = self._widen([parts[chunk] for parts in inputs])
+            for number, (weights, dtype) in enumerate(sums):
+                total = self._add(weights, wide, last=number == len(sums) - 1)
+                if dtype.itemsize < 4:
+                    self._round_to_odd(total)
+                outputs[number][chunk].copy_(total)
+        return [(result.view(boxes[0].shape), all_finite(result)) for result in results]
+
+    def _widen(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        size = len(parts[0])
         narrow = self._spare.view(torch.float32)[:size]
-        for wide, box in zip(self._wide, boxes, strict=True):
-            values = box.reshape(-1)
+        found = []
+        for wide, values in zip(self._wide, parts, strict=True):
             if values.dtype == torch.float16:  # straight to float64 takes torch three times as long
                 values = narrow.copy_(values)
-            wide[:size].copy_(values)
+            found.append(wide[:size].copy_(values))
+        return found
 
-    def average(self, weights: Sequence[float], dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
-        """The weighted sum of the loaded boxes in `dtype`, and whether all of it is finite.
-
-        An input whose weight is 0 is left out, one whose weight is 1 is taken as it is: 0 * x would
-        spoil -0.0 and infinities. The tensor is valid until the next call.
-        """
-        size = self._shape.numel()
-        total, result = self._sum[:size], self._result[: size * dtype.itemsize].view(dtype)
-        terms = [(w, wide[:size]) for w, wide in zip(weights, self._wide, strict=True) if w]
+    def _add(
+        self, weights: Sequence[float], wide: Sequence[torch.Tensor], last: bool
+    ) -> torch.Tensor:
+        """The sum of a chunk; the last one is made in place, which touches less of the cache."""
+        terms = [(w, values) for w, values in zip(weights, wide, strict=True) if w]
+        size = len(wide[0])
         if not terms:
-            total.zero_()
-        for i, (weight, wide) in enumerate(terms):
-            # Not `add_(wide, alpha=...)`, which fuses. Of two weights of like size one average in
-            # a hundred is near a tie, and there the formula's own rounding must decide.
-            if i == 0:
-                torch.mul(wide, weight, out=total)
-            else:
-                total += torch.mul(wide, weight, out=self._spare[:size])
-        if dtype.itemsize < 4:
-            self._round_to_odd(total)
-        result.copy_(total)
-        return result.view(self._shape), all_finite(result)
+            return self._sum[:size].zero_()
+        # Not `add_(values, alpha=...)`, which fuses. Of two weights of like size one average in
+        # a hundred is near a tie, and there the formula's own rounding must decide.
+        (weight, first), *others = terms
+        total = torch.mul(first, weight, out=first if last else self._sum[:size])
+        for weight, values in others:
+            total += torch.mul(values, weight, out=values if last else self._spare[:size])
+        return total
 
     def _round_to_odd(self, total: torch.Tensor) -> None:
         """Cut to float32's 24 bits and set the last one if anything was lost.

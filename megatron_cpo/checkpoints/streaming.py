@@ -15,8 +15,8 @@ from megatron_cpo.checkpoints.averaging import Averager, all_finite
 from megatron_cpo.checkpoints.matching import Match
 from megatron_cpo.checkpoints.stored import Box, Files, StoredTensor, boxes, read_box, write_box
 
-LIMIT = 1 << 18
-"""Elements of a box: large enough for the disk, small enough for the processor's cache."""
+LIMIT = 1 << 19
+"""Elements of a box: large enough for the disk and to call Python seldom, small enough for the cache."""
 _FLUSHED = 1 << 26
 """Bytes after which what was written goes to the disk while the next boxes are computed."""
 
@@ -131,15 +131,23 @@ class Stream:
 
     def _average(self, match: Match, box: Box) -> tuple[int, int]:
         inputs = self._read(match, box)
-        averager = self._memory.averager
-        averager.load(inputs)
         written, finite = 0, self._allow_nan
-        for recipe, output in zip(self._recipes, self._outputs, strict=True):
-            target = output[match.name]
-            if recipe.copied is not None and target.dtype == inputs[0].dtype:
-                result = inputs[recipe.copied]  # untouched: NaNs have bits to keep, too
+        targets = [output[match.name] for output in self._outputs]
+        plain = [  # untouched: NaNs have bits to keep, too
+            recipe.copied if target.dtype == inputs[0].dtype else None
+            for recipe, target in zip(self._recipes, targets, strict=True)
+        ]
+        summed = [
+            (recipe.weights, target.dtype)
+            for recipe, target, copied in zip(self._recipes, targets, plain, strict=True)
+            if copied is None
+        ]
+        sums = iter(self._memory.averager.average(inputs, summed))
+        for recipe, target, copied in zip(self._recipes, targets, plain, strict=True):
+            if copied is not None:
+                result = inputs[copied]
             else:
-                result, whole = averager.average(recipe.weights, target.dtype)
+                result, whole = next(sums)
                 if not whole:
                     self._check_fits(match, box, inputs, recipe, result)
                 finite = finite or (whole and all(recipe.weights))

@@ -16,7 +16,7 @@ from megatron_cpo.checkpoints.matching import Match
 from megatron_cpo.checkpoints.stored import Box, Files, StoredTensor, boxes, read_box, write_box
 
 LIMIT = 1 << 19
-"""Elements of a box: large enough for the disk and to call Python seldom, small enough for the cache."""
+"""Elements of a box: large enough to call Python seldom, small enough for the cache."""
 _FLUSHED = 1 << 26
 """Bytes after which what was written goes to the disk while the next boxes are computed."""
 

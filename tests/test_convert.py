@@ -24,6 +24,7 @@ from megatron_cpo.checkpoints.conversion import FLAGS, convert
 from megatron_cpo.checkpoints.families import model_of_config
 from megatron_cpo.checkpoints.families.model import arguments, difference, model_of_arguments
 from megatron_cpo.checkpoints.identity import folder_digest
+from megatron_cpo.checkpoints.sidecar import carry_tokenizer
 from megatron_cpo.groups.store import GroupReader
 from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
 from tests.stores import VOCAB_SIZE, write_store
@@ -506,6 +507,29 @@ def test_tokenizer_of_another_model(models: Models, tmp_path: Path) -> None:
     assert_same_model(source, to_hugging_face(there, tmp_path / "again"))
     like = to_hugging_face(there, tmp_path / "like", like=source)
     assert (like / "config.json").read_text() == (source / "config.json").read_text()
+
+
+def test_tokenizer_that_transformers_would_misread(tmp_path: Path) -> None:
+    """A run's BPE model travels as Llama's, a Unigram model under another name and with a word."""
+    from sentencepiece import SentencePieceTrainer
+
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    for kind in ("bpe", "unigram"):
+        SentencePieceTrainer.train(
+            input=str(text), model_prefix=str(tmp_path / kind), model_type=kind, vocab_size=40,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        (tmp_path / f"{kind}-out").mkdir()
+    carry_tokenizer({"tokenizer_model": str(tmp_path / "bpe.model")}, tmp_path / "bpe-out")
+    config = json.loads((tmp_path / "bpe-out" / "tokenizer_config.json").read_text())
+    assert config == {"tokenizer_class": "LlamaTokenizer"}
+    assert (tmp_path / "bpe-out" / "tokenizer.model").exists()
+    with pytest.warns(UserWarning, match="is no BPE model, so transformers would read other"):
+        carry_tokenizer(
+            {"tokenizer_model": str(tmp_path / "unigram.model")}, tmp_path / "unigram-out"
+        )
+    assert [path.name for path in (tmp_path / "unigram-out").iterdir()] == ["sentencepiece.model"]
 
 
 # ---- errors

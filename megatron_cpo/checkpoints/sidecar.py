@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,34 @@ def copy_small_files(folder: Path, output: Path) -> None:
 
 
 def carry_tokenizer(args: dict[str, Any], output: Path) -> None:
-    """The tokenizer of a Megatron run, as far as its files are still where they were."""
+    """The tokenizer of a Megatron run, as far as its files are still where they were.
+
+    transformers reads every `tokenizer.model` of a Llama as BPE, and would take a Unigram model for
+    other token ids without a word: such a file gets a name at which nobody looks, and a warning.
+    """
     model = args.get("tokenizer_model")
     if model and Path(model).is_dir():
         copy_small_files(Path(model), output)
         return
     for name, (file, reader) in _FILES.items():
         if (path := args.get(name)) and Path(path).is_file():
+            if file == "tokenizer.model" and not _is_bpe(Path(path)):
+                shutil.copyfile(path, output / "sentencepiece.model")
+                warnings.warn(
+                    f"{path} is no BPE model, so transformers would read other token ids from it: "
+                    "it is copied as sentencepiece.model, for SentencePiece itself",
+                    stacklevel=2,
+                )
+                continue
             shutil.copyfile(path, output / file)
             text = json.dumps({"tokenizer_class": reader}, indent=2) + "\n"
             (output / "tokenizer_config.json").write_text(text)
+
+
+def _is_bpe(model: Path) -> bool:
+    """Whether a SentencePiece model is of the one algorithm that Llama's tokenizer has."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto: Any = schema.ModelProto()  # type: ignore[attr-defined]  # made when imported
+    proto.ParseFromString(model.read_bytes())
+    return bool(proto.trainer_spec.model_type == proto.trainer_spec.BPE)

@@ -10,7 +10,8 @@ from tiny_models import save_hugging_face, write_tokenizer
 
 from megatron_cpo.groups.source import add_source_arguments
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling, add_policy_arguments, policy_from_args
+from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.policy_flags import add_policy_arguments, policy_from_args
 from tests.ranks import run_ranks
 from tests.test_drawn import contexts, rngs, slow_sample
 

@@ -17,7 +17,8 @@ from tiny_models import save_hugging_face, write_tokenizer
 from megatron_cpo.negatives import server_policy
 from megatron_cpo.negatives.drawn import policy_samplers
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling, policy_from_args
+from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.negatives.policy_flags import policy_from_args
 from megatron_cpo.negatives.samplers import check_kinds, group_rng
 from megatron_cpo.negatives.server_policy import ServerPolicy
 from tests.test_hf_policy import arguments

@@ -15,7 +15,7 @@ from megatron_cpo.negatives.config import (
     Run,
     parse_shard,
 )
-from megatron_cpo.negatives.policy import (
+from megatron_cpo.negatives.policy_flags import (
     add_policy_arguments,
     policy_from_args,
     sampling_from_args,

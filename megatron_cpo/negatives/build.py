@@ -21,7 +21,8 @@ from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_js
 from megatron_cpo.negatives.blocks import unpack_from_file
 from megatron_cpo.negatives.builder import Builder
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
-from megatron_cpo.negatives.executors import blocks_of, run_stage
+from megatron_cpo.negatives.executors import run_stage
+from megatron_cpo.negatives.job import blocks_of
 from megatron_cpo.negatives.report import BuildReport, progress
 from megatron_cpo.negatives.samplers import check_batch_negatives
 from megatron_cpo.negatives.workfolder import explained

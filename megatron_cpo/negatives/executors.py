@@ -8,46 +8,16 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, Protocol
 
 from megatron_cpo.negatives.blocks import block_records
 from megatron_cpo.negatives.config import Run
+from megatron_cpo.negatives.job import Job, Work, blocks_of
 from megatron_cpo.negatives.report import progress
-from megatron_cpo.negatives.workfolder import WorkFolder
-
-Work = Callable[[int], None]
-
-
-class Job(Protocol):
-    """Work in blocks that any process can do which opens it with the same arguments."""
-
-    arguments: tuple[Any, ...]
-    """Of the constructor; they can be pickled."""
-    work: WorkFolder
-    records: int
-    size: int
-    """Records a block."""
-
-    def __init__(self, *arguments: Any) -> None: ...
-
-    @property
-    def has_model(self) -> bool:
-        """Whether work is a model's."""
-
-    @property
-    def forks(self) -> bool:
-        """Whether forked processes may do it as well as this one."""
-
-    def open(self) -> None:
-        """Open what was prepared in the work folder; sets `records`."""
-
-    def work_of(self, stage: str) -> Work:
-        """The function that finishes a block of a stage."""
 
 
 def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 1) -> None:
@@ -74,11 +44,6 @@ def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 
         bar.unpause()
         for block in done:
             bar.update(sizes[block])
-
-
-def blocks_of(job: Job) -> int:
-    """Number of blocks of an opened job."""
-    return -(-job.records // job.size)
 
 
 def take_gpu() -> None:

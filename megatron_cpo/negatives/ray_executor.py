@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpo.negatives.executors import Job
+from megatron_cpo.negatives.job import Job
 
 CALL_BLOCKS = 4
 """Blocks a call of an actor."""

@@ -17,7 +17,8 @@ from megatron_cpo.groups.tokenizing import tokenizer_identity
 from megatron_cpo.groups.writing import finish_publishing, write_reference_logps
 from megatron_cpo.negatives.blocks import block_records
 from megatron_cpo.negatives.config import BLOCK_RECORDS, PolicyUse, Run
-from megatron_cpo.negatives.executors import blocks_of, run_stage, take_gpu
+from megatron_cpo.negatives.executors import run_stage, take_gpu
+from megatron_cpo.negatives.job import blocks_of
 from megatron_cpo.negatives.report import BuildReport
 from megatron_cpo.negatives.workfolder import WorkFolder, explained
 

@@ -50,8 +50,7 @@ def main() -> None:
     add("--allow-nan", action="store_true", help="go on where weights are NaN or infinite")
     args = parser.parse_args()
     _check_modes(parser, args)
-    # Cleans up when a scheduler or torchrun ends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _end)
     try:
         _compare(args) if args.diff else _merge(args)
     except (ValueError, OSError) as error:
@@ -67,6 +66,12 @@ def _check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--output is required")
     if (args.base and not args.checkpoint) or (args.picture and not args.diff):
         parser.error("--base goes with --checkpoint, --picture with --diff")
+
+
+def _end(*_: object) -> None:
+    """Clean up when a scheduler or torchrun ends us; asked again, the cleaning goes on."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -8,3 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors are small, and where something else has a core, threads wait for one another: the tests of
 # the head's memory took 18 and 65 s with two threads, 12 and 8 s with one, in turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+# Triton's kernels run in its interpreter where there is no GPU. Its own library too, which is read
+# the same way: nothing may have imported it before.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

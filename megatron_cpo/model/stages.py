@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_cpo.model.attention import TreeAttention
-from megatron_cpo.model.logprobs import VocabShard
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.rope import DepthRotaryEmbedding
+from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.tree import Ints
 
 Head = Callable[[Tensor, VocabShard], Tensor]

@@ -21,9 +21,10 @@ from torch.utils.data import default_collate
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.model.forward import RowForward, candidate_logps
-from megatron_cpo.model.logprobs import CHUNK_LOGITS, VocabShard
+from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.stages import Head, StagedModel
+from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.negatives.agreement import check_checkpoint
 from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.decoding import sample_in_batches

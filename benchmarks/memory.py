@@ -14,10 +14,9 @@ import torch
 from torch.utils.data import default_collate
 
 from benchmarks.setting import Rows, Setting, be_quiet, build_model, group_store, start_megatron
-from benchmarks.step import document_row, on_device, row_losses
+from benchmarks.step import on_device, plain_mle_loss, row_losses, truths_row
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.model.attention import tree_mask
 from megatron_cpo.model.forward import RowForward
 
 STEPS = 3
@@ -80,31 +79,17 @@ def _trees(setting: Setting, reader: GroupReader, model: Any) -> Callable[[], An
     return lambda: row_losses(forward, model, batch).mean().backward()
 
 
-def _truths(setting: Setting, reader: GroupReader) -> dict[str, Any]:
-    """A row as long as the trees' of true continuations, the last one cut."""
-    lengths, groups = 0, []
-    while lengths < setting.row_tokens:
-        groups.append(reader[len(groups)])
-        lengths += len(groups[-1].prefix) + len(groups[-1].candidates[0]) - 1
-    last, over = groups[-1], lengths - setting.row_tokens
-    kept = len(last.candidates[0]) - over
-    if kept > 0:
-        last.candidates[0] = last.candidates[0][:kept]
-    else:
-        groups.pop()
-    return document_row(groups)
-
-
 def _our_mle(setting: Setting, reader: GroupReader, model: Any) -> Callable[[], Any]:
-    batch, forward = default_collate([_truths(setting, reader)]), RowForward(setting.vocab)
+    batch, forward = (
+        default_collate([truths_row(reader, setting.row_tokens)]),
+        RowForward(setting.vocab),
+    )
     return lambda: (-forward(batch, model)[0].mean()).backward()
 
 
 def _plain_mle(setting: Setting, reader: GroupReader, model: Any) -> Callable[[], Any]:
-    row = on_device(_truths(setting, reader), setting)
-    masked = ~tree_mask(row["subtree_end"])[:, None]
-    inputs = row["tokens"], row["position_ids"], masked
-    return lambda: model(*inputs, labels=row["query_targets"]).mean().backward()
+    row = on_device(truths_row(reader, setting.row_tokens), setting)
+    return lambda: plain_mle_loss(model, row).backward()
 
 
 PLAIN_MLE = "MLE, plain Megatron"

@@ -61,6 +61,13 @@ class Setting:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def usual_setting() -> Setting:
+    """What this machine can measure in minutes: on a GPU a GPT of 350M parameters."""
+    if torch.cuda.is_available():
+        return Setting(hidden=1024, layers=24, heads=16, groups=16, row_tokens=8192, bf16=True)
+    return Setting()
+
+
 def be_quiet() -> None:
     """No warnings of Megatron's between the rows of the table."""
     logging.disable(logging.WARNING)

@@ -6,7 +6,8 @@
 - padded K rows, our parts: the same rows with our blocked attention and our log-prob head at
   candidate positions only, so that the ratio to it is due to the trees alone.
 - MLE: the same prefixes and true continuations packed in one row, every token supervised; through
-  Megatron's own attention and loss under a dense mask, and through ours.
+  Megatron's own attention and loss under a dense mask, and through ours. And other true
+  continuations in a row of as many tokens as the trees have.
 - floor: the model on the trees' tokens, and the output layer's three matrix products on their
   distinct logit rows into one buffer: no softmax, no loss.
 """
@@ -26,7 +27,7 @@ from benchmarks.setting import (
     side_by_side,
 )
 from megatron_cpo.groups.rows import RowShape, documents_row, group_row
-from megatron_cpo.groups.store import Group
+from megatron_cpo.groups.store import Group, GroupReader
 from megatron_cpo.model.attention import tree_mask
 from megatron_cpo.model.forward import RowForward, candidate_logps
 from megatron_cpo.objective import OBJECTIVES, ranked
@@ -68,10 +69,15 @@ def bench_step(setting: Setting) -> Rows:
 
     def plain_mle(repeat: int) -> None:
         _clear(model)
-        row = on_device(document_row(batches[repeat]), setting)
-        masked = ~tree_mask(row["subtree_end"])[:, None]
-        targets = row["query_targets"]
-        model(row["tokens"], row["position_ids"], masked, labels=targets).mean().backward()
+        plain_mle_loss(model, on_device(document_row(batches[repeat]), setting)).backward()
+
+    # As many tokens as the trees have, so that what a step costs per token is compared at one size.
+    as_many = [len(tree_row(groups)["tokens"]) for groups in batches]
+    full_rows = [truths_row(reader, n, first=64 * i) for i, n in enumerate(as_many)]
+
+    def full_mle(repeat: int) -> None:
+        _clear(model)
+        plain_mle_loss(model, on_device(full_rows[repeat], setting)).backward()
 
     steps = {
         "trees": trees,
@@ -79,6 +85,7 @@ def bench_step(setting: Setting) -> Rows:
         "padded, our parts": padded_ours,
         "MLE": mle,
         "plain MLE": plain_mle,
+        "full MLE": full_mle,
         "floor": floor,
     }
     times = side_by_side(steps, setting.repeats)
@@ -106,6 +113,10 @@ def bench_step(setting: Setting) -> Rows:
                 "token",
             )
             for name, whose in (("MLE", "our parts"), ("plain MLE", "plain Megatron"))
+        ),
+        (
+            "step: MLE, a row of as many tokens as the trees, plain Megatron",
+            f"{median('full MLE'):.2f} s: trees take {ratio('trees', 'full MLE'):.2f} x it",
         ),
         (
             "step: floor (model on tree tokens, output layer on logit rows)",
@@ -166,6 +177,30 @@ def document_row(groups: list[Group]) -> dict[str, Any]:
         )
     tokens = sum(len(s["tokens"]) for s in samples)
     return documents_row(samples, RowShape(tokens, tokens, 1, 1))
+
+
+def truths_row(reader: GroupReader, tokens: int, first: int = 0) -> dict[str, Any]:
+    """A row of that many tokens of true continuations, from group `first` on; the last one cut."""
+    groups, over = [], -tokens
+    while over < 0:
+        group = reader[(first + len(groups)) % len(reader)]
+        groups.append(group)
+        over += len(group.prefix) + len(group.candidates[0]) - 1
+    last = groups[-1]
+    kept = len(last.candidates[0]) - over
+    if kept > 0:
+        last.candidates[0] = last.candidates[0][:kept]
+    else:
+        groups.pop()
+    return document_row(groups)
+
+
+def plain_mle_loss(model: Any, row: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean loss of a row's tokens through Megatron's own attention, head and cross entropy."""
+    masked = ~tree_mask(row["subtree_end"])[:, None]
+    inputs = row["tokens"], row["position_ids"], masked
+    loss: torch.Tensor = model(*inputs, labels=row["query_targets"]).mean()
+    return loss
 
 
 def _padded_rows(groups: list[Group]) -> tuple[torch.Tensor, list[tuple[int, int]]]:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.stores import random_group
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import KINDS
 from megatron_cpo.model.forward import candidate_logps
 from megatron_cpo.training.metrics import group_metrics, packing_metrics
-from tests.stores import random_group
 
 GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
 

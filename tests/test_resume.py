@@ -13,12 +13,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives.build import build_groups
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run, parse_shard
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 NAMES = sorted(f"groups{suffix}" for suffix in (*FILES, ".json"))
 FORK = multiprocessing.get_context("fork")
@@ -249,7 +249,7 @@ def test_a_dead_worker_is_reported_and_what_is_finished_kept(tmp_path, monkeypat
 
 def test_two_ranks(tokenizer, expected, tmp_path):
     """The tool under torchrun's environment: ranks take blocks, the last to finish merges."""
-    from tests.ranks import run_pretrain
+    from harness.ranks import run_pretrain
 
     model = tmp_path / "tokenizer.model"
     from megatron_cpo.groups.tokenizing import train_sentencepiece
@@ -289,7 +289,7 @@ class LethalPolicy:
 def test_ray_builds_the_same_and_repeats_what_is_lost(tmp_path):
     """A real cluster of this machine, one of whose actors dies in the middle of a block."""
     ray = pytest.importorskip("ray")
-    for module in (__name__, "texts"):  # a worker cannot import them
+    for module in (__name__, "tests.texts"):  # a worker cannot import them
         ray.cloudpickle.register_pickle_by_value(sys.modules[module])
     path = write_jsonl(
         tmp_path / "r.jsonl", *({"prompt": "1", "completion": f"{i} 3"} for i in range(20))

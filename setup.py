@@ -52,8 +52,6 @@ setup(
         "rank": RANK,
         # `--executor ray`: negatives built on a cluster.
         "ray": RAY,
-        # The MAUVE score in the evaluation report.
-        "eval": ["mauve-text>=0.4,<0.5"],
         # Curves. The quickstart draws one.
         "plot": PLOT,
         # Only needed for `--transformer-impl transformer_engine`. Compiles against the local CUDA.

@@ -5,8 +5,6 @@ Counted in Megatron's own loop on gloo ranks, at the dispatcher, through which e
 length and batch, so what differs is the loss. A layout is one line of `LAYOUTS`.
 """
 
-import runpy
-import sys
 from collections import Counter
 from typing import Any
 
@@ -15,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.setting import Rows, Setting
-from tests.ranks import ROOT, run_ranks
-from tests.stores import TOKENIZER_FLAGS, write_store
+from harness.ranks import run_ranks, run_script
+from harness.stores import TOKENIZER_FLAGS, write_store
 
 LAYOUTS = {
     "DP=2": (2, ""),
@@ -80,9 +78,7 @@ def counted_run(argv: list[str]) -> tuple[Bytes, Bytes]:
         return result
 
     training.train_step = step_counted
-    script = str(ROOT / "examples" / "pretrain_gpt.py")
-    sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
+    run_script(argv)
     return last[0], last[1]
 
 

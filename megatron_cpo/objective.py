@@ -115,3 +115,15 @@ def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
     zeros = torch.zeros_like(mask, dtype=torch.float32)
     order = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return OBJECTIVES[objective](zeros, zeros, order, 1.0, mask)
+
+
+def sensitivity_at_reference(objective: str, k: int) -> float:
+    """sum_k |d loss / d s_k| at theta = ref: how much more than each of its K rewards a loss errs.
+
+    Best-of-K: 2 (K-1) / K. Ranked: at most K-1, about 2 K / e when K is large.
+    """
+    scores = torch.zeros(1, k, requires_grad=True)
+    order = torch.arange(k)[None]
+    loss = OBJECTIVES[objective](scores, torch.zeros(1, k), order, 1.0, None)
+    (gradient,) = torch.autograd.grad(loss.sum(), scores)
+    return float(gradient.abs().sum())

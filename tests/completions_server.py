@@ -1,6 +1,6 @@
 """A small completions server over a tiny model, as a process of its own: vLLM's fields, real HTTP.
 
-    python tests/completions_server.py FOLDER
+    python -m tests.completions_server FOLDER
 
 prints its port. The model's name says how it behaves: `half` answers every second request with an
 error, 500 and 429 in turn, `down` every one; `none` answers without a sample; `plain` knows

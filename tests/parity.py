@@ -22,8 +22,6 @@ import inspect
 import logging
 import math
 import re
-import runpy
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,8 +31,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ranks import ROOT, run_ranks
-from tests.stores import TOKENIZER_FLAGS, write_store
+from harness.ranks import ROOT, run_pretrain, run_ranks, run_script
+from harness.stores import TOKENIZER_FLAGS, write_store
+from tests.runs import plain_tensors
 
 K = 5
 TOLERANCE = 1e-5
@@ -206,7 +205,7 @@ class Step:
     gradients: dict[str, torch.Tensor]
 
 
-def measure(script: str, argv: list[str], folder: str) -> dict[str, Any]:
+def measure(argv: list[str], folder: str) -> dict[str, Any]:
     """Run one iteration on this rank, and keep the parts of a `Step` that it has.
 
     The gradients are written to `folder` in the place of the weights, by Megatron's own sharded
@@ -244,12 +243,7 @@ def measure(script: str, argv: list[str], folder: str) -> dict[str, Any]:
         return loss(self, batch, logps)
 
     training.train_step, CPOStep.loss = step, recording_loss
-    sys.argv = [script, *argv]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:
-        if stop.code not in (None, 0):
-            raise RuntimeError(f"{script} exited with {stop.code!r}") from stop
+    run_script(argv)
     return found
 
 
@@ -280,19 +274,6 @@ def _gather_shards(buffer: Any) -> None:
         torch.distributed.all_gather_into_tensor(
             bucket.grad_data, shards[group.rank()].clone(), group=group
         )
-
-
-def gradients(folder: str) -> dict[str, torch.Tensor]:
-    """What `_save_gradients` wrote, by parameter."""
-    from megatron.core.dist_checkpointing import load_plain_tensors
-
-    torch.distributed.init_process_group("gloo")
-    tensors = load_plain_tensors(folder)
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and "extra_state" not in name
-    }
 
 
 class Matrix:
@@ -335,29 +316,23 @@ class Matrix:
         run = ["--load", self._start(architecture), "--finetune", *flags.split()]
         self._runs += 1
         folder = str(self.folder / f"gradients-{self._runs}")
-        parts = run_ranks(measure, ranks, *self._command(architecture, run), folder)
+        parts = run_ranks(measure, ranks, self._command(architecture, run), folder)
         logps: dict[bytes, torch.Tensor] = {}
         for part in parts:
             logps |= part["logps"]
-        [whole] = run_ranks(gradients, 1, folder)
+        [whole] = run_ranks(plain_tensors, 1, folder)
         return Step(parts[-1]["losses"], logps, whole)
 
     def _start(self, architecture: str) -> str:
         folder = self.folder / f"start-{list(ARCHITECTURES).index(architecture)}"
         if not folder.exists():
             run = ["--lr", "0", "--save", str(folder), "--save-interval", "1", "--no-save-optim"]
-            run_ranks(_train, 1, *self._command(architecture, run))
+            run_pretrain(self._command(architecture, run), 1)
         return str(folder)
 
-    def _command(self, architecture: str, flags: list[str]) -> tuple[str, list[str]]:
+    def _command(self, architecture: str, flags: list[str]) -> list[str]:
         model = ARCHITECTURES[architecture].split()
-        argv = [*model, *RUN, *flags, "--cpo-data-path", self.store]
-        return str(ROOT / "examples" / "pretrain_gpt.py"), argv
-
-
-def _train(script: str, argv: list[str]) -> None:
-    sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
+        return [*model, *RUN, *flags, "--cpo-data-path", self.store]
 
 
 def _score_at_random(store: str) -> None:

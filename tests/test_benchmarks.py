@@ -10,7 +10,7 @@ from benchmarks.communication import Counted
 from benchmarks.head import PeakBytes
 from benchmarks.scaling import _group
 from benchmarks.setting import Times
-from tests.ranks import run_ranks
+from harness.ranks import run_ranks
 
 
 def test_help_names_every_part(monkeypatch, capsys) -> None:

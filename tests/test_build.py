@@ -2,22 +2,21 @@
 
 import gzip
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
+from harness.ranks import ROOT
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import KINDS, GroupReader
 from megatron_cpo.negatives.build import build_groups
 from megatron_cpo.negatives.config import BuildConfig, Run
 from megatron_cpo.negatives.samplers import NEGATIVES
+from tests.commands import assert_quick, run_tool
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
-ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 256
 
 
@@ -240,17 +239,6 @@ def test_data_that_cannot_be_built_from(tmp_path, records, options, match):
     assert not output.exists() or os.listdir(output) == []
 
 
-def run_tool(name, *flags):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, flags)],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_tools_build_what_the_library_builds(built, folder, tmp_path):
     """The three tools in a row, as the README runs them; the model exists since `built`."""
     _, _, reader = built
@@ -302,14 +290,7 @@ def test_max_length_is_bounded_by_the_positions_of_the_model():
 
 @pytest.mark.parametrize("name", ["build_negatives.py", "tokenize_lm.py", "train_tokenizer.py"])
 def test_help_does_not_wait_for_megatron(name):
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "tools" / name), "--help"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_tool(name, "--help")
     assert done.returncode == 0
     assert "instruction + response" in done.stdout
-    assert "megatron.core" not in done.stderr
-    assert " torch\n" not in done.stderr
+    assert_quick(done)

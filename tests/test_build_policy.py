@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import ToyTokenizer, write_jsonl
-from tiny_models import save_hugging_face, train_megatron
 
+from harness.ranks import run_pretrain
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES, GroupReader
 from megatron_cpo.negatives import arguments
@@ -16,14 +15,14 @@ from megatron_cpo.negatives.build import build_groups
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.rescoring import rescore
-from tests.ranks import run_pretrain
-from tests.test_megatron_policy import COMMON
+from tests.texts import ToyTokenizer, write_jsonl
+from tests.tiny_models import GPT_FLAGS, save_hugging_face, train_megatron
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """--load of a checkpoint after one step from random weights."""
-    return train_megatron(tmp_path_factory.mktemp("reference"), COMMON)
+    return train_megatron(tmp_path_factory.mktemp("reference"), GPT_FLAGS)
 
 
 def build_with_tool(folder, reference, world_size, layout=""):
@@ -34,7 +33,7 @@ def build_with_tool(folder, reference, world_size, layout=""):
     flags = ["--input", data, "--output-prefix", folder / "out" / "groups", "--load", reference]
     flags += "--negatives an=2,mn=2,bn=1 --rank policy --block-records 2".split()
     flags += ["--max-new-tokens", "8", "--micro-batch-size", "1", *layout.split()]
-    outputs = run_pretrain([*COMMON, *flags], world_size, script="tools/build_negatives.py")
+    outputs = run_pretrain([*GPT_FLAGS, *flags], world_size, script="tools/build_negatives.py")
     assert sorted(os.listdir(folder / "out")) == sorted(f"groups{s}" for s in (*FILES, ".json"))
     return GroupReader(str(folder / "out" / "groups")), "".join(outputs)
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from harness.ranks import run_ranks
 from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.policy import Sampling
-from tests.ranks import run_ranks
 
 N = 20_000
 GRID = (torch.arange(N, dtype=torch.float64) + 0.5) / N

@@ -1,23 +1,21 @@
 """Which tokens a context-parallel rank holds, and attention over its part of a row."""
 
 import functools
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from harness.ranks import run_ranks, run_script
+from harness.stores import write_store
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.model.attention import QUERY_BLOCK, live_blocks
 from megatron_cpo.model.context import TURN_BLOCK, row_order
 from megatron_cpo.model.flex import BLOCK, flex_attend, tree_block_mask
-from tests.ranks import ROOT, run_ranks
-from tests.stores import write_store
-from tests.test_attention import dense, ends_of, mask_of, qkv, random_parents, relative
-from tests.test_layouts import MODEL
+from tests.forests import dense, ends_of, mask_of, qkv, random_parents, relative
+from tests.runs import MODEL
 
 
 def test_zig_zag_by_hand() -> None:
@@ -114,8 +112,7 @@ def _count_traffic(argv: list[str]) -> dict[str, list[int]]:
     torch.distributed.all_reduce = counted("all-reduce", torch.distributed.all_reduce, 0)
     for name, whole in (("dist_all_gather_func", 0), ("dist_reduce_scatter_func", 1)):
         setattr(mappings, name, counted(name, getattr(mappings, name), whole))
-    sys.argv = ["pretrain_gpt.py", *argv]
-    runpy.run_path(str(ROOT / "examples" / "pretrain_gpt.py"), run_name="__main__")
+    run_script(argv)
     return sent
 
 

@@ -1,135 +1,41 @@
-"""Conversion between Hugging Face and Megatron: bit for bit, and one function on both sides.
+"""Conversion between Hugging Face and Megatron and back, bit for bit."""
 
-Real models of transformers with random weights large enough to matter go through the converter and
-into Megatron's own GPTModel, with no flags but those that the converter wrote.
-"""
-
-import functools
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_cpo.checkpoints import conversion, copying, merge
-from megatron_cpo.checkpoints.conversion import FLAGS, convert
+from megatron_cpo.checkpoints.conversion import FLAGS
 from megatron_cpo.checkpoints.families import model_of_config
 from megatron_cpo.checkpoints.families.model import arguments, difference, model_of_arguments
 from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.checkpoints.sidecar import carry_tokenizer
-from megatron_cpo.groups.store import GroupReader
-from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
-from tests.stores import VOCAB_SIZE, write_store
-from tests.test_merge import Trap, read_model, read_torch_dist
-
-VOCAB = VOCAB_SIZE + 1
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-}
-_GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 4,
-    "n_head": 4,
-    "n_positions": 256,
-    "resid_pdrop": 0.1,
-    "layer_norm_epsilon": 1e-5,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": _GPT2,
-    "gpt2 untied, erf": _GPT2
-    | {"activation_function": "gelu", "n_inner": 80, "tie_word_embeddings": False},
-    "llama": _LLAMA,
-    "llama tied, llama3": _LLAMA
-    | {"tie_word_embeddings": True, "rope_theta": 500000.0, "rope_scaling": LLAMA3}
-    # Waves longer than 8192 / 4 positions are what the scaling changes.
-    | {"head_dim": 32},
-    "llama linear, wide heads": _LLAMA
-    | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "head_dim": 16}
-    | {"num_key_value_heads": 4},
-}
-
-
-def write_model(folder: Path, config: dict[str, Any], seed: int = 0, **saving: Any) -> Path:
-    """A model of transformers with random weights and logits of several units.
-
-    Larger weights would amplify the rounding of float32 beyond 1e-5, on either side.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = dict(config)
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_("ln" in name or "norm" in name, 0.15)
-    model.to(saving.pop("dtype", torch.float32)).save_pretrained(folder, **saving)
-    return folder
-
-
-def to_megatron(source: Path, output: Path, **options: Any) -> Path:
-    return convert(source, output, from_format="hf", to_format="megatron", **options)
-
-
-def to_hugging_face(source: Path, output: Path, **options: Any) -> Path:
-    return convert(source, output, from_format="megatron", to_format="hf", **options)
-
-
-def flags_of(folder: Path) -> list[str]:
-    """As a shell would split them."""
-    return (folder / FLAGS).read_text().split()
-
-
-class Models:
-    """Models by name, converted when they are first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def hugging_face(self, name: str) -> Path:
-        folder = self.folder / f"{name} hf".replace(" ", "_")
-        return folder if folder.exists() else write_model(folder, CONFIGS[name])
-
-    def megatron(self, name: str) -> Path:
-        folder = self.folder / f"{name} megatron".replace(" ", "_")
-        return folder if folder.exists() else to_megatron(self.hugging_face(name), folder)
+from tests.checkpoints import Trap, read_model, read_torch_dist
+from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
+from tests.conversions import (
+    CONFIGS,
+    TOKENS,
+    VOCAB,
+    Models,
+    assert_refused,
+    assert_same_model,
+    flags_of,
+    hf_logits,
+    to_hugging_face,
+    to_megatron,
+    write_model,
+)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
-
-
-def assert_same_model(one: Path, other: Path) -> None:
-    """The same tensors, bit for bit."""
-    ours, theirs = read_model(one), read_model(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
 # ---- bits
@@ -257,205 +163,6 @@ def test_merging_and_converting_commute(name: str, models: Models, tmp_path: Pat
     assert_same_model(tmp_path / "merged", to_hugging_face(tmp_path / "two", tmp_path / "back"))
 
 
-# ---- the function
-
-
-@functools.cache
-def loaded(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
-def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return loaded(folder)(tokens).logits
-
-
-def load_megatron(load: str, flags: list[str]) -> Any:
-    """On a rank: Megatron's GPT with the weights of a checkpoint."""
-    from megatron_cpo import install
-
-    install()  # the flags that only a CPU needs
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.initialize import initialize_megatron
-
-    from megatron_cpo.compat import build_gpt
-
-    run = "--micro-batch-size 1 --train-iters 1 --lr 0 --eval-interval 1 --seq-length 256"
-    sys.argv = ["convert", *run.split(), *flags, "--load", load]
-    args = parse_and_validate_args()
-    args.finetune = args.exit_on_missing_checkpoint = True
-    initialize_megatron()
-    [model] = build_gpt(args, lambda chunks: chunks)
-    load_checkpoint([model], None, None)
-    return model.eval()
-
-
-def megatron_logits(load: str, flags: list[str], tokens: torch.Tensor) -> torch.Tensor:
-    """On a rank: logits of the vocabulary and its padding."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    model = load_megatron(load, flags)
-    length = tokens.shape[1]
-    mask = torch.ones(1, 1, length, length).triu(1).bool()
-    with torch.no_grad():
-        logits = model(tokens, torch.arange(length)[None].expand_as(tokens), mask)
-        return gather_from_tensor_model_parallel_region(logits)
-
-
-TOKENS = torch.randint(VOCAB, (2, 200), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_agree(name: str, models: Models) -> None:
-    """Within 1e-5, float32: transformers, and Megatron with the flags that were written."""
-    expected = hf_logits(models.hugging_face(name), TOKENS)
-    there = models.megatron(name)
-    [found] = run_ranks(megatron_logits, 1, str(there), flags_of(there), TOKENS)
-    assert expected.std() > 0.5
-    assert (found[..., :VOCAB] - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "flag"),
-    [
-        ("gpt2 untied, erf", ["--no-bias-gelu-fusion"]),
-        ("llama tied, llama3", ["--use-rope-scaling"]),
-        ("llama linear, wide heads", ["--rotary-seq-len-interpolation-factor", "4"]),
-    ],
-)
-def test_a_flag_left_out_would_show(name: str, flag: list[str], models: Models) -> None:
-    """The models above are such that each of these changes what they compute."""
-    expected = hf_logits(models.hugging_face(name), TOKENS)
-    there, flags = models.megatron(name), flags_of(models.megatron(name))
-    at = flags.index(flag[0])
-    assert flags[at : at + len(flag)] == flag
-    del flags[at : at + len(flag)]
-    [found] = run_ranks(megatron_logits, 1, str(there), flags, TOKENS)
-    assert (found[..., :VOCAB] - expected).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_padding_of_the_vocabulary(name: str, models: Models) -> None:
-    """500 rows at TP=1 and 600 at TP=2 for 500 tokens; the other rows repeat rare tokens' rows."""
-    expected = hf_logits(models.hugging_face(name), TOKENS)
-    there = models.megatron(name)
-    flags = [*flags_of(there), "--make-vocab-size-divisible-by", "100"]
-    [alone] = run_ranks(megatron_logits, 1, str(there), flags, TOKENS)
-    flags += ["--tensor-model-parallel-size", "2"]
-    [two, _] = run_ranks(megatron_logits, 2, str(there), flags, TOKENS)
-    assert (alone.shape[-1], two.shape[-1]) == (500, 600)
-    assert (alone - expected).abs().max() < 1e-5
-    assert (two[..., :VOCAB] - expected).abs().max() < 1e-5
-    assert torch.equal(two[..., 500:], two[..., 250:350])
-
-
-def hf_scores(folder: Path, store: str) -> np.ndarray:
-    """log pi(candidate | prefix) by transformers, [groups, K]."""
-    reader = GroupReader(store)
-    scores = []
-    for i in range(len(reader)):
-        group = reader[i]
-        for candidate in group.candidates:
-            tokens = torch.from_numpy(np.concatenate([group.prefix, candidate])).long()[None]
-            logps = hf_logits(folder, tokens)[0, len(group.prefix) - 1 : -1].log_softmax(-1)
-            picked = logps.gather(1, tokens[0, len(group.prefix) :, None])
-            scores.append(float(picked.sum()))
-    return np.array(scores).reshape(len(reader), -1)
-
-
-def scores(load: Path, store: str, flags: list[str], world_size: int) -> np.ndarray:
-    """The same by our head, in the tool that scores references."""
-    run = ["--score-only", "--output-prefix", store, "--load", load, "--seq-length", "256"]
-    run_pretrain([*flags, *run], world_size, script="tools/build_negatives.py")
-    reader = GroupReader(store)
-    return np.stack([reader[i].reference_logps for i in range(len(reader))])
-
-
-LAYOUTS = {
-    "TP=1": (1, ""),
-    "TP=2": (2, "--tensor-model-parallel-size 2"),
-    "PP=2": (2, "--pipeline-model-parallel-size 2"),
-}
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_our_head_scores_like_transformers(name: str, models: Models, tmp_path: Path) -> None:
-    """Every candidate's log-prob at TP=1 (no padding), TP=2 (100 rows of it) and PP=2."""
-    there = models.megatron(name)
-    expected = None
-    for layout, (world_size, flags) in LAYOUTS.items():
-        store = write_store(tmp_path / layout, 6, 4, scored=False)
-        if expected is None:
-            expected = hf_scores(models.hugging_face(name), store)
-        all_flags = [*flags_of(there), *flags.split(), "--make-vocab-size-divisible-by", "100"]
-        found = scores(there, store, all_flags, world_size)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-class Training:
-    """Runs of Megatron's real loop from a converted checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        run_ranks(write_tokens, 1, str(folder / "tokens"))
-
-    def run(self, load: Path, flags: str, world_size: int) -> str:
-        data = ["--data-path", self.folder / "tokens", "--data-cache-path", self.folder / "cache"]
-        common = (
-            "--seq-length 64 --micro-batch-size 1 --global-batch-size 4 --train-iters 2 "
-            "--log-interval 1 --eval-interval 100 --eval-iters 1 --split 50,50,0 "
-            "--hidden-dropout 0 --attention-dropout 0"
-        )
-        arguments = [*flags_of(load), *common.split(), *data, "--load", load, *flags.split()]
-        return run_pretrain(arguments, world_size)[-1]
-
-
-def write_tokens(prefix: str) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    generator = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for _ in range(40):
-        tokens = torch.from_numpy(generator.integers(VOCAB, size=80, dtype=np.int32))
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
-    return Training(tmp_path_factory.mktemp("training"))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, llama3"])
-def test_real_loop_and_back(name: str, models: Models, training: Training, tmp_path: Path) -> None:
-    """Load as a release at TP=2, train, save; on at PP=2; what comes out scores alike in both."""
-    there = models.megatron(name)
-    save = "--lr 1e-3 --save-interval 1 --save"
-    run = f"{save} {tmp_path / 'tp'} --tensor-model-parallel-size 2"
-    losses = [parse_losses(training.run(there, run, 2))["lm loss"][0]]
-    for world_size, layout in ((1, ""), (2, " --pipeline-model-parallel-size 2")):
-        losses.append(
-            parse_losses(training.run(there, "--lr 0" + layout, world_size))["lm loss"][0]
-        )
-    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
-    shutil.copyfile(there / FLAGS, tmp_path / "tp" / FLAGS)
-    run = f"{save} {tmp_path / 'pp'} --pipeline-model-parallel-size 2 --finetune"
-    training.run(tmp_path / "tp", run, 2)
-    first = read_model(to_hugging_face(tmp_path / "tp", tmp_path / "first", iteration=1))
-    for trained in ("tp", "pp"):
-        back = to_hugging_face(tmp_path / trained, tmp_path / f"{trained}-hf")
-        weights, before = read_model(back), read_model(models.hugging_face(name))
-        assert weights.keys() == before.keys()
-        for earlier in (before, first):
-            assert all(not torch.equal(weights[key], earlier[key]) for key in weights)
-        store = write_store(tmp_path / f"{trained}-groups", 3, 4, scored=False)
-        found = scores(tmp_path / trained, store, flags_of(there), 1)
-        np.testing.assert_allclose(found, hf_scores(back, store), rtol=1e-5)
-
-
 # ---- configurations
 
 
@@ -532,161 +239,6 @@ def test_tokenizer_that_transformers_would_misread(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "unigram-out").iterdir()] == ["sentencepiece.model"]
 
 
-# ---- errors
-
-
-def assert_refused(source: Path, message: str, tmp_path: Path, **options: Any) -> None:
-    """ValueError, and nothing is left."""
-    formats = {"from_format": "hf", "to_format": "megatron"} | options
-    with pytest.raises(ValueError, match=message):
-        convert(source, tmp_path / "refused", **formats)
-    assert not list(tmp_path.glob("refused*"))
-
-
-CONFIG_FAULTS = [
-    ("llama", {"model_type": "mamba"}, r"model_type 'mamba'; only gpt2 and llama .*Bridge"),
-    ("llama", {"attention_bias": True}, "attention_bias True; only False converts"),
-    ("llama", {"mlp_bias": True}, "mlp_bias True; only False converts"),
-    ("llama", {"sliding_window": 4096}, "sliding_window 4096; only None converts"),
-    ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'; only 'silu' converts"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config; only plain weights"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "RoPE scaling 'yarn'; Megatron has"),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, "factor 2.5; .*whole"),
-    (
-        "llama",
-        {"rope_parameters": LLAMA3 | {"factor": 32.0}},
-        "llama3 RoPE scaling with .*32.0.*use-rope-scaling is fixed",
-    ),
-    ("llama", {"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta 10000.5; .*--rotary-base"),
-    ("llama", {"num_key_value_heads": 3}, r"4 heads .* in 3 query groups"),
-    ("gpt2", {"activation_function": "relu"}, "activation_function 'relu'; Megatron runs gelu_new"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
-    ("gpt2", {"n_head": 5}, "n_embd 32, not a multiple of n_head 5"),
-    ("gpt2", {"n_embd": 36}, r"wte.weight is \(500, 32\); config.json makes it \(500, 36\)"),
-    ("llama", {"num_hidden_layers": 5}, "lacks 9 tensors: model.layers.4.input_layernorm.weight"),
-    ("llama", {"num_hidden_layers": 3}, "has 9 tensors that have no place .*: model.layers.3."),
-    ("llama", {"vocab_size": 499}, r"embed_tokens.weight is \(500, 32\); .* makes it \(499, 32\)"),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "message"), CONFIG_FAULTS)
-def test_configurations_that_do_not_convert(
-    name: str, change: dict[str, Any], message: str, models: Models, tmp_path: Path
-) -> None:
-    source = shutil.copytree(models.hugging_face(name), tmp_path / "hf")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | change))
-    assert_refused(source, message, tmp_path)
-
-
-def _set(name: str, value: torch.Tensor) -> Any:
-    return lambda tensors: tensors.__setitem__(name, value)
-
-
-TENSOR_FAULTS = {
-    "lacks 1 tensors: model.norm.weight": lambda tensors: tensors.pop("model.norm.weight"),
-    r"1 tensors that have no place .*: model.layers.0.self_attn.q_proj.bias": _set(
-        "model.layers.0.self_attn.q_proj.bias", torch.zeros(32)
-    ),
-    r"model.norm.weight is \(31,\); config.json makes it \(32,\)": _set(
-        "model.norm.weight", torch.zeros(31)
-    ),
-    "layers.1.mlp.up_proj.weight is torch.float16; .*linear_fc1.weight.*one.*torch.float32": _set(
-        "model.layers.1.mlp.up_proj.weight", torch.zeros(48, 32).half()
-    ),
-    "model.norm.weight is torch.int8; .* floating-point": _set(
-        "model.norm.weight", torch.zeros(32, dtype=torch.int8)
-    ),
-}
-
-
-@pytest.mark.parametrize("message", TENSOR_FAULTS)
-def test_tensors_that_do_not_fit(message: str, models: Models, tmp_path: Path) -> None:
-    source = shutil.copytree(models.hugging_face("llama"), tmp_path / "hf")
-    tensors = load_file(source / "model.safetensors")
-    TENSOR_FAULTS[message](tensors)
-    save_file(tensors, source / "model.safetensors")
-    assert_refused(source, message, tmp_path)
-
-
-def test_damaged_sources(models: Models, tmp_path: Path) -> None:
-    source = shutil.copytree(models.hugging_face("llama"), tmp_path / "hf")
-    os.truncate(source / "model.safetensors", 9000)
-    assert_refused(source, "model.safetensors is truncated: 9000 bytes of at least", tmp_path)
-    (source / "config.json").write_text("{")
-    shutil.copy(models.hugging_face("llama") / "model.safetensors", source)
-    assert_refused(source, "config.json is damaged", tmp_path)
-    (source / "config.json").write_text('{"model_type": "llama"}')
-    assert_refused(source, "config.json lacks 'num_attention_heads'", tmp_path)
-    (source / "config.json").unlink()
-    assert_refused(source, "has no config.json, which says what the model is", tmp_path)
-    there = shutil.copytree(models.megatron("llama"), tmp_path / "there")
-    os.truncate(there / "release" / "__0_0.distcp", 30000)
-    back = {"from_format": "megatron", "to_format": "hf"}
-    assert_refused(there, "distcp is truncated: 30000 bytes of at least", tmp_path, **back)
-
-
-def test_command_lines(models: Models, tmp_path: Path) -> None:
-    llama, there = models.hugging_face("llama"), models.megatron("llama")
-    back = {"from_format": "megatron", "to_format": "hf"}
-    assert_refused(llama, "--from hf --to hf: one is", tmp_path, to_format="hf")
-    assert_refused(llama, "--from megatron: .* is a Hugging Face checkpoint", tmp_path, **back)
-    assert_refused(there, "--from hf: .* is a torch_dist checkpoint", tmp_path)
-    assert_refused(llama, "--like and --vocab-size are for --to hf", tmp_path, like=llama)
-    assert_refused(llama, "--iteration 3 is for --from megatron", tmp_path, iteration=3)
-    assert_refused(llama, "--shard-gb 0: must be above 0", tmp_path, shard_bytes=0)
-    assert_refused(there, "--like .*: there is no config.json", tmp_path, like=tmp_path, **back)
-    gpt2 = models.hugging_face("gpt2")
-    message = "is not like .*: family is 'llama' and 'gpt2'.* --like"
-    assert_refused(there, message, tmp_path, like=gpt2, **back)
-    message = "--vocab-size 7: .* has 500 tokens"
-    assert_refused(there, message, tmp_path, vocab_size=7, like=llama, **back)
-    (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match=r"there exists; .* another --output"):
-        to_megatron(llama, tmp_path / "there")
-    with pytest.raises(ValueError, match="lies within the input"):
-        to_megatron(llama, llama / "megatron")
-
-
-MEGATRON_FAULTS = [
-    ({"num_experts": 4}, "the run's num_experts is 4; the llama family has None"),
-    ({"qk_layernorm": True}, "the run's qk_layernorm is True"),
-    ({"normalization": "LayerNorm"}, "are of no family that converts"),
-    ({"rope_scaling_factor": 32.0}, "the run's rope_scaling_factor is 32.0"),
-    ({"use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 2}, "has both --use-rope"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), MEGATRON_FAULTS)
-def test_runs_that_do_not_convert(change: dict[str, Any], message: str) -> None:
-    args = arguments(model_of_config(CONFIGS["llama"])) | change
-    with pytest.raises(ValueError, match=message):
-        model_of_arguments(args, VOCAB)
-
-
-def test_gpt2_with_query_groups_does_not_convert() -> None:
-    args = arguments(model_of_config(CONFIGS["gpt2"]))
-    with pytest.raises(ValueError, match="GPT-2 has neither query groups nor"):
-        model_of_arguments(args | {"group_query_attention": True, "num_query_groups": 2}, VOCAB)
-    with pytest.raises(ValueError, match="has no arguments of its run"):
-        model_of_arguments({}, VOCAB)
-
-
-def test_unknown_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padding is not guessed: without anything that says the number of tokens, it is asked for."""
-    source = write_model(tmp_path / "hf", CONFIGS["llama"])
-    with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_tokenizer_arguments", lambda *args: {})
-        there = to_megatron(source, tmp_path / "there")
-    shutil.rmtree(there / "hugging_face")
-    back = {"from_format": "megatron", "to_format": "hf"}
-    assert_refused(there, "does not say how many .* give --vocab-size", tmp_path, **back)
-    assert_refused(
-        there, r"word_embeddings.weight is \(1024, 32\)", tmp_path, vocab_size=2000, **back
-    )
-    assert_same_model(source, to_hugging_face(there, tmp_path / "back", vocab_size=VOCAB))
-
-
 # ---- whole or not at all
 
 
@@ -713,9 +265,8 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
         "copying.write_box = kill\n"
         "conversion.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
     )
-    command = [sys.executable, "-c", code, models.hugging_face("llama"), tmp_path / "out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    done = run_python("-c", code, models.hugging_face("llama"), tmp_path / "out")
+    assert done.returncode == -signal.SIGKILL
     [left] = tmp_path.glob("out*")
     assert left.name.startswith("out.writing-")
     assert [path.name for path in left.rglob("*") if path.is_file()] == ["__0_0.distcp"]
@@ -726,29 +277,16 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
 
 def test_tool(models: Models, tmp_path: Path) -> None:
     """Help without torch; both directions; flags to paste; an error as one line."""
-    tool = str(ROOT / "tools/convert_checkpoint.py")
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{tool!r}, '--help']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit: sys.exit('torch' in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*arguments: Any) -> subprocess.CompletedProcess:
-        command = [sys.executable, tool, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
+    name = "convert_checkpoint.py"
+    usage = run_tool(name, "--help")
+    assert usage.returncode == 0 and "--from" in usage.stdout
+    assert_quick(usage)
     there, back, source = tmp_path / "there", tmp_path / "back", models.hugging_face("gpt2")
     to = ("--from", "hf", "--to", "megatron", "--input", source, "--output", there)
-    found = run(*to)
+    found = run_tool(name, *to)
     pasted = found.stdout.partition("\n\n")[2].replace("\\\n", " ").split()
     assert pasted == flags_of(there) and "--num-layers" in pasted
-    again = run(*to)
-    assert again.returncode == 1
-    assert again.stderr.startswith("convert_checkpoint.py: ") and again.stderr.count("\n") == 1
-    assert (
-        run("--from", "megatron", "--to", "hf", "--input", there, "--output", back).returncode == 0
-    )
+    assert_one_line_error(run_tool(name, *to), name)
+    done = run_tool(name, "--from", "megatron", "--to", "hf", "--input", there, "--output", back)
+    assert done.returncode == 0, done.stderr
     assert_same_model(source, back)

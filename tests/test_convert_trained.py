@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.ranks import run_ranks
-from tests.test_convert import (
+from harness.ranks import run_ranks
+from tests.conversions import (
     assert_same_model,
     flags_of,
     load_megatron,

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import parse_losses, run_pretrain, run_ranks
 
+from harness.ranks import parse_losses, run_pretrain, run_ranks
 from megatron_cpo.training import cpu_host
+from tests.corpora import write_corpus
 
 LAYERS, HEADS, HIDDEN, TOKENS, VOCAB = 4, 4, 32, 16, 60
 
@@ -37,24 +38,10 @@ TP2 = ["--tensor-model-parallel-size", 2]
 PP2 = ["--pipeline-model-parallel-size", 2]
 
 
-def write_corpus(prefix: str) -> None:
-    """Random documents as a Megatron indexed dataset `prefix`.bin and .idx."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    generator = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for _ in range(40):
-        tokens = torch.from_numpy(generator.integers(VOCAB, size=50, dtype=np.int32))
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Flags that name a small corpus on disk and a cache for its index."""
-    folder = tmp_path_factory.mktemp("corpus")
-    run_ranks(write_corpus, 1, str(folder / "tokens"))
-    return ["--data-path", folder / "tokens", "--data-cache-path", folder / "cache"]
+    return write_corpus(tmp_path_factory.mktemp("corpus"), VOCAB)
 
 
 @pytest.fixture(scope="module")

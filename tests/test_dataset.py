@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from harness.stores import VOCAB_SIZE, random_group
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.rows import Row
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.groups.writing import GroupWriter
-from tests.stores import VOCAB_SIZE, random_group
 
 ROW, K, GROUPS = 160, 6, 40
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
-from tiny_models import save_hugging_face
 
 from megatron_cpo.groups.pairs import PairReader, read_pairs, write_pairs
 from megatron_cpo.groups.records import Dropped
@@ -23,6 +21,8 @@ from megatron_cpo.negatives.embeddings import (
     embedding_similarity,
 )
 from megatron_cpo.negatives.ranking import rank_candidates
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
+from tests.tiny_models import save_hugging_face
 
 RECORDS = 24
 

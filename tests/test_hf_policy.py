@@ -1,19 +1,16 @@
 """A Hugging Face policy against one plain forward per sequence; what it refuses."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
-from texts import ToyTokenizer, dolly_tokenizer
-from tiny_models import save_hugging_face, write_tokenizer
 
-from megatron_cpo.groups.source import add_source_arguments
+from harness.ranks import run_ranks
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling
-from megatron_cpo.negatives.policy_flags import add_policy_arguments, policy_from_args
-from tests.ranks import run_ranks
-from tests.test_drawn import contexts, rngs, slow_sample
+from megatron_cpo.negatives.policy_flags import policy_from_args
+from tests.policies import contexts, policy_arguments, rngs, slow_sample
+from tests.texts import ToyTokenizer, dolly_tokenizer
+from tests.tiny_models import save_hugging_face, write_tokenizer
 
 KINDS = ["llama", "gpt2", "gemma2"]
 
@@ -107,17 +104,11 @@ def test_equal_weights_are_one_identity(tmp_path):
     assert first == again != other
 
 
-def arguments(*flags):
-    parser = add_policy_arguments(add_source_arguments(argparse.ArgumentParser()))
-    parser.set_defaults(load=None, bf16=False, fp16=False)
-    return parser.parse_args(["--input", "records.jsonl", *map(str, flags)])
-
-
 def test_flags_choose_the_policy(tmp_path):
-    assert policy_from_args(arguments(), ToyTokenizer()) is None
+    assert policy_from_args(policy_arguments(), ToyTokenizer()) is None
     folder = save_hugging_face(tmp_path)
     flags = ["--policy", f"hf:{folder}", "--max-length", 64]
-    policy = policy_from_args(arguments(*flags), ToyTokenizer())
+    policy = policy_from_args(policy_arguments(*flags), ToyTokenizer())
     assert policy.positions == 64
     assert policy.identity["name"] == tmp_path.name
 
@@ -133,7 +124,7 @@ def test_what_is_no_policy(tmp_path):
         (["--policy", f"hf:{folder}"], r"--max-length 1024: .* at most 64 tokens"),
     ]:
         with pytest.raises(ValueError, match=match):
-            policy_from_args(arguments(*flags), ToyTokenizer())
+            policy_from_args(policy_arguments(*flags), ToyTokenizer())
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"--policy hf:.*: cannot be loaded \(.*safetensors"):
         HuggingFacePolicy(folder, ToyTokenizer())

@@ -5,7 +5,6 @@ Runs against checkouts of Megatron-LM are listed in patches/README.md; nothing h
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
+from harness.ranks import ROOT, parse_losses, run_pretrain, run_ranks, run_script
+from harness.stores import write_store
 from megatron_cpo import compat
 from megatron_cpo.__main__ import main
-from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
-from tests.stores import write_store
-from tests.test_layouts import CPO, MODEL, cpo_curves
+from tests.runs import CPO, MODEL, cpo_curves
 
 SCRIPT = str(ROOT / "examples" / "pretrain_gpt.py")
 RUN = (
@@ -264,9 +263,8 @@ def test_patch_applies_before_the_first_megatron_import(tmp_path: Path) -> None:
 
 def _refusal(argv: list[str]) -> tuple[str, bool]:
     """On a rank: the ValueError of a real run, and whether there was a process group by then."""
-    sys.argv = [SCRIPT, *argv]
     try:
-        runpy.run_path(SCRIPT, run_name="__main__")
+        run_script(argv)
     except ValueError as error:
         return str(error), torch.distributed.is_initialized()
     return "", torch.distributed.is_initialized()

@@ -4,27 +4,23 @@ Each run is `examples/pretrain_gpt.py` with CPO flags, Megatron's own `pretrain(
 The checkpoint is written by one process and resharded by torch_dist on loading.
 """
 
-import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.ranks import run_pretrain, run_ranks
-from tests.stores import TOKENIZER_FLAGS, write_store
+from harness.ranks import run_pretrain, run_ranks
+from harness.stores import write_store
+from tests.runs import CPO, MODEL, cpo_curves, weights
 
 STEPS = 10
-MODEL = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
-    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 --seed 7"
-).split() + TOKENIZER_FLAGS
+
 # SGD at rate 1 without clipping: what a step takes from the weights is its gradient.
 TRAIN = (
     "--seq-length 256 --global-batch-size 8 --optimizer sgd --sgd-momentum 0 --weight-decay 0 "
     "--lr 0.1 --lr-decay-style constant --clip-grad 0 --log-interval 1 --eval-iters 1 "
     "--eval-interval 1000 --save-interval 1 --ckpt-format torch_dist --no-load-optim --no-load-rng"
 ).split()
-CPO = "--cpo-aux-loss --cpo-k 5 --cpo-objective ranked --cpo-beta 0.2".split()
+
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
     "TP=2, SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
@@ -45,29 +41,6 @@ LAYOUTS = {
     ),
     "untied, RoPE, GQA, TP=2": (2, "--tensor-model-parallel-size 2"),
 }
-
-
-def weights(folder: str, iteration: int) -> dict[str, torch.Tensor]:
-    """Model tensors of a torch_dist checkpoint, whole, whatever layout wrote them."""
-    from megatron.core.dist_checkpointing import load_plain_tensors
-
-    torch.distributed.init_process_group("gloo")
-    tensors = load_plain_tensors(f"{folder}/iter_{iteration:07d}")
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and name.startswith(("decoder", "embedding", "output"))
-    }
-
-
-def cpo_curves(output: str) -> dict[str, list[float]]:
-    """The `[cpo]` lines of a training log: {name: [value per iteration]}."""
-    curves: dict[str, list[float]] = {}
-    for line in re.findall(r"\[cpo\] iteration \d+: (.*)", output):
-        for pair in line.split():
-            name, value = pair.split("=")
-            curves.setdefault(name, []).append(float(value))
-    return curves
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.ranks import run_ranks
 from megatron_cpo.model import logprobs
 from megatron_cpo.model.logprobs import Queries, query_logps
-from tests.ranks import run_ranks
 
 S, B, H, ROWS, VOCAB = 12, 3, 8, 32, 27  # ROWS of the output layer, the last 5 of them padding
 

@@ -10,20 +10,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny_models import train_megatron
 
+from harness.ranks import run_ranks
+from harness.stores import VOCAB_SIZE, null_tokenizer, random_group
 from megatron_cpo.negatives.megatron_policy import MegatronPolicy
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import group_rng
-from tests.ranks import run_ranks
-from tests.stores import TOKENIZER_FLAGS, VOCAB_SIZE, null_tokenizer, random_group
+from tests.tiny_models import GPT_FLAGS, train_megatron
 
-COMMON = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
-    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
-).split() + TOKENIZER_FLAGS
 LLAMA = [
-    *COMMON,
+    *GPT_FLAGS,
     *(
         "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
         "--normalization RMSNorm --swiglu --disable-bias-linear "
@@ -32,7 +28,7 @@ LLAMA = [
 ]
 # The pattern takes the place of --num-layers 4.
 HYBRID = ["--hybrid-layer-pattern", "*-*-", *LLAMA[2:]]
-MODELS = {"gpt": COMMON, "llama": LLAMA, "hybrid": HYBRID}
+MODELS = {"gpt": GPT_FLAGS, "llama": LLAMA, "hybrid": HYBRID}
 LAYOUTS = {
     "TP=2": (2, "--tensor-model-parallel-size 2"),
     "PP=2": (2, "--pipeline-model-parallel-size 2"),

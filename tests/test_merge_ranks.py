@@ -4,16 +4,16 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness.ranks import ROOT, run_ranks
 from megatron_cpo.checkpoints import merge, streaming
 from megatron_cpo.checkpoints.ranks import Ranks
-from tests.ranks import ROOT, run_ranks
-from tests.test_merge import weights, write_model
+from tests.checkpoints import weights, write_model
+from tests.commands import run_python
 
 TOOL = str(ROOT / "tools/merge_checkpoints.py")
 
@@ -100,17 +100,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def torchrun(script: Path | str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, script, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return run_python(*command, script, *arguments)
 
 
 def test_torchrun(models: list[Path], tmp_path: Path) -> None:
@@ -138,8 +130,6 @@ def test_sigterm_cleans_up(models: list[Path], tmp_path: Path) -> None:
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = ["--mle", models[0], "--cpo", models[1], "--alpha", "0.3", "--output"]
-    command = [sys.executable, "-c", code, *flags, tmp_path / "gone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, check=False, timeout=120)
+    done = run_python("-c", code, *flags, tmp_path / "gone")
     assert done.returncode == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("gone*"))

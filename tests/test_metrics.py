@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.stores import random_group
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import KINDS
 from megatron_cpo.model.forward import candidate_logps
-from megatron_cpo.training.metrics import group_metrics, packing_metrics
-from tests.stores import random_group
+from megatron_cpo.training.metrics import float32_spacing, group_metrics, packing_metrics
 
 GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
 
@@ -219,3 +219,13 @@ def test_candidate_sums_do_not_drift() -> None:
     logps = torch.tensor([-1e6, -1e-3])
     sums = candidate_logps(logps, torch.tensor([0, 1]), torch.tensor([1, 2]), 2)
     assert sums.tolist() == pytest.approx([-1e6, -1e-3], rel=1e-6)
+
+
+def test_spacing_of_float32_by_numpy() -> None:
+    """Of the largest existing |log-prob| of each group; the log-probs may be of 16 bits."""
+    logps = torch.tensor([[-3.0, -1000.0, torch.nan], [-1024.0, -1.0, -5000.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False], [False] * 3])
+    expected = np.spacing(np.array([1000, 1024, 0], dtype=np.float32))
+    assert expected[:2].tolist() == [2**-14, 2**-13]
+    assert float32_spacing(logps, mask).tolist() == expected.tolist()
+    assert float32_spacing(logps.bfloat16(), mask).tolist() == expected.tolist()

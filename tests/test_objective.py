@@ -13,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_cpo.objective import OBJECTIVES, best_of_k, loss_at_reference, ranked, rewards
+from megatron_cpo.objective import (
+    OBJECTIVES,
+    best_of_k,
+    loss_at_reference,
+    ranked,
+    rewards,
+    sensitivity_at_reference,
+)
 
 HAND = torch.tensor([[4.0, 3.0, 1.0]], dtype=torch.float64).log()
 
@@ -105,6 +112,15 @@ def test_loss_at_reference_is_log_k_and_log_k_factorial() -> None:
     torch.testing.assert_close(loss_at_reference("best", mask), best)
     torch.testing.assert_close(loss_at_reference("ranked", mask), plackett_luce)
     assert loss_at_reference("ranked", torch.zeros(1, 3, dtype=torch.bool)).tolist() == [0]
+
+
+def test_sensitivity_at_reference_by_hand() -> None:
+    """Of three: best |1/3 - 1| + 1/3 + 1/3; ranked |1/3 - 1| + |1/3 + 1/2 - 1| + 1/3 + 1/2."""
+    assert sensitivity_at_reference("best", 3) == pytest.approx(4 / 3)
+    assert sensitivity_at_reference("ranked", 3) == pytest.approx(5 / 3)
+    for k in (2, 12, 48):
+        assert sensitivity_at_reference("best", k) == pytest.approx(2 * (k - 1) / k)
+        assert sensitivity_at_reference("ranked", k) <= k - 1 + 1e-6
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

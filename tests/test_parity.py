@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from harness.ranks import run_ranks
+from harness.stores import VOCAB_SIZE, random_group
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import Group
-from tests.ranks import run_ranks
-from tests.stores import VOCAB_SIZE, random_group
 
 BETA = 0.5
 ARCHITECTURES = {

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from texts import ListedPairs
 
 from megatron_cpo.negatives.ranking import lexical, lexical_weights, rank_candidates, unranked
+from tests.texts import ListedPairs
 
 EOD = 99
 

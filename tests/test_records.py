@@ -4,7 +4,6 @@ import gzip
 import json
 
 import pytest
-from texts import write_jsonl
 
 from megatron_cpo.groups.records import (
     DEFAULT_TEMPLATE,
@@ -16,6 +15,7 @@ from megatron_cpo.groups.records import (
     plain_chat,
     read_records,
 )
+from tests.texts import write_jsonl
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

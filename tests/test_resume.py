@@ -8,17 +8,21 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
+from harness.ranks import run_pretrain
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES
+from megatron_cpo.groups.tokenizing import train_sentencepiece
 from megatron_cpo.negatives.build import build_groups
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run, parse_shard
+from megatron_cpo.negatives.samplers import NEGATIVES
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 NAMES = sorted(f"groups{suffix}" for suffix in (*FILES, ".json"))
 FORK = multiprocessing.get_context("fork")
@@ -42,37 +46,48 @@ def files_in(folder):
 
 @pytest.fixture(scope="module")
 def expected(tokenizer, tmp_path_factory):
-    """What one process writes, and the seconds it takes."""
-    for _ in range(2):  # the first one imports Megatron
-        folder = tmp_path_factory.mktemp("expected")
-        start = time.perf_counter()
-        build_groups(config_in(folder), tokenizer, run=Run(workers=1))
-    return files_in(folder), time.perf_counter() - start
+    """What one process writes."""
+    folder = tmp_path_factory.mktemp("expected")
+    build_groups(config_in(folder), tokenizer, run=Run(workers=1))
+    return files_in(folder)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
-    """Five kills, between the first record and the last rename; the workers die as well."""
-    files, seconds = expected
-    chance, killed = random.Random(workers), 0
-    for attempt in range(5):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
+BLOCKS = 42
+WRITING = 2 + BLOCKS + 1
+"""Parts of a build in `config_in` when the store is being put together."""
 
-        def build(folder=folder):
-            os.setpgid(0, 0)
-            build_groups(config_in(folder), tokenizer, run=Run(workers=workers))
 
-        process = FORK.Process(target=build)
-        process.start()
-        process.join(chance.uniform(0.02, 0.9) * seconds)
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        wait_for_group(process.pid)
-        build_groups(config_in(folder), tokenizer, run=Run(workers=1))
-        assert files_in(folder) == files
-    assert killed >= 3
+def finished_parts(folder):
+    """Of the records, what blocks share, each block, and the beginning of the store."""
+    if (folder / "groups.writing").exists():
+        return WRITING
+    names = set()
+    for part in (folder / "groups.build", folder / "groups.build" / "groups"):
+        with suppress(FileNotFoundError):  # a build that ends removes them
+            names |= {*os.listdir(part)}
+    return len(names & {"pairs", "shared"}) + sum(name.endswith(".npz") for name in names)
+
+
+def kill_build(folder, tokenizer, workers, parts, delay=0.0):
+    """Start a build and kill -9 it when that many parts are finished, and a little later.
+
+    Returns whether it was still running, which does not depend on how fast this machine is.
+    """
+
+    def build():
+        os.setpgid(0, 0)
+        build_groups(config_in(folder), tokenizer, run=Run(workers=workers))
+
+    process = FORK.Process(target=build)
+    process.start()
+    while process.is_alive() and finished_parts(folder) < parts:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    wait_for_group(process.pid)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == -signal.SIGKILL
 
 
 def wait_for_group(group):
@@ -87,26 +102,27 @@ def wait_for_group(group):
     pytest.fail("workers outlive their killed parent")
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
+    """Five kills, between the first record and the last rename; the workers die as well."""
+    chance, killed = random.Random(workers), 0
+    for parts in (0, 1, chance.randint(2, 20), chance.randint(21, WRITING - 3), WRITING):
+        folder = tmp_path / str(parts)
+        folder.mkdir()
+        killed += kill_build(folder, tokenizer, workers, parts, chance.uniform(0, 0.02))
+        build_groups(config_in(folder), tokenizer, run=Run(workers=1))
+        assert files_in(folder) == expected
+    assert killed >= 4, "putting together may be over before it is seen"
+
+
 def test_killed_again_and_again(tokenizer, expected, tmp_path):
-    """One output, whose build never lives longer than a third of what it needs in one go."""
-    files, seconds = expected
-    blocks = []
-    for _ in range(60):
-        process = FORK.Process(
-            target=build_groups,
-            args=(config_in(tmp_path), tokenizer),
-            kwargs={"run": Run(workers=1)},
-        )
-        process.start()
-        process.join(0.35 * seconds)
-        process.kill()
-        process.join()
-        done = tmp_path / "groups.build" / "groups"
-        blocks.append(len(os.listdir(done)) if done.is_dir() else 0)
-        if process.exitcode == 0:
-            break
-    assert files_in(tmp_path) == files
-    assert len(blocks) > 1 and max(blocks) > 0, "blocks are kept from one run to the next"
+    """One output, whose build is killed whenever it has done a quarter of the work."""
+    found = [0]
+    while kill_build(tmp_path, tokenizer, 1, found[-1] + WRITING // 4):
+        found.append(finished_parts(tmp_path))
+        assert found[-1] > found[-2], "what is finished is kept from one run to the next"
+    assert files_in(tmp_path) == expected
+    assert len(found) >= 4
 
 
 def test_shards_in_any_order_and_the_last_one_merges(tokenizer, expected, tmp_path):
@@ -116,10 +132,10 @@ def test_shards_in_any_order_and_the_last_one_merges(tokenizer, expected, tmp_pa
     ]
     assert reports[:2] == [None, None]
     assert reports[2].manifest["groups"] == 334
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
     again = build_groups(config_in(tmp_path), tokenizer, run=Run(share=0, shares=3))
     assert again.manifest == reports[2].manifest
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
 
 
 def test_shards_at_the_same_time(tokenizer, expected, tmp_path):
@@ -137,7 +153,7 @@ def test_shards_at_the_same_time(tokenizer, expected, tmp_path):
     for shard in shards:
         shard.join()
     assert [shard.exitcode for shard in shards] == [0] * 5
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
 
 
 def test_merge_says_what_is_missing(tokenizer, expected, tmp_path):
@@ -146,7 +162,7 @@ def test_merge_says_what_is_missing(tokenizer, expected, tmp_path):
     with pytest.raises(ValueError, match=message):
         build_groups(config_in(tmp_path), tokenizer, run=Run(merge_only=True))
     build_groups(config_in(tmp_path), tokenizer, run=Run(share=1, shares=2, workers=1))
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
 
 
 def test_more_shards_than_blocks(tmp_path):
@@ -209,7 +225,7 @@ def test_a_damaged_block_is_built_anew(tokenizer, expected, tmp_path):
     with pytest.raises(ValueError, match=r"00000002\.npz: damaged .* run the same command again"):
         build_groups(config_in(tmp_path), tokenizer, run=other)
     build_groups(config_in(tmp_path), tokenizer)
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
 
 
 def test_another_command_over_the_same_output_is_refused(tokenizer, expected, tmp_path):
@@ -224,7 +240,7 @@ def test_another_command_over_the_same_output_is_refused(tokenizer, expected, tm
         build_groups(other, tokenizer)
     with pytest.raises(ValueError, match=r'with negatives \{"bn": 3, "tn": 8\}, .* \{"tn": 2\};'):
         build_groups(config_in(tmp_path, negatives="tn=2"), tokenizer)
-    assert files_in(tmp_path) == expected[0]
+    assert files_in(tmp_path) == expected
 
 
 def test_a_dead_worker_is_reported_and_what_is_finished_kept(tmp_path, monkeypatch):
@@ -232,8 +248,6 @@ def test_a_dead_worker_is_reported_and_what_is_finished_kept(tmp_path, monkeypat
         if context.index == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return [context.truth] * count
-
-    from megatron_cpo.negatives.samplers import NEGATIVES
 
     path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "1", "completion": "2 3"},) * 6)
     config = BuildConfig(
@@ -249,18 +263,14 @@ def test_a_dead_worker_is_reported_and_what_is_finished_kept(tmp_path, monkeypat
 
 def test_two_ranks(tokenizer, expected, tmp_path):
     """The tool under torchrun's environment: ranks take blocks, the last to finish merges."""
-    from tests.ranks import run_pretrain
-
     model = tmp_path / "tokenizer.model"
-    from megatron_cpo.groups.tokenizing import train_sentencepiece
-
     train_sentencepiece(Source((DOLLY,)), str(model), 1000)
     out = tmp_path / "out"
     flags = ["--input", DOLLY, "--max-length", 256, "--output-prefix", out / "groups"]
     flags += ["--seed", 7, "--block-records", 8, "--workers", 1]
     flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
     outputs = run_pretrain(flags, 2, script="tools/build_negatives.py")
-    assert files_in(out) == expected[0]
+    assert files_in(out) == expected
     assert sum("of K = 12" in output for output in outputs) == 1
 
 
@@ -289,7 +299,7 @@ class LethalPolicy:
 def test_ray_builds_the_same_and_repeats_what_is_lost(tmp_path):
     """A real cluster of this machine, one of whose actors dies in the middle of a block."""
     ray = pytest.importorskip("ray")
-    for module in (__name__, "texts"):  # a worker cannot import them
+    for module in (__name__, "tests.texts"):  # a worker cannot import them
         ray.cloudpickle.register_pickle_by_value(sys.modules[module])
     path = write_jsonl(
         tmp_path / "r.jsonl", *({"prompt": "1", "completion": f"{i} 3"} for i in range(20))
@@ -331,6 +341,6 @@ def test_runs_that_are_refused(options, match):
 
 
 def test_the_manifest_has_no_trace_of_who_built(expected):
-    manifest = json.loads(expected[0]["groups.json"])
+    manifest = json.loads(expected["groups.json"])
     assert "shard" not in json.dumps(manifest)
     assert manifest["block_records"] == 8

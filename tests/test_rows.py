@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from harness.stores import random_group
 from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
 from megatron_cpo.groups.store import Group
 from megatron_cpo.tree import build_tree
-from tests.stores import random_group
 
 
 def group(prefix: list[int], candidates: list[list[int]], ranks: list[int], **values: Any) -> Group:

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from texts import ListedPairs
 
 from megatron_cpo.groups.store import KINDS
 from megatron_cpo.negatives.samplers import (
@@ -15,6 +14,7 @@ from megatron_cpo.negatives.samplers import (
     parse_mix,
     truncation_negative,
 )
+from tests.texts import ListedPairs
 
 EOD = 99
 

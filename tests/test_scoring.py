@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.ranks import run_pretrain
+from harness.stores import write_store
 from megatron_cpo.groups.store import GroupReader
-from tests.ranks import run_pretrain
-from tests.stores import write_store
-from tests.test_layouts import MODEL, cpo_curves
+from tests.runs import MODEL, cpo_curves
 
 K = 6
 TOOL = "tools/build_negatives.py"

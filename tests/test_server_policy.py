@@ -1,19 +1,16 @@
 """A completions server as a policy: real servers in processes of their own, on loopback."""
 
-import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
-from texts import ToyTokenizer, dolly_tokenizer
-from tiny_models import save_hugging_face, write_tokenizer
 
+from harness.ranks import ROOT
 from megatron_cpo.negatives import server_policy
 from megatron_cpo.negatives.drawn import policy_samplers
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
@@ -21,9 +18,10 @@ from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.policy_flags import policy_from_args
 from megatron_cpo.negatives.samplers import check_kinds, group_rng
 from megatron_cpo.negatives.server_policy import ServerPolicy
-from tests.test_hf_policy import arguments
+from tests.policies import policy_arguments
+from tests.texts import ToyTokenizer, dolly_tokenizer
+from tests.tiny_models import save_hugging_face, write_tokenizer
 
-ROOT = Path(__file__).parents[1]
 SAMPLING = Sampling(top_k=20, max_new_tokens=12)
 
 
@@ -38,11 +36,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    command = [sys.executable, ROOT / "tests/completions_server.py", folder / "model"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "tests.completions_server", folder / "model"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, text=True
     ) as process:
         port = process.stdout.readline().strip()
         yield f"http://127.0.0.1:{port}/v1"
@@ -139,7 +135,7 @@ def test_what_is_no_server(folder, url):
         (url.removesuffix("/v1") + "/v2", r"serves tiny, half; choose one with --policy-model"),
     ]:
         with pytest.raises(ValueError, match=match):
-            policy_from_args(arguments("--policy", address), tokenizer)
+            policy_from_args(policy_arguments("--policy", address), tokenizer)
 
 
 def test_httpx_is_named_when_it_is_missing(monkeypatch):

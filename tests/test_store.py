@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.stores import VOCAB_SIZE, random_group
 from megatron_cpo.groups.store import (
     FILES,
     KINDS,
@@ -19,7 +20,6 @@ from megatron_cpo.groups.store import (
 )
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_reference_logps
 from megatron_cpo.tree import build_tree
-from tests.stores import VOCAB_SIZE, random_group
 
 REFERENCE = {"name": "mle", "iteration": "100", "sha256": "ab" * 32}
 VALUES = ("kinds", "similarities", "ranks", "reference_logps")

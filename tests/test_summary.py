@@ -1,7 +1,6 @@
 """Reading a run's log back: its numbers by hand, its messages, and the picture."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import pytest
 from megatron_cpo.evaluation.summary import describe, read_log, summarize_run
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import format_line
+from tests.commands import assert_one_line_error, run_tool
 
-ROOT = Path(__file__).parents[1]
 GATE = (
     "step-0 gate: cpo loss 1.386294, at theta = ref it must be 1.386294 "
-    "(best, K=4), off by 1.0e-08: ok"
+    "(best, K=4), off by 1.0e-08 of at most 1.0e-04: ok"
 )
 ARGUMENTS = """\
   cpo_beta ........................................ 5.0
@@ -115,7 +114,7 @@ def test_loss_at_reference() -> None:
 
 def test_gate_that_does_not_apply() -> None:
     reference = {"name": "mle", "iteration": "60", "sha256": "a" * 64}
-    text = f"{StepZeroGate('best', 4, reference, None).reason}\n{iteration_lines(1, 0)}"
+    text = f"{StepZeroGate('best', 4, 5.0, reference, None).reason}\n{iteration_lines(1, 0)}"
     assert "step-0 gate  does not apply: the reference log-probs are of mle" in describe(
         read_log(text.splitlines())
     )
@@ -155,13 +154,13 @@ def test_tool(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     log = tmp_path / "run.log"
     log.write_text(run_text())
-    tool = [sys.executable, str(ROOT / "tools" / "summarize_run.py"), "--log"]
-    done = subprocess.run([*tool, str(log)], capture_output=True, text=True, cwd=ROOT)
+    name = "summarize_run.py"
+    done = run_tool(name, "--log", log)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run.png").exists()
-    failed = subprocess.run([*tool, "nowhere.log"], capture_output=True, text=True, cwd=ROOT)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("summarize_run.py: --log nowhere.log: no such file")
+    failed = run_tool(name, "--log", "nowhere.log")
+    assert_one_line_error(failed, name)
+    assert failed.stderr.startswith(f"{name}: --log nowhere.log: no such file")
 
 
 def test_log_without_cpo(tmp_path: Path) -> None:

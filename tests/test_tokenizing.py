@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 from megatron_cpo.groups.pairs import PairReader, read_pairs, write_lm_dataset, write_pairs
 from megatron_cpo.groups.records import BadRecord, Dropped
@@ -17,6 +16,7 @@ from megatron_cpo.groups.tokenizing import (
     tokenizer_identity,
     train_sentencepiece,
 )
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 EOD = ToyTokenizer.eod
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.ranks import ROOT, parse_losses, run_pretrain, run_ranks
+from harness.stores import write_store
 from megatron_cpo.groups.plan import pack
 from megatron_cpo.groups.store import GroupReader
-from tests.ranks import ROOT, parse_losses, run_pretrain, run_ranks
-from tests.stores import write_store
-from tests.test_layouts import CPO, MODEL, cpo_curves, weights
+from tests.corpora import write_corpus
+from tests.runs import CPO, MODEL, cpo_curves, weights
 
 RUN = (
     "--seq-length 256 --micro-batch-size 1 --lr 0.01 --lr-decay-style constant --log-interval 1 "
@@ -142,16 +143,8 @@ def test_split_keeps_groups_apart(store: str) -> None:
 
 def test_late_pretraining_mixes_plain_rows(store: str, tmp_path: Path) -> None:
     """--cpo-fraction 0.5: half the rows hold groups, the LM loss covers the plain rows' tokens."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    generator = torch.Generator().manual_seed(0)
-    builder = IndexedDatasetBuilder(str(tmp_path / "text.bin"))
-    for _ in range(100):
-        document = torch.randint(0, 499, (200,), generator=generator)
-        builder.add_document(document, [len(document)])
-    builder.finalize(str(tmp_path / "text.idx"))
+    text = write_corpus(tmp_path, 499, documents=100, tokens=200)
     flags = "--global-batch-size 4 --train-iters 3 --cpo-fraction 0.5 --eval-iters 0".split()
-    text = ["--data-path", str(tmp_path / "text"), "--data-cache-path", str(tmp_path)]
     mixed = cpo_curves(train(store, *flags, *text))
     alone = cpo_curves(train(store, *flags, "--cpo-fraction", "1"))
     half = [rows / 2 for rows in alone["groups_per_row"]]

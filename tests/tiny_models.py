@@ -3,10 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import run_pretrain
-from tests.stores import write_store
+from harness.ranks import run_pretrain
+from harness.stores import TOKENIZER_FLAGS, write_store
 
 VOCAB = 100  # of `texts.ToyTokenizer`; its EOD is 99
+GPT_FLAGS = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
+    "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
+).split() + TOKENIZER_FLAGS
+"""Of a Megatron GPT of four layers under the null tokenizer, for `train_megatron`."""
 
 
 def save_hugging_face(folder: Path, kind: str = "llama", rows: int = VOCAB, seed: int = 0) -> str:

@@ -2,12 +2,25 @@
 
 It catches almost every wiring fault (mask, positions, scale, tokenizer, wrong reference), so the
 first iteration of a run that starts from its own reference is held against it, in the log.
+
+Candidates' log-probs are float32 sums: where |log p| is 1,000, neighbouring numbers are 6e-5 apart,
+and the reference was perhaps summed at another layout. A reward then errs by beta times that, and
+the loss by no more than
+
+    beta * sum_k |d loss / d s_k| * (spacing of float32 at the group's largest |log p|),
+
+with the gradient at theta = ref (`objective.sensitivity_at_reference`: below 2 for best-of-K, up to
+K-1 for ranked). The gate allows the mean of that over the batch's groups, or a fixed tolerance if
+that is larger. At beta 5 and K = 12, groups of 1,000 nats may miss by 6e-4 (best) and 2.5e-3
+(ranked); a reference that is off by 0.01 nats at random misses by 0.05 and 0.15 in a group.
 """
 
 from typing import Any
 
+from megatron_cpo.objective import sensitivity_at_reference
+
 TOLERANCE = 1e-4
-"""Nats by which the mean loss may miss the gate in float32."""
+"""Nats by which the mean loss may always miss the gate in float32."""
 TOLERANCE_16_BIT = 0.1
 """The same with bf16 or fp16 weights: sums of some hundred rounded log-probs, times beta. Seen:
 7e-3 when the store was scored in bf16, 6e-2 when it was scored in float32."""
@@ -18,10 +31,11 @@ class StepZeroGate:
 
     Args:
         objective: key of `objective.OBJECTIVES`.
-        k: candidates of a group, for the log line.
+        k: candidates of a group.
+        beta: inverse temperature of the rewards.
         reference: identity of the checkpoint the store was scored under.
         start: identity of the checkpoint training starts from; None: random weights.
-        tolerance: nats by which the loss may differ.
+        tolerance: nats by which the loss may always differ.
         hidden_dropout: with it the policy is not its reference even at step 0.
     """
 
@@ -29,28 +43,36 @@ class StepZeroGate:
         self,
         objective: str,
         k: int,
+        beta: float,
         reference: dict[str, Any],
         start: dict[str, Any] | None,
         tolerance: float = TOLERANCE,
         hidden_dropout: float = 0.0,
     ) -> None:
         self.objective, self.k, self.tolerance = objective, k, tolerance
+        self.sensitivity = beta * sensitivity_at_reference(objective, k)
+        """By how much the loss may change when each log-prob does by 1."""
         self.reason = _why_not(reference, start, hidden_dropout)
         """Why the gate does not apply to this run; None when it does."""
+        self.waiting = self.reason is None
+        """For the first loss; until then the step reports what a verdict needs."""
 
-    def verdict(self, found: float, expected: float) -> str:
+    def verdict(self, found: float, expected: float, spacing: float) -> str:
         """The log line for the first loss.
 
         Args:
             found: mean CPO loss of the first global batch, nats per group.
             expected: its value at theta = ref, see `objective.loss_at_reference`.
+            spacing: of float32 numbers as large as the log-probs, see `metrics.float32_spacing`;
+                the mean over the groups of the batch, nats.
         """
-        off = abs(found - expected)
+        off, limit = abs(found - expected), max(self.tolerance, self.sensitivity * spacing)
         line = (
             f"step-0 gate: cpo loss {found:.6f}, at theta = ref it must be {expected:.6f} "
-            f"({self.objective}, K={self.k}), off by {off:.1e}: "
+            f"({self.objective}, K={self.k}), off by {off:.1e} "
+            f"of at most {limit:.1e}: "
         )
-        if off < self.tolerance:
+        if off < limit:
             return line + "ok"
         return line + (
             "FAILED: the policy is not its reference. Check that the store was scored with the "

@@ -148,12 +148,18 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     manifest = read_manifest(config.data_path)
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(
-        config.objective, config.k, manifest["reference"], start, tolerance, args.hidden_dropout
+        config.objective,
+        config.k,
+        config.beta,
+        manifest["reference"],
+        start,
+        tolerance,
+        args.hidden_dropout,
     )
     _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
-    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds)
+    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
     arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
     if args.rank == 0:
         print(

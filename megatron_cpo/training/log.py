@@ -15,6 +15,8 @@ from megatron_cpo.training.gate import StepZeroGate
 
 AT_REFERENCE = "cpo loss at reference"
 """What the step reports beside its losses, for the gate: the CPO loss if theta were ref, nats."""
+SPACING = "float32 spacing of log-probs"
+"""The same: how far apart float32 numbers of the size of the batch's log-probs are, nats."""
 
 
 class MetricLog:
@@ -22,7 +24,7 @@ class MetricLog:
 
     def __init__(self) -> None:
         self.gate: StepZeroGate | None = None
-        """Set for a CPO run; checked at its first iteration."""
+        """Set for a CPO run; asked at its first iteration."""
         self._sums: dict[str, Tensor] = {}
         self._iterations = 0
 
@@ -32,11 +34,12 @@ class MetricLog:
 
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         losses = bound["loss_dict"]
-        expected = losses.pop(AT_REFERENCE, None)  # a constant: for the gate, not for the log
-        if self.gate is not None and expected is not None and "cpo loss" in losses:
-            if self.gate.reason is None and float(expected) > 0:
-                print_rank_last(self.gate.verdict(float(losses["cpo loss"]), float(expected)))
-            self.gate = None
+        if self.gate is not None and AT_REFERENCE in losses:
+            # For the gate, not for the log: nothing of the policy is in them.
+            expected, spacing = (float(losses.pop(name)) for name in (AT_REFERENCE, SPACING))
+            self.gate.waiting = False
+            if expected > 0:  # the batch has a group
+                print_rank_last(self.gate.verdict(float(losses["cpo loss"]), expected, spacing))
         result = original(*args, **kwargs)
         if bound["skipped_iter"] == 0 and "cpo loss" in losses:
             self._iterations += 1

@@ -72,6 +72,16 @@ def packing_metrics(batch: dict[str, Tensor], groups: Tensor) -> dict[str, Tenso
     }
 
 
+def float32_spacing(logps: Tensor, mask: Tensor) -> Tensor:
+    """[groups] float32: how far from its neighbours a group's largest |log-prob| is, nats.
+
+    Args:
+        logps, mask: [groups, K], and which of them exist; a group of none has almost 0.
+    """
+    largest = logps.float().abs().masked_fill(~mask, 0.0).amax(dim=1)
+    return torch.nextafter(largest, torch.full_like(largest, torch.inf)) - largest
+
+
 def _ratio(values: Tensor, where: Tensor) -> Tensor:
     """[2]: the sum of values where a condition holds, and how often it does."""
     total = torch.where(where, values, 0.0).sum(dtype=torch.float32)

@@ -21,8 +21,9 @@ from megatron_cpo.groups.store import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
 from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
 from megatron_cpo.training.config import CPOConfig
-from megatron_cpo.training.log import AT_REFERENCE
-from megatron_cpo.training.metrics import EMPTY, group_metrics, packing_metrics
+from megatron_cpo.training.gate import StepZeroGate
+from megatron_cpo.training.log import AT_REFERENCE, SPACING
+from megatron_cpo.training.metrics import EMPTY, float32_spacing, group_metrics, packing_metrics
 
 
 class CPOStep:
@@ -32,6 +33,7 @@ class CPOStep:
         config: the `--cpo-*` settings.
         vocab_size: the tokenizer's, without padding rows.
         kinds: kinds of candidates to report the mean reward of; those of the store.
+        gate: while it waits for the first loss, what it needs is reported as well.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class CPOStep:
         config: CPOConfig,
         vocab_size: int,
         kinds: Sequence[str] = KINDS,
+        gate: StepZeroGate | None = None,
     ) -> None:
-        self.config, self.kinds = config, kinds
+        self.config, self.kinds, self.gate = config, kinds, gate
         self.forward = RowForward(vocab_size)
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
@@ -82,9 +85,11 @@ class CPOStep:
             policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
             report |= packing_metrics(batch, groups)
-            if loss.requires_grad:
+            if loss.requires_grad and self.gate is not None and self.gate.waiting:
                 at_reference = loss_at_reference(config.objective, mask).sum()
                 report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
+                spacing = float32_spacing(reference, mask).sum()
+                report[SPACING] = torch.stack([spacing, groups + EMPTY])
         _reject_bad_loss(args, loss)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel

@@ -6,6 +6,7 @@ that server and so starts warm, with Megatron's global state untouched.
 
     run_ranks(function, 2, *args)                 results by rank
     run_pretrain(["--num-layers", "2", ...], 2)   what each rank of a training script printed
+    run_script(argv)                              the same, called by a function on each rank
     parse_losses(output)                          {"lm loss": [5.1, 4.9, ...], "grad norm": ...}
 
 Ranks run on the CPU even where there is a GPU.
@@ -73,8 +74,22 @@ def run_pretrain(
     timeout: float = 300,
 ) -> list[str]:
     """Run a training script with `argv` on ranks; what each printed (stdout and stderr) by rank."""
-    arguments = (str(ROOT / script), [str(argument) for argument in argv])
-    return _launch(_run_script, world_size, arguments, {}, timeout)[1]
+    arguments = ([str(argument) for argument in argv], script)
+    return _launch(run_script, world_size, arguments, {}, timeout)[1]
+
+
+def run_script(argv: list[str], script: str = "examples/pretrain_gpt.py") -> None:
+    """Run a training script with `argv` in this process, a rank; raises when it exits in error.
+
+    Args:
+        script: its path, from the project's root or absolute.
+    """
+    sys.argv = [str(ROOT / script), *argv]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as stop:  # Megatron's --exit-interval leaves this way
+        if stop.code not in (None, 0):
+            raise RuntimeError(f"{script} exited with {stop.code!r}") from stop
 
 
 def parse_losses(output: str) -> dict[str, list[float]]:
@@ -258,12 +273,3 @@ def _report(path: Path, rank: int, error: BaseException) -> None:
     unfinished = path.with_suffix(".tmp")
     unfinished.write_bytes(pickle.dumps((time.time(), rank, text, pickled)))
     unfinished.rename(path)
-
-
-def _run_script(script: str, argv: list[str]) -> None:
-    sys.argv = [script, *argv]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as stop:  # Megatron's --exit-interval leaves this way
-        if stop.code not in (None, 0):
-            raise RuntimeError(f"{script} exited with {stop.code!r}") from stop

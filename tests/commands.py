@@ -1,0 +1,57 @@
+"""Python as a process of its own, the way users start the tools, and what every tool promises."""
+
+import os
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+from harness.ranks import ROOT
+
+
+def run_python(*arguments: Any, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` with this project importable; whatever its exit status, output as text."""
+    # Where byte code is forbidden, Megatron is compiled anew, which takes seconds.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+class Done(NamedTuple):
+    """What came of a tool."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    imported: set[str]
+    """Names of modules."""
+
+
+def run_tool(name: str, *flags: Any) -> Done:
+    """Run a script of `tools/`."""
+    done = run_python("-X", "importtime", ROOT / "tools" / name, *flags)
+    said, imported = [], set()
+    for line in done.stderr.splitlines(keepends=True):
+        if line.startswith("import time:"):
+            imported.add(line.rpartition("|")[2].strip())
+        else:
+            said.append(line)
+    assert "argparse" in imported
+    return Done(done.returncode, done.stdout, "".join(said), imported)
+
+
+def assert_quick(done: Done) -> None:
+    """Neither torch nor Megatron was imported: both take seconds."""
+    assert not {"torch", "megatron.core"} & done.imported
+
+
+def assert_one_line_error(done: Done, name: str) -> None:
+    """A mistake of the user's is one line that starts with the tool's name."""
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{name}: ")
+    assert done.stderr.count("\n") == 1

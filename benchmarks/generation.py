@@ -38,7 +38,8 @@ def bench_generation(setting: Setting) -> Rows:
         setting.row_tokens,
         batch=PROMPTS * max(SAMPLES),
     )
-    theirs = HuggingFacePolicy(folder, tokenizer, batch=PROMPTS * max(SAMPLES))
+    dtype = str(setting.dtype).removeprefix("torch.")
+    theirs = HuggingFacePolicy(folder, tokenizer, batch=PROMPTS * max(SAMPLES), dtype=dtype)
     ours._eod = theirs._eod = -1  # never drawn: as many tokens from each
     longest = setting.max_length - NEW_TOKENS
     prompts = [reader[i % len(reader)].prefix[-longest:] for i in range(PROMPTS)]
@@ -102,7 +103,7 @@ def hugging_face_twin(model: Any, vocab: int) -> Any:
                     tensor = heads.transpose(0, 1).flatten(0, 2)
                 found[f"h.{layer}.{name}.{part}"] = tensor.t() if tensor.dim() == 2 else tensor
     twin.transformer.load_state_dict(found)
-    return twin.to(next(model.parameters()).device)
+    return twin.to(next(model.parameters()))
 
 
 def _sample(policy: Policy, prompts: list[Ints], count: int) -> None:

@@ -23,7 +23,7 @@ from benchmarks.setting import (
     Setting,
     build_model,
     group_store,
-    sample_groups,
+    sample_batches,
     side_by_side,
 )
 from megatron_cpo.groups.rows import RowShape, documents_row, group_row
@@ -41,7 +41,7 @@ def bench_step(setting: Setting) -> Rows:
     reader = group_store(setting)
     model, tree_model = build_model(setting, trees=False), build_model(setting, trees=True)
     forward = RowForward(setting.vocab)
-    batches = [sample_groups(reader, setting.groups, i) for i in range(setting.repeats)]
+    batches = sample_batches(setting, reader, setting.groups, setting.repeats)
 
     buffer = floor_buffer(setting)
 

@@ -20,7 +20,7 @@ from benchmarks.setting import (
     Setting,
     build_model,
     group_store,
-    sample_groups,
+    sample_batches,
     seconds,
 )
 from benchmarks.step import BETA, tree_losses
@@ -44,7 +44,7 @@ def bench_trl(setting: Setting) -> Rows:
     pairs = replace(setting, negatives="bn=1", bf16=False)
     reader = group_store(pairs)
     steps = setting.repeats + 1  # the first warms both up
-    batches = [sample_groups(reader, PAIRS, i) for i in range(steps)]
+    batches = sample_batches(setting, reader, PAIRS, steps)
     ours, theirs = [], []
     step = _our_step(pairs)
     with _trl(found.stdout.strip(), pairs, batches) as (version, next_step):

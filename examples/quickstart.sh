@@ -28,6 +28,7 @@ if ((gpus > 0)); then
     ((gpus >= 2)) || ranks=1
     host=(--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
         --no-masked-softmax-fusion --no-rope-fusion)  # no Transformer Engine, no Apex
+    export CUDA_DEVICE_MAX_CONNECTIONS=1  # Megatron insists, with tensor parallelism before Blackwell
 fi
 train=(torchrun --standalone --nproc-per-node "$ranks")
 tokenizer=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/tokenizer.model")

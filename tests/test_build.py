@@ -4,15 +4,18 @@ import gzip
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from harness.ranks import ROOT
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import KINDS, GroupReader
 from megatron_cpo.negatives.build import build_groups
 from megatron_cpo.negatives.config import BuildConfig, Run
+from megatron_cpo.negatives.executors import run_stage
 from megatron_cpo.negatives.samplers import NEGATIVES
 from tests.commands import assert_quick, run_tool
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
@@ -294,3 +297,29 @@ def test_help_does_not_wait_for_megatron(name):
     assert done.returncode == 0
     assert "instruction + response" in done.stdout
     assert_quick(done)
+
+
+def on_a_gpu(patch) -> None:
+    """As on a machine with one GPU that something in this process uses already."""
+    for name in ("is_available", "is_initialized"):
+        patch.setattr(torch.cuda, name, lambda: True)
+    patch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("a GPU for work without a model"))
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_work_without_a_model_is_forked_on_a_machine_with_gpus(tmp_path, monkeypatch, workers):
+    records = ({"prompt": str(i), "completion": "2 3 4"} for i in range(4))
+    config = toy_config(tmp_path, *records, negatives="tn=1", block_records=1)
+    with monkeypatch.context() as patch:
+        on_a_gpu(patch)
+        report = build_groups(config, ToyTokenizer(), run=Run(workers=workers))
+    assert report.manifest["groups"] == 4
+
+
+def test_a_model_on_a_gpu_is_not_forked(tmp_path, monkeypatch):
+    work = SimpleNamespace(missing=lambda _, blocks: list(blocks))
+    job = SimpleNamespace(work=work, records=2, size=1, forks=False, work_of=lambda _: pytest.fail)
+    with monkeypatch.context() as patch:
+        on_a_gpu(patch)
+        with pytest.raises(ValueError, match=r"^--workers 2: a model on a GPU cannot be shared"):
+            run_stage(job, "groups", Run(workers=2), "groups", "records")

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from harness.ranks import run_ranks
 from harness.stores import VOCAB_SIZE, null_tokenizer, random_group
+from megatron_cpo.model.stages import StagedModel
 from megatron_cpo.negatives.megatron_policy import MegatronPolicy
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import group_rng
@@ -77,6 +79,15 @@ def test_layouts_at_which_sequences_cannot_grow_are_refused(layout, message):
     setattr(args, name, int(value))
     with pytest.raises(ValueError, match=f"^{message}"):
         MegatronPolicy.load(args, null_tokenizer())
+
+
+def test_rows_on_a_gpu_have_few_lengths():
+    """Attention is compiled for a length, and torch gives up after eight."""
+    on = {
+        name: SimpleNamespace(device=torch.device(name), _row_tokens=64) for name in ("cuda", "cpu")
+    }
+    assert [StagedModel.width(on["cuda"], n) for n in (1, 64, 65, 200)] == [64, 64, 128, 256]
+    assert [StagedModel.width(on["cpu"], n) for n in (1, 65)] == [1, 65]
 
 
 def sample(policy):

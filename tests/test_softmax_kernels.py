@@ -93,8 +93,12 @@ def test_logit_gradients_by_formula(first_token: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("kept_logits", [0, 2**20])
-def test_the_whole_head(monkeypatch: pytest.MonkeyPatch, kept_logits: int) -> None:
-    """Values and gradients of the head with the kernels equal those with plain torch."""
+@pytest.mark.parametrize("expanded", [False, True])
+def test_the_whole_head(monkeypatch: pytest.MonkeyPatch, kept_logits: int, expanded: bool) -> None:
+    """Values and gradients of the head with the kernels equal those with plain torch.
+
+    The gradient of a plain sum arrives as one number, expanded to all queries.
+    """
     hidden = torch.randn(6, 2, HIDDEN, requires_grad=True)
     weight = (2 * torch.randn(COLUMNS, HIDDEN)).requires_grad_()
     with torch.device("cpu"):
@@ -102,6 +106,8 @@ def test_the_whole_head(monkeypatch: pytest.MonkeyPatch, kept_logits: int) -> No
         targets = torch.tensor([[3, 32, 7, 0, 12], [9, 1, 1, 30, -1]])
         queries = Queries.of(positions, targets, DEVICE)
     upstream = torch.linspace(-55, 5, len(queries.targets))
+    if expanded:
+        upstream = torch.tensor(-3.0).expand_as(upstream)
     results = []
     for softmax in (logprobs.Softmax(), FusedSoftmax()):
         monkeypatch.setattr(logprobs, "_softmax", lambda _, softmax=softmax: softmax)

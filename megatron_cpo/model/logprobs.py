@@ -169,6 +169,7 @@ class _QueryLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, largest, scale = ctx.saved_tensors
+        grad_logps = grad_logps.contiguous()  # of a sum it is one number, expanded
         shard, softmax = VocabShard(weight, *ctx.shard_of), _softmax(hidden)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)

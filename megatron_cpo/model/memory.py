@@ -116,7 +116,7 @@ class PrefixMemory:
         self._own += 1
         if first or len(rows) < len(self._prefix_of):
             self._prefix_of, slots = self._prefix_of[rows], self._slots[rows]
-            self._slots = self._close_gaps(slots)
+            self._slots = self._close_gaps(slots, device)
             self._place_samples(device)
             self._in_slots = torch.from_numpy(np.argsort(self._slots)).to(device)
             self._by_sample = torch.from_numpy(self._slots).to(device)
@@ -183,15 +183,18 @@ class PrefixMemory:
         for memory in self._layers.values():
             memory.read = []
 
-    def _close_gaps(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _close_gaps(self, slots: NDArray[np.int64], device: torch.device) -> NDArray[np.int64]:
         """Move the last slots into free ones, in every layer; the new slots of the samples."""
         n = len(slots)
         moving = np.flatnonzero(slots >= n)
         free = np.setdiff1d(np.arange(n), slots)
-        for memory in self._layers.values():
-            for tensor in memory.own:
-                tensor[free, :, : self._own] = tensor[slots[moving], :, : self._own]
-        slots[moving] = free
+        if len(free):
+            # Once for all layers: each way to a GPU waits for it.
+            to, of = (torch.from_numpy(rows).to(device) for rows in (free, slots[moving]))
+            for memory in self._layers.values():
+                for tensor in memory.own:
+                    tensor[to, :, : self._own] = tensor[of, :, : self._own]
+            slots[moving] = free
         return slots
 
     def _place_samples(self, device: torch.device) -> None:

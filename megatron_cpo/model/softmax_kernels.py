@@ -98,7 +98,10 @@ def _row_sums(logits, largest, sums, COLUMNS: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(sums + row, tl.sum(total * tl.exp(high - top)))
 
 
-@triton.jit
+# Where a chunk's queries begin changes their alignment, which would compile a kernel for each.
+@triton.jit(
+    do_not_specialize_on_alignment=["largest", "factors", "starts", "targets", "grads"],
+)
 def _logit_gradients(
     logits,
     out,

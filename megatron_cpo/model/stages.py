@@ -136,5 +136,7 @@ class StagedModel:
             yield row
 
     def width(self, tokens: int) -> int:
-        """Tokens of a row's tensors: all alike on a GPU, which compiles attention for a shape."""
-        return max(tokens, self._row_tokens) if self.device.type == "cuda" else tokens
+        """Tokens of a row's tensors: on a GPU, which compiles attention for a shape, whole rows."""
+        if self.device.type != "cuda":
+            return tokens
+        return -(-tokens // self._row_tokens) * self._row_tokens

@@ -59,8 +59,8 @@ class Builder:
             kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
         }
         self.policy = None
-        take_gpu()
         if use is not None and (use.score or config.needs_policy):
+            take_gpu()
             self.policy = use.open()
             self._samplers |= policy_samplers(
                 self.policy, use.sampling, use.mask_share, use.replace_share
@@ -160,6 +160,7 @@ class Builder:
                     "and its model flags"
                 )
             return PolicyEmbedder(self.policy, self.eod)
+        take_gpu()
         return SentenceEmbedder(name, self.tokenizer)
 
     def _similarity(self) -> BlockSimilarity:

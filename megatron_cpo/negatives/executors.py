@@ -26,6 +26,9 @@ def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 
     Args:
         what: title of the progress bar.
         unit: what the bar counts, `each` a record.
+
+    Raises:
+        ValueError: several processes are to share a model on a GPU.
     """
     mine = range(run.share, blocks_of(job), run.shares)
     todo = job.work.missing(stage, mine)
@@ -37,6 +40,8 @@ def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 
 
         done = run_ray(job, stage, todo, workers)
     else:
+        if min(workers, len(todo)) > 1 and not job.forks:
+            _refuse_gpu(workers)
         done = run_processes(job.work_of(stage), todo, workers)
     sizes = {block: each * len(block_records(block, job.size, job.records)) for block in mine}
     with one_thread(), progress(None, what, unit, sum(sizes.values())) as bar:
@@ -47,7 +52,10 @@ def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 
 
 
 def take_gpu() -> None:
-    """Let this rank of torchrun use the GPU that is its own, before a model is loaded."""
+    """Let this rank of torchrun use the GPU that is its own, before a model is loaded.
+
+    Work without a model leaves GPUs alone: there may be fewer of them than ranks.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -91,12 +99,11 @@ def run_processes(work: Work, blocks: Sequence[int], workers: int) -> Iterator[i
     """In forked processes, which share what this one has loaded.
 
     Raises:
-        ValueError: a worker died, or there is a model on a GPU, which a fork cannot share.
+        ValueError: a worker died.
     """
     if workers == 1 or len(blocks) < 2:
         yield from run_here(work, blocks)
         return
-    _refuse_gpu(workers)
     global _work
     _work = work
     pool = ProcessPoolExecutor(
@@ -143,6 +150,7 @@ def _end_with(parent: int) -> None:
 
 
 def _refuse_gpu(workers: int) -> None:
+    """Raise ValueError where a model may be on a GPU, which a fork cannot share."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -40,6 +40,8 @@ quickstart: $(STAMP)  ## build data, train and compare on this machine's CPU
 
 test: lint  ## lint, then the tests; ARGS="-k tree" picks some
 	$(BIN)/python -m pytest $(ARGS)
+	@# 5: none of the tests that ARGS picks is a GPU's.
+	@! nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .

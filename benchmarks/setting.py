@@ -85,8 +85,6 @@ def start_megatron() -> None:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     store = torch.distributed.HashStore()
-    # `scaling` has rows of more lengths, for each of which a GPU's attention is compiled.
-    torch._dynamo.config.recompile_limit = 64
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)

@@ -9,9 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # the head's memory took 18 and 65 s with two threads, 12 and 8 s with one, in turn.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch
 
-# Triton's kernels run in its interpreter where there is no GPU. Its own library too, which is read
-# the same way: nothing may have imported it before.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+def pytest_configure(config):
+    """Tests are of the CPU, on any machine; `-m gpu` picks those of a GPU, and they get it."""
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    # Triton's kernels run in its interpreter where there is no GPU. Its own library too, which is
+    # read the same way: nothing may have imported it before.
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"

@@ -25,6 +25,7 @@ from megatron_cpo.model import softmax_kernels
 from megatron_cpo.model.softmax_kernels import FusedSoftmax, logit_gradients
 
 ROWS, HIDDEN, COLUMNS, VOCAB = 5, 8, 37, 33  # columns from 33 on pad the vocabulary
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -48,8 +48,8 @@ def attach_tree_attention(model_chunks: list[Any]) -> list[Any]:
             )
         rotary = getattr(chunk, "rotary_pos_emb", None)
         if rotary is not None:
-            # The fused kernel takes one table for all rows of a batch.
-            config.apply_rope_fusion = False
+            # The fused kernels take one table for all rows of a batch.
+            config.apply_rope_fusion = config.fused_single_qkv_rope = False
             chunk.rotary_pos_emb = DepthRotaryEmbedding(rotary)
             chunk.register_forward_pre_hook(chunk.rotary_pos_emb.remember, with_kwargs=True)
         if config.num_moe_experts is not None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from megatron_cpo.model.transfer import to_device
+
 BLOCK = 128
 
 
@@ -27,7 +29,7 @@ def tree_block_mask(subtree_end: Tensor, own: Tensor | None = None) -> BlockMask
     """
     rows, size = subtree_end.shape
     at = torch.arange(size) if own is None else own
-    at = at.to(subtree_end.device, non_blocking=True)
+    at = to_device(at, subtree_end.device)
     blocks = -(-size // BLOCK)
     padded = torch.zeros(rows, blocks * BLOCK, dtype=subtree_end.dtype, device=subtree_end.device)
     padded[:, :size] = subtree_end
@@ -83,5 +85,8 @@ def flex_attend(
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
     # Row length and heads are fixed for a run, and the mask's vector is a captured tensor, so an
-    # input of the graph: one static compilation serves every layer and micro-batch.
+    # input of the graph: one static compilation serves every layer and micro-batch. A process may
+    # have some more (evaluation, a policy's rows); beyond its limit of 8 torch would silently run
+    # attention that materialises all scores.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_cpo.model.context import context_group, own_indices, sum_over_context
 from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.transfer import to_device
 
 Batch = dict[str, Tensor]
 """Collated rows: arrays of `groups.rows.Row` with a leading dimension B, and the batch totals."""
@@ -68,7 +69,7 @@ class RowForward:
         }
         if has_experts(model):
             flat["own_padding"] = padding_tokens(batch)[:, own]
-        on_device = {n: t.to(device, non_blocking=True) for n, t in (batch | flat).items()}
+        on_device = {n: to_device(t, device) for n, t in (batch | flat).items()}
         extra = {"padding_mask": on_device["own_padding"]} if "own_padding" in flat else {}
         output = model(
             on_device["own_tokens"],

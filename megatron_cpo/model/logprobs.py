@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpo.model.softmax import ChunkQueries, Softmax
+from megatron_cpo.model.transfer import to_device
 from megatron_cpo.model.vocabulary import VocabShard
 
 CHUNK_LOGITS = 2**24
@@ -67,9 +68,9 @@ class Queries:
         row, position = flat // (positions.max() + 1), flat % (positions.max() + 1)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return Queries(
-            (position * len(targets) + row).to(device, non_blocking=True),
-            rows.to(device, non_blocking=True),
-            targets[batch, at].to(device, non_blocking=True),
+            to_device(position * len(targets) + row, device),
+            to_device(rows, device),
+            to_device(targets[batch, at], device),
             ends,
         )
 

@@ -239,7 +239,10 @@ def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, padding: Tensor | None = None
 ) -> Part:
     """Attention of [B, M, D] queries to [B, N, D] keys without `padding` [B, 1, N], as a part."""
-    scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scale)
+    if query.is_cuda and query.dtype != torch.float32:  # as flex attention keeps them
+        scores = torch.bmm(query, key.transpose(1, 2), out_dtype=torch.float32).mul_(scale)
+    else:
+        scores = torch.bmm(query, key.transpose(1, 2)).float().mul_(scale)
     if padding is not None:
         scores.masked_fill_(padding, float("-inf"))
     largest = scores.amax(-1, keepdim=True)

@@ -2,7 +2,8 @@
 
 No mock and no second trainer: model, schedules, optimizers and checkpoints are Megatron's. What
 torch answers where Megatron asks for CUDA is in `cpu_torch.py`, what Megatron itself does otherwise
-in `cpu_megatron.py`; here are the switch and the flags.
+in `cpu_megatron.py` and, for want of Transformer Engine, in `plain_torch.py`; here are the switch
+and the flags.
 
 `torch.cuda.is_available()` keeps saying False: code that asks takes its CPU path. `enable()`
 changes torch for the whole process, on machines without CUDA only; it refuses to run elsewhere.
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpo.training import plain_torch
 from megatron_cpo.training.cpu_megatron import adapt_megatron
 from megatron_cpo.training.cpu_torch import adapt_torch
 
@@ -69,6 +71,7 @@ def enable() -> None:
         )
     adapt_torch()
     adapt_megatron()
+    plain_torch.adapt()
     if os.environ.get("RANK", "0") == "0":
         print("megatron_cpo: no CUDA found, CPU host on: Megatron runs on gloo ranks", flush=True)
 
@@ -79,12 +82,6 @@ def set_parser_defaults(parser: argparse.ArgumentParser) -> None:
     # Loader processes would compete with the ranks for the same cores; --num-workers still works.
     defaults = CPU_FLAGS | {"num_workers": 0}
     parser.set_defaults(**{dest: value for dest, value in defaults.items() if dest in known})
-
-
-def complete_args(args: argparse.Namespace) -> None:
-    """Set what depends on other arguments: a hybrid's stock layers need Transformer Engine."""
-    if getattr(args, "hybrid_layer_pattern", None) is not None and args.spec is None:
-        args.spec = ["megatron_cpo.model.hybrid", "local_stack_spec"]
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
 (data, step and attention) and `training_log` (one line of metrics). A host script that imports
 Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through. On a
-machine without CUDA the CPU host is enabled too.
+machine without CUDA the CPU host is enabled too; without Transformer Engine, `plain_torch`.
 """
 
 import functools
@@ -30,11 +30,12 @@ def install() -> None:
     Raises:
         ImportError: this Megatron lacks a name we bind to; the message has the versions.
     """
-    from megatron_cpo.training import cpu_host
+    from megatron_cpo.training import cpu_host, plain_torch
 
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
+        plain_torch.adapt()
     else:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
@@ -95,11 +96,11 @@ def _config(args: Any) -> CPOConfig | None:
 
 def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Megatron's validation, with rows allowed to be longer than the longest sequence."""
-    if not torch.cuda.is_available():
-        from megatron_cpo.training import cpu_host
+    from megatron_cpo.training import cpu_host, plain_torch
 
+    if not torch.cuda.is_available():
         cpu_host.check_args(args)
-        cpu_host.complete_args(args)
+    plain_torch.complete_args(args)
     training = _config(args) is not None
     if not training and not getattr(args, "tree_rows", False):
         return original(args, *rest, **kwargs)

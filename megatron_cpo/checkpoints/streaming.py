@@ -14,8 +14,8 @@ from megatron_cpo.checkpoints.jobs import run_jobs
 from megatron_cpo.checkpoints.matching import Match
 from megatron_cpo.checkpoints.stored import Box, Files, StoredTensor, boxes, read_box, write_box
 
-LIMIT = 1 << 19
-"""Elements of a box: large enough to call Python seldom, small enough for the cache."""
+LIMIT = 1 << 21
+"""Bytes of an input's box: enough to call Python seldom, few enough for the cache."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ class Stream:
         for match in self._matches:
             ours = match.tensors[0]
             job = self._average if ours.dtype.is_floating_point else self._compare
-            for box in boxes(match.shape, LIMIT):
+            limit = LIMIT // ours.dtype.itemsize
+            for box in boxes(match.shape, limit):
                 yield job, match, box
             if match.rows is not None:
                 rest = (ours.shape[0] - match.rows, *ours.shape[1:])
-                for (first, *others), sizes in boxes(rest, LIMIT):
+                for (first, *others), sizes in boxes(rest, limit):
                     yield self._copy, match, ((first + match.rows, *others), sizes)
 
     def _average(self, match: Match, box: Box) -> int:
@@ -175,7 +176,7 @@ class Stream:
     def _read(self, match: Match, box: Box, first_only: bool = False) -> list[torch.Tensor]:
         count = len(self._names)
         if not hasattr(self._memory, "buffers"):
-            self._memory.buffers = torch.empty(count + 1, LIMIT * 8, dtype=torch.uint8)
+            self._memory.buffers = torch.empty(count + 1, LIMIT, dtype=torch.uint8)
             self._memory.averager = Averager(LIMIT, count)
         *buffers, scratch = self._memory.buffers
         tensors = match.tensors[:1] if first_only else match.tensors

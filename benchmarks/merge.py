@@ -1,7 +1,7 @@
 """`python -m benchmarks.merge`: merging two checkpoints, beside `cp` of the same bytes.
 
 - cp: `cp` of one checkpoint and a read of the other, flushed to the disk as a merge flushes. For a
-  sweep one read and as many copies.
+  sweep as many copies.
 - merge, in this process: without the start of the interpreter and its imports.
 - end to end: the tool against `mergekit-yaml` with method linear and dtype float32, as commands,
   with the peak of their memory. mergekit lives in an environment of its own

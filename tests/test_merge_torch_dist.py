@@ -261,6 +261,6 @@ def test_what_makes_a_checkpoint_comes_last(
 def test_small_boxes(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The size of a box changes nothing: pieces are cut on every axis."""
     expected = merge(runs.mle, runs.cpo, 0.3, tmp_path / "expected")
-    monkeypatch.setattr(streaming, "LIMIT", 13)
+    monkeypatch.setattr(streaming, "LIMIT", 56)  # bytes
     output = merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged")
     assert folder_digest(output / "release") == folder_digest(expected / "release")

@@ -16,6 +16,8 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_cpo.checkpoints.ending import end_cleanly
+
 
 def main() -> None:
     """Convert as the command line says."""
@@ -39,6 +41,7 @@ def main() -> None:
     add("--shard-gb", type=float, default=5, metavar="GB",
         help="begin another file after so many gigabytes (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
+    end_cleanly()
 
     from megatron_cpo.checkpoints.conversion import (  # torch: after --help
         FLAGS,

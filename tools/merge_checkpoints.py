@@ -20,8 +20,9 @@ Other weighted sums, and how far two checkpoints are apart:
 
 import argparse
 import os
-import signal
 import sys
+
+from megatron_cpo.checkpoints.ending import end_cleanly
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     add("--allow-nan", action="store_true", help="go on where weights are NaN or infinite")
     args = parser.parse_args()
     _check_modes(parser, args)
-    signal.signal(signal.SIGTERM, _end)
+    end_cleanly()
     try:
         _compare(args) if args.diff else _merge(args)
     except (ValueError, OSError) as error:
@@ -66,12 +67,6 @@ def _check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--output is required")
     if (args.base and not args.checkpoint) or (args.picture and not args.diff):
         parser.error("--base goes with --checkpoint, --picture with --diff")
-
-
-def _end(*_: object) -> None:
-    """Clean up when a scheduler or torchrun ends us; asked again, the cleaning goes on."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(128 + signal.SIGTERM)
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from threading import Semaphore
 
 import torch
-from tqdm import tqdm
 
 from megatron_cpo.checkpoints.families.moves import Key, Move
+from megatron_cpo.checkpoints.jobs import run_jobs
 from megatron_cpo.checkpoints.new_torch_dist import LAYERS
 from megatron_cpo.checkpoints.stored import (
     Box,
@@ -84,7 +84,7 @@ class Copy:
         self._panels = Semaphore(_PANELS)
 
     def run(self, progress: bool) -> None:
-        """Do it; the first error ends it and is raised."""
+        """Do it and flush it; the first error ends it and is raised."""
         total = sum(
             2
             * torch.Size(move.sizes).numel()
@@ -92,13 +92,13 @@ class Copy:
             for move in self._moves
         )
         with self._sources, self._targets:
-            run_jobs(self._jobs(), total, "convert", progress)
+            run_jobs(self._jobs(), self._targets, total, "convert", progress)
 
     def _jobs(self) -> Iterator[Callable[[], int]]:
         for move in self._moves:
             if move.permutation is None:
                 for box in boxes(move.sizes, LIMIT):
-                    yield _job(self._copy, move, box)
+                    yield partial(self._copy, move, box)
                 continue
             rows, width = move.sizes[0], torch.Size(move.sizes[1:]).numel()
             # Part of a vector is not a vector of the other order.
@@ -106,7 +106,7 @@ class Copy:
             for first in range(0, rows, step):
                 count = min(step, rows - first)
                 box = (first, *(0,) * (len(move.sizes) - 1)), (count, *move.sizes[1:])
-                yield _job(self._permute, move, box)
+                yield partial(self._permute, move, box)
 
     def _copy(self, move: Move, box: Box) -> int:
         there, here = self._megatron[move.key], self._hugging_face[move.hugging_face]
@@ -139,10 +139,6 @@ def _read(files: Files, tensor: StoredTensor, box: Box) -> torch.Tensor:
     return read_box(files, tensor, box, *buffers)
 
 
-def _job(function: Callable[[Move, Box], int], move: Move, box: Box) -> Callable[[], int]:
-    return lambda: function(move, box)
-
-
 def _shifted(box: Box, rows: int) -> Box:
     (first, *offsets), sizes = box
     return (first + rows, *offsets), sizes
@@ -157,30 +153,3 @@ def _columns(shape: Shape, box: Box) -> list[tuple[Box, slice]]:
     if len(shape) == 1 or count == shape[1]:
         return [(((0,) * len(shape), shape), slice(None))]
     return [(((row, first), (1, count)), slice(row, row + 1)) for row in range(shape[0])]
-
-
-def run_jobs(
-    jobs: Iterator[Callable[[], int]], total: int, description: str, progress: bool
-) -> None:
-    """Run jobs in a few threads; each returns the bytes it has read and written.
-
-    The first error ends it and is raised.
-    """
-    # One writes while another reads; more than four wait for the disk.
-    threads = min(4, max(2, len(os.sched_getaffinity(0)) // 2))
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    bar = tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=description,
-        disable=None if progress else True,
-    )
-    with bar:
-        try:
-            for done in as_completed([pool.submit(job) for job in jobs]):
-                bar.update(done.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)

@@ -77,6 +77,8 @@ class Files:
         self._flags = flags
         self._open: dict[Path, tuple[int, int]] = {}  # descriptor and users, latest use last
         self._written: set[Path] = set()
+        self.unflushed = 0
+        """Bytes written since the last flush began."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
@@ -128,11 +130,13 @@ class Files:
                 done += os.pwrite(descriptor, values[done:], start + done)
         with self._lock:
             self._written.add(path)
+            self.unflushed += len(values)
 
     def flush(self) -> None:
         """Wait until all that was written before is on the disk."""
         with self._lock:
             written, self._written = self._written, set()
+            self.unflushed = 0
         for path in written:
             with self._descriptor(path) as descriptor:
                 os.fdatasync(descriptor)

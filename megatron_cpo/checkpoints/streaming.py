@@ -1,24 +1,21 @@
-"""Average box by box, a few boxes at a time in threads, into files that are laid out already."""
+"""Average box by box, into files that are laid out already."""
 
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import local
 
 import torch
-from tqdm import tqdm
 
 from megatron_cpo.checkpoints.averaging import Averager, all_finite
+from megatron_cpo.checkpoints.jobs import run_jobs
 from megatron_cpo.checkpoints.matching import Match
 from megatron_cpo.checkpoints.stored import Box, Files, StoredTensor, boxes, read_box, write_box
 
-LIMIT = 1 << 19
-"""Elements of a box: large enough to call Python seldom, small enough for the cache."""
-_FLUSHED = 1 << 26
-"""Bytes after which what was written goes to the disk while the next boxes are computed."""
+LIMIT = 1 << 21
+"""Bytes of an input's box: enough to call Python seldom, few enough for the cache."""
 
 
 @dataclass(frozen=True)
@@ -67,42 +64,10 @@ class Stream:
 
     def run(self, progress: bool, check: Callable[[], None] = lambda: None) -> None:
         """Do it and flush it; the first error ends it and is raised. `check` is called often."""
-        # One writes while another computes. More than the cores, which a container may have fewer
-        # of than it sees, halves the speed; more than four wait for the disk.
-        threads = min(4, max(2, len(os.sched_getaffinity(0)) // 2))
-        before = torch.get_num_threads()
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        flusher = ThreadPoolExecutor(1)
-        bar = tqdm(
-            total=self._total() // self._parts,
-            unit="B",
-            unit_scale=True,
-            desc="merge",
-            disable=None if progress else True,
-        )
-        waiting: deque[Future] = deque()
-        flushing, unflushed = flusher.submit(self._targets.flush), 0
-        with self._sources, self._targets, bar:
-            try:
-                for job in self._jobs():
-                    waiting.append(pool.submit(*job))
-                    if len(waiting) < 4 * threads:  # not all at once: a large model has millions
-                        continue
-                    read, written = waiting.popleft().result()
-                    bar.update(read + written)
-                    check()
-                    unflushed += written
-                    if unflushed > _FLUSHED and flushing.done():
-                        flushing.result()
-                        flushing, unflushed = flusher.submit(self._targets.flush), 0
-                for done in waiting:
-                    bar.update(sum(done.result()))
-                flushing.result()
-                self._targets.flush()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                flusher.shutdown()
-                torch.set_num_threads(before)
+        jobs = (partial(job, match, box) for job, match, box in self._jobs())
+        with self._sources, self._targets:
+            total = self._total() // self._parts
+            run_jobs(jobs, self._targets, total, "merge", progress, check)
 
     def _total(self) -> int:
         """Bytes to read and write."""
@@ -122,14 +87,15 @@ class Stream:
         for match in self._matches:
             ours = match.tensors[0]
             job = self._average if ours.dtype.is_floating_point else self._compare
-            for box in boxes(match.shape, LIMIT):
+            limit = LIMIT // ours.dtype.itemsize
+            for box in boxes(match.shape, limit):
                 yield job, match, box
             if match.rows is not None:
                 rest = (ours.shape[0] - match.rows, *ours.shape[1:])
-                for (first, *others), sizes in boxes(rest, LIMIT):
+                for (first, *others), sizes in boxes(rest, limit):
                     yield self._copy, match, ((first + match.rows, *others), sizes)
 
-    def _average(self, match: Match, box: Box) -> tuple[int, int]:
+    def _average(self, match: Match, box: Box) -> int:
         inputs = self._read(match, box)
         written, finite = 0, self._allow_nan
         targets = [output[match.name] for output in self._outputs]
@@ -155,7 +121,7 @@ class Stream:
             written += result.nbytes
         if not finite:
             self._check_finite(match, box, inputs)
-        return sum(values.nbytes for values in inputs), written
+        return sum(values.nbytes for values in inputs) + written
 
     def _check_finite(self, match: Match, box: Box, inputs: Sequence[torch.Tensor]) -> None:
         for values, name in zip(inputs, self._names, strict=True):
@@ -188,18 +154,18 @@ class Stream:
                 f"{match.name} at {recipe.label}: {float(too_large.max()):g} does not fit {kind}"
             )
 
-    def _compare(self, match: Match, box: Box) -> tuple[int, int]:
+    def _compare(self, match: Match, box: Box) -> int:
         inputs = self._read(match, box)
         if not all(torch.equal(inputs[0], values) for values in inputs[1:]):
             raise ValueError(
                 f"{match.name} holds {inputs[0].dtype} values, which cannot be averaged, and they "
                 "differ between the checkpoints"
             )
-        return sum(values.nbytes for values in inputs), self._write(match, box, inputs[0])
+        return sum(values.nbytes for values in inputs) + self._write(match, box, inputs[0])
 
-    def _copy(self, match: Match, box: Box) -> tuple[int, int]:
+    def _copy(self, match: Match, box: Box) -> int:
         [ours] = self._read(match, box, first_only=True)
-        return ours.nbytes, self._write(match, box, ours)
+        return ours.nbytes + self._write(match, box, ours)
 
     def _write(self, match: Match, box: Box, values: torch.Tensor) -> int:
         for output in self._outputs:
@@ -210,7 +176,7 @@ class Stream:
     def _read(self, match: Match, box: Box, first_only: bool = False) -> list[torch.Tensor]:
         count = len(self._names)
         if not hasattr(self._memory, "buffers"):
-            self._memory.buffers = torch.empty(count + 1, LIMIT * 8, dtype=torch.uint8)
+            self._memory.buffers = torch.empty(count + 1, LIMIT, dtype=torch.uint8)
             self._memory.averager = Averager(LIMIT, count)
         *buffers, scratch = self._memory.buffers
         tensors = match.tensors[:1] if first_only else match.tensors

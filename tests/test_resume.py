@@ -55,7 +55,7 @@ def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
     """Five kills, between the first record and the last rename; the workers die as well."""
     files, seconds = expected
     chance, killed = random.Random(workers), 0
-    for attempt in range(5):
+    for attempt in range(20):  # on a busy machine some builds are done before their moment
         folder = tmp_path / str(attempt)
         folder.mkdir()
 
@@ -72,7 +72,9 @@ def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
         wait_for_group(process.pid)
         build_groups(config_in(folder), tokenizer, run=Run(workers=1))
         assert files_in(folder) == files
-    assert killed >= 3
+        if killed == 5:
+            break
+    assert killed == 5
 
 
 def wait_for_group(group):

@@ -86,6 +86,14 @@ class WorkFolder:
             aside.unlink(missing_ok=True)
             raise
 
+    def damaged(self, path: Path, error: Exception) -> ValueError:
+        """Remove a finished file that cannot be read; the error that says so."""
+        path.unlink()
+        return ValueError(
+            f"{path}: damaged ({error}), as by a loss of power; it was removed: run the same "
+            "command again to make it anew"
+        )
+
     def make_folder(self, name: str, make: Callable[[Path], Any]) -> Path:
         """A subfolder with everything `make` writes into it, unless it is there already."""
         target = self.path / name

@@ -138,8 +138,8 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         except BaseException:
             writer.abort()
             raise
+        retries = builder.retries()
         work.remove()
-    retries = getattr(builder.policy, "retries", {})  # a server's alone
     return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
 
 
@@ -148,8 +148,4 @@ def _read_block(builder: Builder, block: int) -> Any:
     try:
         return unpack_from_file(str(path))
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        path.unlink()
-        raise ValueError(
-            f"{path}: damaged ({error}), as by a loss of power; it was removed: run the same "
-            "command again to build it anew"
-        ) from error
+        raise builder.work.damaged(path, error) from error

@@ -18,7 +18,7 @@ class BuildReport:
     first_dropped: Mapping[str, str] = field(default_factory=dict)
     """Where the first record of each reason was; known to the run that put the store together."""
     retries: Mapping[str, int] = field(default_factory=dict)
-    """Requests to a server that this run repeated, by reason."""
+    """Requests to a server that the whole build repeated, by reason; known to the same run."""
 
     @classmethod
     def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":

@@ -18,7 +18,7 @@ from megatron_cpo.groups.store import FILES, GroupReader, sha256
 from megatron_cpo.negatives.scorefolder import ScoreFolder
 from tests.ranks import ROOT, run_pretrain, run_ranks
 from tests.stores import null_tokenizer, write_store
-from tests.test_megatron_policy import COMMON
+from tests.test_megatron_policy import COMMON, LLAMA
 
 K, GROUPS = 6, 200
 TOOL = "tools/build_negatives.py"
@@ -95,6 +95,21 @@ def test_killed_and_resumed_in_the_same_bytes(reference, unscored, tmp_path, lay
     assert sums_in(tmp_path / "killed") == sums_in(tmp_path / "whole")
     assert f"scored {GROUPS} groups under model iteration 1" in outputs[0]
     assert "mean reference log-prob" in outputs[0]
+
+
+def test_experts_that_replicas_share(unscored, tmp_path):
+    """All replicas have to come to the experts, though one of them has finished its block."""
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
+    model = [*LLAMA[len(COMMON) :], *experts.split()]
+    load = train_megatron(tmp_path / "experts", [*COMMON, *model])
+    flags = [*model, "--expert-model-parallel-size", 2]
+    whole, killed = (copy_of(unscored, tmp_path / name) for name in ("whole", "killed"))
+    run_pretrain(flags_of(whole, load, *flags), 2, script=TOOL)
+    argv = flags_of(killed, load, *flags)
+    done = kill_while_scoring(argv, 2, 0, 4)
+    done[1].unlink()  # of rank 1; block 0, of the same round, is there
+    run_pretrain(argv, 2, script=TOOL)
+    assert sums_in(tmp_path / "killed") == sums_in(tmp_path / "whole")
 
 
 def test_finished_blocks_are_not_scored_again(reference, unscored, tmp_path):

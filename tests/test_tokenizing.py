@@ -1,5 +1,6 @@
 """Tokenising: boundaries, end of document, the 15% split, indexed datasets, tokenizer identity."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -136,6 +137,27 @@ def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):
     assert dropped.first == {"fewer than 2 tokens to split": f"{path}:document 3"}
     whole = Source((path + ".bin",), prefix_fraction=0.2)  # a suffix is fine; no limit, no cut
     assert len(next(read_pairs(whole, ToyTokenizer(), Dropped())).continuation) == 11
+
+
+def test_a_progress_bar_is_told_of_every_byte(tmp_path):
+    """Of plain and packed files as they lie on disk, with bad and blank lines, and of datasets."""
+    first = write_jsonl(tmp_path / "r.jsonl", *[{"text": "1 2 3"}] * 5000)
+    last = tmp_path / "last.jsonl"
+    last.write_bytes(b'\n{"text": "1 2 3"}\nbad')
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(first).read_bytes()) + b"\0" * 1000)
+    dataset = indexed(tmp_path / "d", [[1, 2, 3], [4, EOD]], [[8, 9, EOD]])
+    for inputs in [(first, str(last), str(packed)), (dataset,)]:
+        source, told = Source(inputs), []
+        for _ in read_pairs(source, ToyTokenizer(), Dropped(), advance=told.append):
+            assert sum(told) <= source.stored_bytes()
+        assert sum(told) == source.stored_bytes() == sum(map(size_of, inputs))
+        assert min(told) >= 0
+
+
+def size_of(path):
+    path = Path(path)
+    return (path if path.exists() else path.with_suffix(".bin")).stat().st_size
 
 
 def test_texts_are_cut_like_documents(tmp_path):

@@ -12,20 +12,26 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
-from megatron_cpo.groups.records import BadRecord, Dropped, read_records
+from megatron_cpo.groups.records import Advance, BadRecord, Dropped, read_records
 from megatron_cpo.groups.source import Source, indexed_prefix
 from megatron_cpo.groups.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
 
 
 def read_pairs(
-    source: Source, tokenizer: Any, dropped: Dropped, rejected: int = 0
+    source: Source,
+    tokenizer: Any,
+    dropped: Dropped,
+    rejected: int = 0,
+    advance: Advance | None = None,
 ) -> Iterator[Pair]:
     """The pairs of all inputs, in order, streaming.
 
     Args:
         dropped: counts what is left out, and why.
         rejected: how many rejected continuations a record must have; more are left off.
+        advance: called with the bytes that were read since it was called last, of
+            `source.stored_bytes()`.
 
     Raises:
         ValueError: an input is missing or from another tokenizer, a bad record is refused, or no
@@ -40,9 +46,9 @@ def read_pairs(
             f"({indexed[0]}); build a store of each"
         )
     for pair, where in (
-        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped)
+        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped, advance)
         if indexed
-        else _pairs_of_records(source, tokenizer, encoder, dropped)
+        else _pairs_of_records(source, tokenizer, encoder, dropped, advance)
     ):
         if len(pair.rejected) < rejected:
             dropped.skip(f"fewer than {rejected} rejected continuations", where)
@@ -62,10 +68,12 @@ def read_pairs(
 
 
 def _pairs_of_records(
-    source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+    source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped, advance: Advance | None
 ) -> Iterator[tuple[Pair, str]]:
     render = chat_renderer(tokenizer)
-    for record in read_records(source.inputs, dropped, source.shape, source.template, render):
+    for record in read_records(
+        source.inputs, dropped, source.shape, source.template, render, advance
+    ):
         if record.prefix is None:
             text = encoder.text(record.continuation)
             yield from _pieces(text, record.source, source, encoder, dropped)
@@ -79,7 +87,12 @@ def _pairs_of_records(
 
 
 def _pairs_of_datasets(
-    prefixes: list[str], source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+    prefixes: list[str],
+    source: Source,
+    tokenizer: Any,
+    encoder: Encoder,
+    dropped: Dropped,
+    advance: Advance | None,
 ) -> Iterator[tuple[Pair, str]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -89,6 +102,8 @@ def _pairs_of_datasets(
         for document in range(len(bounds) - 1):
             where = f"{prefix}:document {document}"
             sequences = dataset[int(bounds[document]) : int(bounds[document + 1])]
+            if advance is not None:
+                advance(sum(sequence.nbytes for sequence in sequences))
             tokens = np.concatenate([*sequences, []]).astype(np.int32)
             if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
                 raise ValueError(

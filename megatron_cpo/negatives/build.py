@@ -104,10 +104,10 @@ def _prepare(builder: Builder) -> BuildReport | None:
 def _tokenise(builder: Builder, folder: Path) -> None:
     source, mix = builder.config.source, builder.config.mix
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    pairs = read_pairs(source, builder.tokenizer, dropped, mix.get("given", 0))
-    written = write_pairs(
-        progress(pairs, "tokenise", "records"), str(folder / "pairs"), builder.tokenizer.vocab_size
-    )
+    with progress(None, "tokenise", "B", source.stored_bytes(), scale=True) as bar:
+        given = mix.get("given", 0)
+        pairs = read_pairs(source, builder.tokenizer, dropped, given, bar.update)
+        written = write_pairs(pairs, str(folder / "pairs"), builder.tokenizer.vocab_size)
     check_batch_negatives(mix.get("bn", 0), len(written))
     write_json(folder / "dropped.json", {"counts": dropped.counts, "first": dropped.first})
 

@@ -3,9 +3,9 @@
     python -m tests.completions_server FOLDER
 
 prints its port. The model's name says how it behaves: `half` answers every second request with an
-error, 500 and 429 in turn, `down` every one; `none` answers without a sample; `plain` knows
-OpenAI's own fields alone. The rest of the time the samples are those of `HuggingFacePolicy` with
-the request's seed.
+error, 500 and 429 in turn, `fourth` every fourth, `down` every one; `none` answers without a
+sample; `plain` knows OpenAI's own fields alone. The rest of the time the samples are those of
+`HuggingFacePolicy` with the request's seed. `/v1/asked` counts the requests of each model so far.
 """
 
 import json
@@ -23,6 +23,8 @@ from transformers import AutoTokenizer
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling
 
+FAILING = {"down": 1, "half": 2, "fourth": 4}
+"""Of how many requests the first one fails."""
 FIELDS = {"model", "prompt", "max_tokens", "n", "seed", "temperature", "top_p"}
 
 
@@ -35,7 +37,9 @@ class Handler(BaseHTTPRequestHandler):
     lock = threading.Lock()
 
     def do_GET(self):
-        """`/v1/models`, and a list of several at `/v2/models`."""
+        """`/v1/models`, a list of several at `/v2/models`, and `/v1/asked`."""
+        if self.path == "/v1/asked":
+            return self.answer(200, dict(self.asked))
         models = ["tiny"] if self.path == "/v1/models" else ["tiny", "half"]
         return self.answer(200, {"data": [{"id": name} for name in models]})
 
@@ -46,8 +50,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.lock:
             self.asked[model] += 1
             number = self.asked[model]
-        if model == "down" or (model == "half" and number % 2):
-            return self.answer(500 if number % 4 == 1 else 429, {"error": "busy"})
+        every = FAILING.get(model)
+        if every and (number - 1) % every == 0:
+            return self.answer(429 if number // every % 2 else 500, {"error": "busy"})
         ids, text_only = body["prompt"], model == "plain"
         if text_only and (set(body) - FIELDS or not isinstance(ids, str)):
             return self.answer(422, {"error": f"unknown {set(body) - FIELDS}"})

@@ -278,18 +278,14 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
 def test_sigterm_cleans_up(models: Models, tmp_path: Path) -> None:
     """A scheduler that ends the tool leaves nothing behind."""
     code = (
-        "import os, runpy, sys, time\n"
+        "import os, runpy, time\n"
         "from megatron_cpo.checkpoints import copying\n"
-        "sys.argv.pop(0)\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "copying.write_box = wait\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "runpy.run_path('tools/convert_checkpoint.py', run_name='__main__')\n"
     )
-    tool = ROOT / "tools/convert_checkpoint.py"
     flags = ["--from", "hf", "--to", "megatron", "--input", models.hugging_face("llama")]
-    command = [sys.executable, "-c", code, tool, *flags, "--output", tmp_path / "gone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, check=False, timeout=120)
+    done = run_python("-c", code, *flags, "--output", tmp_path / "gone")
     assert done.returncode == 128 + signal.SIGTERM
     assert not list(tmp_path.glob("gone*"))
 

@@ -52,6 +52,24 @@ def test_logps_are_sums_over_the_tokens(policy):
             assert logp == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_logits_exist_at_the_wanted_positions_alone(policy):
+    """A model that caps them as well; nowhere else, and never of a whole batch."""
+    block, made = contexts(9), []
+    hook = policy._model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, logits: made.append(logits.shape[:-1].numel())
+    )
+    policy.logps([c.prefix for c in block], [[c.truth] for c in block])
+    assert sorted(made) == sorted(len(c.truth) for c in block)
+    made.clear()
+    places = [np.arange(len(c.truth)) < 2 for c in block]
+    policy.replacements(
+        [c.prefix for c in block], [c.truth for c in block], [p[None] for p in places], 1,
+        rngs(block, "mn"),
+    )  # fmt: skip
+    assert sorted(made) == sorted(int(p.sum()) for p in places)
+    hook.remove()
+
+
 def test_embeddings_are_means_of_the_last_hidden_state(policy):
     sequences = [c.truth for c in contexts(9)] + [np.zeros(0, dtype=np.int32)]
     found = policy.embed(sequences)

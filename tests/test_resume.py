@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from harness.ranks import run_pretrain
+from megatron_cpo.groups import resumed_pairs
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import FILES
 from megatron_cpo.groups.tokenizing import train_sentencepiece
@@ -115,6 +116,30 @@ def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
     assert killed >= 4, "putting together may be over before it is seen"
 
 
+def test_killed_while_tokenising(tokenizer, expected, tmp_path, monkeypatch):
+    """SIGKILL at a record half way: those before it, but for a few, are not tokenised again."""
+    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 16)
+    tokenize, texts, parent = tokenizer.tokenize, [], os.getpid()
+
+    def deadly(text):
+        texts.append(text)
+        if len(texts) == 600 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tokenize(text)
+
+    monkeypatch.setattr(tokenizer, "tokenize", deadly)
+    process = FORK.Process(target=build_groups, args=(config_in(tmp_path), tokenizer))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "groups.build").glob("pairs*")] == [
+        "pairs.unfinished"
+    ]
+    build_groups(config_in(tmp_path), tokenizer, run=Run(workers=1))
+    assert files_in(tmp_path) == expected
+    assert 200 < len(texts) < 280  # of 800
+
+
 def test_killed_again_and_again(tokenizer, expected, tmp_path):
     """One output, whose build is killed whenever it has done a quarter of the work."""
     found = [0]
@@ -187,7 +212,7 @@ def build_with_small_files(config, tokenizer, limit, messages):
 @pytest.mark.parametrize(
     ("ranker", "records", "limit", "kept", "blocks"),
     [
-        ("none", 8, 4_000, set(), 0),
+        ("none", 8, 4_000, {"pairs.unfinished"}, 0),
         ("lexical", 8, 130_000, {"pairs"}, 0),
         ("none", 300, 130_000, {"pairs", "shared", "groups"}, 1),
         ("none", 8, 200_000, {"pairs", "shared", "groups"}, 42),

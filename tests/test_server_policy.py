@@ -1,17 +1,25 @@
 """A completions server as a policy: real servers in processes of their own, on loopback."""
 
+import multiprocessing
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from harness.ranks import ROOT
+from megatron_cpo.groups.source import Source
+from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives import server_policy
+from megatron_cpo.negatives.build import build_groups
+from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
 from megatron_cpo.negatives.drawn import policy_samplers
 from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
 from megatron_cpo.negatives.policy import Sampling
@@ -19,7 +27,7 @@ from megatron_cpo.negatives.policy_flags import policy_from_args
 from megatron_cpo.negatives.samplers import check_kinds, group_rng
 from megatron_cpo.negatives.server_policy import ServerPolicy
 from tests.policies import policy_arguments
-from tests.texts import ToyTokenizer, dolly_tokenizer
+from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
 from tests.tiny_models import save_hugging_face, write_tokenizer
 
 SAMPLING = Sampling(top_k=20, max_new_tokens=12)
@@ -207,3 +215,83 @@ def _wait(port, process):
         except httpx.TransportError:
             time.sleep(0.2)
     raise TimeoutError("transformers serve did not come up")
+
+
+def build_config(folder, records=40):
+    path = folder / "r.jsonl"
+    if not path.exists():
+        texts = [{"prompt": f"Name {i} rivers.", "completion": f"No. {i}"} for i in range(records)]
+        write_jsonl(path, *texts)
+    return BuildConfig(
+        Source((str(path),)), str(folder / "out" / "groups"), negatives="an=3", block_records=4
+    )
+
+
+def build(folder, url, model, config, workers=1):
+    tokenizer = dolly_tokenizer(folder)
+    use = PolicyUse(lambda: ServerPolicy(url, tokenizer, SAMPLING, model), SAMPLING)
+    return build_groups(config, tokenizer, use, Run(workers=workers))
+
+
+def asked(url, model):
+    return httpx.get(f"{url}/asked").json().get(model, 0)
+
+
+def files_of(config):
+    folder = Path(config.output_prefix).parent
+    assert sorted(os.listdir(folder)) == sorted(f"groups{s}" for s in (*FILES, ".json"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_build_asks_for_the_rest_alone(folder, url, tmp_path):
+    """SIGKILL half way: the server keeps its seeds, so the bytes are those of one build."""
+    opening = 2  # requests that find out what the server understands
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, killed = (build_config(tmp_path / name) for name in ("whole", "killed"))
+    before = asked(url, "tiny")
+    build(folder, url, "tiny", whole)
+    assert asked(url, "tiny") - before == opening + 40
+    process = multiprocessing.get_context("fork").Process(
+        target=build, args=(folder, url, "tiny", killed)
+    )
+    process.start()
+    blocks = Path(killed.output_prefix + ".build") / "groups"
+    while not blocks.is_dir() or len(list(blocks.glob("*.npz"))) < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    finished = len(list(blocks.glob("*.npz")))
+    assert 3 <= finished < 10
+    _let_it_finish(url)
+    before = asked(url, "tiny")
+    build(folder, url, "tiny", killed)
+    assert asked(url, "tiny") - before == opening + 4 * (10 - finished)
+    assert files_of(killed) == files_of(whole)
+
+
+def _let_it_finish(url):
+    """Until the server has answered what a killed client had asked."""
+    counts = [-1, asked(url, "tiny")]
+    while counts[-1] != counts[-2]:
+        time.sleep(0.3)
+        counts.append(asked(url, "tiny"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_retries_of_all_workers_are_in_the_report(folder, url, tmp_path, workers):
+    """As many as the server gave errors, in opening it as well, and in a run that was cut short."""
+    config = build_config(tmp_path)
+    before = asked(url, "fourth")
+    tokenizer = dolly_tokenizer(folder)
+    use = PolicyUse(lambda: ServerPolicy(url, tokenizer, SAMPLING, "fourth"), SAMPLING)
+    assert build_groups(config, tokenizer, use, Run(share=1, shares=2, workers=workers)) is None
+    report = build(folder, url, "fourth", config, workers)
+    after = asked(url, "fourth")
+    errors = sum(number % 4 == 0 for number in range(before, after))
+    assert errors > 12
+    assert sum(report.retries.values()) == errors
+    row = rf"asked again: HTTP 500 +{report.retries['HTTP 500']}$"
+    assert re.search(row, str(report), re.MULTILINE)
+    files_of(config)

@@ -1,13 +1,18 @@
 """Tokenising: boundaries, end of document, the 15% split, indexed datasets, tokenizer identity."""
 
+import gzip
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_cpo.groups import resumed_pairs
 from megatron_cpo.groups.pairs import PairReader, read_pairs, write_lm_dataset, write_pairs
 from megatron_cpo.groups.records import BadRecord, Dropped
+from megatron_cpo.groups.resumed_pairs import write_pairs_resumed
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.tokenizing import (
     Encoder,
@@ -136,6 +141,96 @@ def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):
     assert dropped.first == {"fewer than 2 tokens to split": f"{path}:document 3"}
     whole = Source((path + ".bin",), prefix_fraction=0.2)  # a suffix is fine; no limit, no cut
     assert len(next(read_pairs(whole, ToyTokenizer(), Dropped())).continuation) == 11
+
+
+def test_a_progress_bar_is_told_of_every_byte(tmp_path):
+    """Of plain and packed files as they lie on disk, with bad and blank lines, and of datasets."""
+    first = write_jsonl(tmp_path / "r.jsonl", *[{"text": "1 2 3"}] * 5000)
+    last = tmp_path / "last.jsonl"
+    last.write_bytes(b'\n{"text": "1 2 3"}\nbad')
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(first).read_bytes()) + b"\0" * 1000)
+    dataset = indexed(tmp_path / "d", [[1, 2, 3], [4, EOD]], [[8, 9, EOD]])
+    for inputs in [(first, str(last), str(packed)), (dataset,)]:
+        source, told = Source(inputs), []
+
+        def advance(lines, read, told=told):
+            told.append(read)
+
+        for _ in read_pairs(source, ToyTokenizer(), Dropped(), advance=advance):
+            assert sum(told) <= source.stored_bytes()
+        assert sum(told) == source.stored_bytes() == sum(map(size_of, inputs))
+        assert min(told) >= 0
+
+
+@pytest.mark.parametrize("kind", ["texts", "packed", "datasets"])
+def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
+    """Texts of several pieces, bad records, two inputs: the bytes and counts of one go."""
+    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 3)
+    lines = [{"text": " ".join(["1"] * (i % 7))} for i in range(1, 20)] + [{"prompt": "1"}] * 3
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", *lines) for name in "ab"]
+    if kind == "packed":
+        for path in paths:
+            Path(path + ".gz").write_bytes(gzip.compress(Path(path).read_bytes()))
+        paths = [path + ".gz" for path in paths]
+    if kind == "datasets":
+        documents = [[[*[1] * (i % 7), EOD]] for i in range(20)]
+        paths = [indexed(tmp_path / name, *documents) for name in "ab"]
+    source, whole = Source(tuple(paths), max_length=3), tmp_path / "whole"
+    whole.mkdir()
+    write_pairs_resumed(source, ToyTokenizer(), 0, whole, lambda read: None)
+    counted = Dropped()
+    write_pairs(read_pairs(source, ToyTokenizer(), counted), str(tmp_path / "p"), 100)
+    assert json.loads((whole / "dropped.json").read_text())["counts"] == counted.counts != {}
+    for suffix in (".bin", ".idx"):
+        assert (whole / f"pairs{suffix}").read_bytes() == (tmp_path / f"p{suffix}").read_bytes()
+    for first in range(1, 45, 4):
+        folder, shown, texts = tmp_path / str(first), [], []
+        folder.mkdir()
+        tokenizer = ToyTokenizer()
+        tokenize = tokenizer.tokenize
+        tokenizer.tokenize = lambda text, f=tokenize, texts=texts: texts.append(text) or f(text)
+        for calls in (first, first + 7):
+            show = interrupting(calls)
+            with suppress(KeyboardInterrupt):
+                write_pairs_resumed(source, tokenizer, 0, folder, show)
+                break
+        else:
+            before = len(texts)
+            write_pairs_resumed(source, tokenizer, 0, folder, shown.append)
+            assert sum(shown) == source.stored_bytes()
+            if kind == "texts" and first > 9:
+                assert len(texts) - before < 41 - first, "lines that are done with are skipped"
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+            p.name: p.read_bytes() for p in whole.iterdir()
+        }
+
+
+def interrupting(calls):
+    """A callback that the user interrupts at this call."""
+    left = iter(range(calls))
+
+    def show(read):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def test_a_note_of_files_that_are_cut_is_not_believed(tmp_path, monkeypatch):
+    """As after a loss of power: everything is tokenised anew."""
+    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 2)
+    source = Source((write_jsonl(tmp_path / "r.jsonl", *[{"text": "1 2 3"}] * 9),))
+    with pytest.raises(KeyboardInterrupt):
+        write_pairs_resumed(source, ToyTokenizer(), 0, tmp_path, interrupting(7))
+    assert json.loads((tmp_path / "note.json").read_text())["lines"] == 6
+    (tmp_path / "pairs.bin").write_bytes(b"")
+    assert len(write_pairs_resumed(source, ToyTokenizer(), 0, tmp_path, lambda read: None)) == 9
+
+
+def size_of(path):
+    path = Path(path)
+    return (path if path.exists() else path.with_suffix(".bin")).stat().st_size
 
 
 def test_texts_are_cut_like_documents(tmp_path):

@@ -24,14 +24,31 @@ class IndexedWriter:
     Args:
         path_prefix: PREFIX; two more files lie beside it until it is closed or aborted.
         dtype: of the stored tokens, such as `DType.optimal_dtype(vocab_size)`.
+        sizes: what `sizes` gave in a writer that was interrupted; what came after is cut off.
+
+    Raises:
+        ValueError: the files of the interrupted one are not there, or shorter.
     """
 
-    def __init__(self, path_prefix: str, dtype: Any) -> None:
+    def __init__(self, path_prefix: str, dtype: Any, sizes: Sequence[int] | None = None) -> None:
         self.dtype = np.dtype(dtype)
         self._prefix = path_prefix
         self._spools = [Path(f"{path_prefix}.{name}") for name in ("lengths", "documents")]
-        self._data = open(path_prefix + ".bin", "wb")  # noqa: SIM115 (closed in `_end`)
-        self._lengths, self._documents = (path.open("wb") for path in self._spools)
+        paths = [Path(path_prefix + ".bin"), *self._spools]
+        for path, size in zip(paths, sizes or (), strict=False):
+            if not path.exists() or path.stat().st_size < size:
+                raise ValueError(f"{path}: has not the {size} bytes that were written")
+        self._files = [path.open("wb" if sizes is None else "r+b") for path in paths]
+        for file, size in zip(self._files, sizes or (), strict=False):
+            file.truncate(size)
+            file.seek(size)
+        self._data, self._lengths, self._documents = self._files
+
+    def sizes(self) -> list[int]:
+        """Bytes of each file so far; they are with the system then, and outlive this process."""
+        for file in self._files:
+            file.flush()
+        return [file.tell() for file in self._files]
 
     def add(
         self, tokens: Any, lengths: Sequence[int] | NDArray[Any], documents: Any = None
@@ -67,16 +84,20 @@ class IndexedWriter:
         for path in self._spools:
             path.unlink()
 
-    def abort(self) -> None:
-        """Remove all files."""
+    def leave(self) -> None:
+        """Close the files unfinished, to go on with them later."""
         with contextlib.suppress(OSError):
             self._end()
+
+    def abort(self) -> None:
+        """Remove all files."""
+        self.leave()
         for path in (*self._spools, Path(self._prefix + ".bin"), Path(self._prefix + ".idx")):
             path.unlink(missing_ok=True)
 
     def _end(self) -> None:
         failed: OSError | None = None
-        for file in (self._data, self._lengths, self._documents):
+        for file in self._files:
             try:
                 file.close()
             except OSError as error:  # the last bytes did not fit on the disk

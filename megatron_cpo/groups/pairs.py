@@ -5,33 +5,41 @@ groups compare. Records stream; what grows with their number is only the index o
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
-from megatron_cpo.groups.records import BadRecord, Dropped, read_records
+from megatron_cpo.groups.records import Advance, BadRecord, Dropped, read_records
 from megatron_cpo.groups.source import Source, indexed_prefix
 from megatron_cpo.groups.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
 
 
 def read_pairs(
-    source: Source, tokenizer: Any, dropped: Dropped, rejected: int = 0
+    source: Source,
+    tokenizer: Any,
+    dropped: Dropped,
+    rejected: int = 0,
+    advance: Advance = lambda lines, read: None,
+    skip: int = 0,
 ) -> Iterator[Pair]:
     """The pairs of all inputs, in order, streaming.
 
     Args:
         dropped: counts what is left out, and why.
         rejected: how many rejected continuations a record must have; more are left off.
+        advance: called after each line or document, once its pairs are used; see `read_records`.
+            Its bytes add up to `source.stored_bytes()`.
+        skip: lines or documents to leave out at the beginning; a usable one was among them.
 
     Raises:
         ValueError: an input is missing or from another tokenizer, a bad record is refused, or no
             record is usable.
     """
-    encoder, usable = Encoder(tokenizer), 0
+    encoder, usable = Encoder(tokenizer), skip
     records = [path for path in source.inputs if not indexed_prefix(path)]
     indexed = [path for path in map(indexed_prefix, source.inputs) if path]
     if records and indexed:
@@ -40,9 +48,9 @@ def read_pairs(
             f"({indexed[0]}); build a store of each"
         )
     for pair, where in (
-        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped)
+        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped, advance, skip)
         if indexed
-        else _pairs_of_records(source, tokenizer, encoder, dropped)
+        else _pairs_of_records(source, tokenizer, encoder, dropped, advance, skip)
     ):
         if len(pair.rejected) < rejected:
             dropped.skip(f"fewer than {rejected} rejected continuations", where)
@@ -62,10 +70,17 @@ def read_pairs(
 
 
 def _pairs_of_records(
-    source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+    source: Source,
+    tokenizer: Any,
+    encoder: Encoder,
+    dropped: Dropped,
+    advance: Advance,
+    skip: int,
 ) -> Iterator[tuple[Pair, str]]:
     render = chat_renderer(tokenizer)
-    for record in read_records(source.inputs, dropped, source.shape, source.template, render):
+    for record in read_records(
+        source.inputs, dropped, source.shape, source.template, render, advance, skip
+    ):
         if record.prefix is None:
             text = encoder.text(record.continuation)
             yield from _pieces(text, record.source, source, encoder, dropped)
@@ -79,7 +94,13 @@ def _pairs_of_records(
 
 
 def _pairs_of_datasets(
-    prefixes: list[str], source: Source, tokenizer: Any, encoder: Encoder, dropped: Dropped
+    prefixes: list[str],
+    source: Source,
+    tokenizer: Any,
+    encoder: Encoder,
+    dropped: Dropped,
+    advance: Advance,
+    skip: int,
 ) -> Iterator[tuple[Pair, str]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -87,19 +108,28 @@ def _pairs_of_datasets(
         dataset = IndexedDataset(prefix)
         bounds = dataset.document_indices
         for document in range(len(bounds) - 1):
-            where = f"{prefix}:document {document}"
             sequences = dataset[int(bounds[document]) : int(bounds[document + 1])]
-            tokens = np.concatenate([*sequences, []]).astype(np.int32)
-            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-                raise ValueError(
-                    f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
-                    f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
-                    "was made with"
-                )
-            while len(tokens) and tokens[-1] == encoder.eod:
-                tokens = tokens[:-1]
-            tokens = np.append(tokens, np.int32(encoder.eod))
-            yield from _pieces(tokens, where, source, encoder, dropped)
+            if skip:
+                skip -= 1
+            else:
+                where = f"{prefix}:document {document}"
+                tokens = _document(sequences, where, tokenizer, encoder.eod)
+                yield from _pieces(tokens, where, source, encoder, dropped)
+            advance(1, sum(sequence.nbytes for sequence in sequences))
+
+
+def _document(sequences: Sequence[Ints], where: str, tokenizer: Any, eod: int) -> Ints:
+    """A document of a dataset as tokens that end in one EOD."""
+    tokens = np.concatenate([*sequences, []]).astype(np.int32)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
+            f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
+            "was made with"
+        )
+    while len(tokens) and tokens[-1] == eod:
+        tokens = tokens[:-1]
+    return np.append(tokens, np.int32(eod))
 
 
 def _pieces(
@@ -148,10 +178,13 @@ class PairReader:
 
 def write_pairs(pairs: Iterator[Pair], path_prefix: str, vocab_size: int) -> PairReader:
     """Write pairs to an indexed dataset, document = [prefix, continuation, rejected ...]."""
-    _write_documents(
-        ([p.prefix, p.continuation, *p.rejected] for p in pairs), path_prefix, vocab_size
-    )
+    _write_documents(map(sequences_of, pairs), path_prefix, vocab_size)
     return PairReader(path_prefix)
+
+
+def sequences_of(pair: Pair) -> list[Ints]:
+    """The document of a pair."""
+    return [pair.prefix, pair.continuation, *pair.rejected]
 
 
 def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tuple[int, Dropped]:

@@ -16,11 +16,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Message = dict[str, str]
+Advance = Callable[[int, int], object]
+"""Told of lines (or documents) that are done with, and of bytes that were read."""
 
 DEFAULT_TEMPLATE = "Instruction: {instruction}\nContext: {context}\nResponse: "
 LONGEST_LINE = 32 << 20
@@ -83,6 +86,8 @@ def read_records(
     shape: str = "auto",
     template: str = DEFAULT_TEMPLATE,
     render_chat: Callable[[list[Message]], str] | None = None,
+    advance: Advance = lambda lines, read: None,
+    skip: int = 0,
 ) -> Iterator[Record]:
     """The usable records of JSON Lines files, in order, without ever holding a file in memory.
 
@@ -92,13 +97,16 @@ def read_records(
         shape: a key of `SHAPES`, or `auto` to detect it from the keys of each record.
         template: prefix of instruction records; see `fill_template`.
         render_chat: messages to text up to where the assistant speaks; default `plain_chat`.
+        advance: called after each line, once what was made of it is used, with 1 and the bytes
+            that were read since, packed ones of `.gz`; with 0 at the end of a file.
+        skip: lines to leave out at the beginning; a usable record was among them.
 
     Raises:
         ValueError: a file is missing or not readable, or holds no usable record, or a bad record
             is refused.
     """
-    usable = 0
-    for source, line in _lines(paths):
+    usable = skip
+    for source, line in _lines(paths, advance, skip):
         try:
             if line is None:
                 raise BadRecord(f"line longer than {LONGEST_LINE >> 20} MiB")
@@ -283,17 +291,26 @@ def check_file(path: str) -> None:
         )
 
 
-def _lines(paths: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+def _lines(paths: Sequence[str], advance: Advance, skip: int) -> Iterator[tuple[str, bytes | None]]:
     """(file:line, content) of the lines that are not blank; None for one that is too long."""
     for path in paths:
         check_file(path)
         try:
-            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            with (
+                open(path, "rb") as stored,
+                gzip.open(stored) if path.endswith(".gz") else nullcontext(stored) as file,
+            ):
+                read = 0
                 for number, line in enumerate(_bounded(file), 1):
                     if number == 1 and line:
                         line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put first
-                    if line is None or line.strip():
+                    if skip:
+                        skip -= 1
+                    elif line is None or line.strip():
                         yield f"{path}:{number}", line
+                    advance(1, stored.tell() - read)
+                    read = stored.tell()
+                advance(0, stored.tell() - read)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
                 f"--input {path}: not a whole gzip file ({error}); copy it again"

@@ -65,6 +65,11 @@ class Source:
         )
         return [{"name": Path(path).name, "sha256": _sha256(path)} for path in paths]
 
+    def stored_bytes(self) -> int:
+        """Bytes of all records as they lie on disk, packed or not."""
+        paths = (p + ".bin" if (p := indexed_prefix(path)) else path for path in self.inputs)
+        return sum(Path(path).stat().st_size for path in paths)
+
 
 def indexed_prefix(path: str) -> str | None:
     """The prefix of the Megatron indexed dataset that a path names, or None if it names none."""

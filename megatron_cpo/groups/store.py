@@ -117,6 +117,10 @@ class GroupReader:
         values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
         return values[starts].astype(np.int32), values[starts + 1].astype(np.int32)
 
+    def candidate_counts(self) -> NDArray[np.int64]:
+        """K of every group, [groups]."""
+        return np.diff(self._tokens.document_indices) - 1
+
     def prefix_and_truth_lengths(self) -> tuple[Ints, Ints]:
         """Tokens of the prefix and of y_1 (EOD included) of every group, [groups] each."""
         first = self._tokens.document_indices[:-1]

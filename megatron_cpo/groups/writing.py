@@ -4,6 +4,7 @@ What is written lies in the folder PREFIX.writing. Once its manifest is there th
 decided: moving the files into place can be cut short, and `finish_publishing` takes it up again.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -154,6 +155,8 @@ def finish_publishing(path_prefix: str) -> bool:
     """
     aside = Path(path_prefix + ".writing")
     if not (aside / "store.json").is_file():
+        with contextlib.suppress(OSError):
+            aside.rmdir()  # empty: everything was moved, and then it was killed
         return False
     Path(path_prefix + ".json").unlink(missing_ok=True)
     for suffix in (*FILES, ".json"):

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_cpo.groups.pairs import read_pairs, write_pairs
-from megatron_cpo.groups.records import Dropped
+from megatron_cpo.groups.resumed_pairs import write_pairs_resumed
 from megatron_cpo.groups.store import read_manifest
-from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_json
+from megatron_cpo.groups.writing import GroupWriter, finish_publishing
 from megatron_cpo.negatives.blocks import unpack_from_file
 from megatron_cpo.negatives.builder import Builder
 from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
@@ -93,7 +92,7 @@ def _prepare(builder: Builder) -> BuildReport | None:
             return BuildReport(manifest)
         work.claim()
         try:
-            work.make_folder("pairs", lambda folder: _tokenise(builder, folder))
+            work.make_folder("pairs", lambda folder: _tokenise(builder, folder), resumes=True)
             work.make_folder("shared", builder.prepare)
         except ValueError:  # nothing was built yet, and nothing will be by this command
             work.remove()
@@ -103,13 +102,11 @@ def _prepare(builder: Builder) -> BuildReport | None:
 
 def _tokenise(builder: Builder, folder: Path) -> None:
     source, mix = builder.config.source, builder.config.mix
-    dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    pairs = read_pairs(source, builder.tokenizer, dropped, mix.get("given", 0))
-    written = write_pairs(
-        progress(pairs, "tokenise", "records"), str(folder / "pairs"), builder.tokenizer.vocab_size
-    )
-    check_batch_negatives(mix.get("bn", 0), len(written))
-    write_json(folder / "dropped.json", {"counts": dropped.counts, "first": dropped.first})
+    with progress(None, "tokenise", "B", source.stored_bytes(), scale=True) as bar:
+        pairs = write_pairs_resumed(
+            source, builder.tokenizer, mix.get("given", 0), folder, bar.update
+        )
+    check_batch_negatives(mix.get("bn", 0), len(pairs))
 
 
 def _put_together(builder: Builder, run: Run) -> BuildReport | None:
@@ -138,8 +135,8 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         except BaseException:
             writer.abort()
             raise
+        retries = builder.retries()
         work.remove()
-    retries = getattr(builder.policy, "retries", {})  # a server's alone
     return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
 
 
@@ -148,8 +145,4 @@ def _read_block(builder: Builder, block: int) -> Any:
     try:
         return unpack_from_file(str(path))
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
-        path.unlink()
-        raise ValueError(
-            f"{path}: damaged ({error}), as by a loss of power; it was removed: run the same "
-            "command again to build it anew"
-        ) from error
+        raise builder.work.damaged(path, error) from error

@@ -1,5 +1,8 @@
 """What one process needs to finish blocks: models, tokenised records, a work folder."""
 
+import json
+import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
@@ -122,6 +125,7 @@ class Builder:
             score=self.policy.logps if self.policy and self.scores else None,
         )
         self.records = len(pairs)
+        self._keep_retries()  # of opening the policy, before forks take the counts along
 
     def work_of(self, stage: str) -> Callable[[int], None]:
         """The function that finishes a block of a stage."""
@@ -129,9 +133,27 @@ class Builder:
 
         def work(block: int) -> None:
             with explained(self.work.path):
-                finish(block)
+                try:
+                    finish(block)
+                finally:
+                    self._keep_retries()
 
         return work
+
+    def retries(self) -> Counter[str]:
+        """Requests to a server that all processes of all runs of this build repeated, by reason."""
+        total: Counter[str] = Counter()
+        for path in (self.work.path / "retries").glob("*.json"):
+            total.update(json.loads(path.read_text(encoding="utf-8")))
+        return total
+
+    def _keep_retries(self) -> None:
+        """Put the counts of this process into the work folder, where those of all are."""
+        counts: Counter[str] | None = getattr(self.policy, "retries", None)  # a server's alone
+        if counts:
+            path = self.work.path / "retries" / f"{uuid.uuid4().hex}.json"
+            self.work.write(path, json.dumps(counts).encode())
+            counts.clear()
 
     def _finish_truths(self, block: int) -> None:
         if self._truths is not None:

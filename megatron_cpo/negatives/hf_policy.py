@@ -60,7 +60,7 @@ class HuggingFacePolicy:
         self._vocab_size, self._eod = int(tokenizer.vocab_size), int(tokenizer.eod)
         check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
-        self._own_logits = self._applies_head_alone()
+        self._head_alone = self._applies_head_alone()
         self._name, self._sha256, self._dtype = Path(path).name, folder_digest(Path(path)), dtype
 
     @property
@@ -165,21 +165,24 @@ class HuggingFacePolicy:
     ) -> Iterator[tuple[int, slice, Tensor]]:
         """Logits at the wanted positions: (sequence, a run of its wanted ones, [run, V] float32).
 
-        Logits exist for one run of one sequence at a time, whatever the batch.
+        Logits exist for one run of one sequence at a time, whatever the batch; where the model has
+        to make them itself, for the wanted positions of one sequence.
         """
         step = max(CHUNK_LOGITS // self._model.config.vocab_size, 1)
         for batch, ids in self._right_padded(sequences):
-            if self._own_logits:
+            if self._head_alone:
                 states = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            else:
-                states = self._model(input_ids=ids, use_cache=False).logits
             for row, i in enumerate(batch):
-                for first in range(0, len(wanted[i]), step):
-                    run = slice(first, first + step)
-                    picked = states[row, torch.from_numpy(wanted[i][run]).to(self._device)]
-                    if self._own_logits:
-                        picked = self._model.get_output_embeddings()(picked)
-                    yield i, run, self._mask(picked)
+                at = torch.from_numpy(wanted[i]).to(self._device)
+                if not self._head_alone:
+                    own = ids[row : row + 1, : len(sequences[i])]
+                    output = self._model(input_ids=own, use_cache=False, logits_to_keep=at)
+                for run in (slice(first, first + step) for first in range(0, len(at), step)):
+                    if self._head_alone:
+                        logits = self._model.get_output_embeddings()(states[row, at[run]])
+                    else:
+                        logits = output.logits[0, run]
+                    yield i, run, self._mask(logits)
 
     def _mask(self, logits: Tensor) -> Tensor:
         """Float32 logits without the entries that only pad the vocabulary."""
@@ -200,7 +203,8 @@ class HuggingFacePolicy:
     def _applies_head_alone(self) -> bool:
         """Are its logits the output layer on the last hidden state, and nothing more?
 
-        Some models scale or cap them, which then takes the whole forward, logits of every position.
+        Some models scale or cap them, and are then asked for them: a sequence at a time, because
+        `logits_to_keep` has the same positions for a whole batch.
         """
         ids = torch.tensor([[self._eod, 0, 1]], device=self._device)
         head = self._model.get_output_embeddings()

@@ -13,12 +13,15 @@ class Job(Protocol):
 
     arguments: tuple[Any, ...]
     """Of the constructor; they can be pickled."""
-    work: WorkFolder
     records: int
     size: int
     """Records a block."""
 
     def __init__(self, *arguments: Any) -> None: ...
+
+    @property
+    def work(self) -> WorkFolder:
+        """Where finished blocks lie."""
 
     @property
     def has_model(self) -> bool:

@@ -30,12 +30,8 @@ from megatron_cpo.negatives.choosing import choose, draw
 from megatron_cpo.negatives.decoding import sample_in_batches
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import NEEDS_POLICY
-from megatron_cpo.negatives.scoring import (
-    by_candidate,
-    load_model,
-    require_checkpoint,
-    start_megatron,
-)
+from megatron_cpo.negatives.score_rows import by_candidate
+from megatron_cpo.negatives.scoring import load_model, require_checkpoint, start_megatron
 from megatron_cpo.tree import Ints, build_tree
 
 

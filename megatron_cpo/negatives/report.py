@@ -18,7 +18,7 @@ class BuildReport:
     first_dropped: Mapping[str, str] = field(default_factory=dict)
     """Where the first record of each reason was; known to the run that put the store together."""
     retries: Mapping[str, int] = field(default_factory=dict)
-    """Requests to a server that this run repeated, by reason."""
+    """Requests to a server that the whole build repeated, by reason; known to the same run."""
 
     @classmethod
     def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":
@@ -78,7 +78,15 @@ class BuildReport:
         return f", first {self.first_dropped[reason]}" if reason in self.first_dropped else ""
 
 
-def progress(items: Any, what: str, unit: str, total: int | None = None) -> Any:
-    """A progress bar on the first rank's terminal, with rate and time left; none in a log file."""
+def progress(
+    items: Any, what: str, unit: str, total: int | None = None, scale: bool = False
+) -> Any:
+    """A progress bar on the first rank's terminal, with rate and time left; none in a log file.
+
+    Args:
+        scale: write large numbers as 1.2k, 3.4M.
+    """
     hidden = None if os.environ.get("RANK", "0") == "0" else True
-    return tqdm(items, desc=what, unit=f" {unit}", total=total, disable=hidden, dynamic_ncols=True)
+    return tqdm(
+        items, what, total, unit=f" {unit}", unit_scale=scale, disable=hidden, dynamic_ncols=True
+    )

@@ -1,24 +1,32 @@
 """Reference log-probs: K floats per group, computed once by the very path that training uses.
 
-Under torchrun with the reference's own model flags, at any TP x PP x DP. Rows are dealt out to the
-data-parallel ranks, every pipeline stage walks them in step, and rank 0 writes the store.
+Under torchrun with the reference's own model flags, at any TP x PP x DP. Blocks of rows that are
+finished lie in the work folder PREFIX.score until all are there; rank 0 decides which are left, and
+writes the store.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.groups.writing import finish_publishing, write_reference_logps
-from megatron_cpo.model.forward import RowForward, candidate_logps
-from megatron_cpo.tree import Ints, build_tree
+from megatron_cpo.negatives.score_rows import BLOCK_ROWS, row_blocks, scored_blocks
+from megatron_cpo.negatives.scorefolder import STAGE, ScoreFolder
+from megatron_cpo.negatives.workfolder import explained
+
+MODEL_FLAGS = (
+    "num_attention_heads", "num_query_groups", "position_embedding_type", "rotary_base",
+    "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling", "rope_scaling_factor", "no_rope_freq", "normalization",
+    "layernorm_epsilon", "norm_epsilon", "layernorm_zero_centered_gamma", "apply_layernorm_1p",
+    "swiglu", "squared_relu", "quick_geglu", "openai_gelu", "moe_router_topk",
+    "moe_router_score_function", "moe_router_pre_softmax",
+)  # fmt: skip
+"""Arguments of Megatron, by any version's name, with which the same weights are another model."""
 
 
 def score_args(extra_args_provider: Any = None) -> Any:
@@ -48,6 +56,9 @@ def score_args(extra_args_provider: Any = None) -> Any:
 def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) -> None:
     """Score every group of a store under the checkpoint `args.load` and write the result into it.
 
+    Killed, the same call on the same ranks goes on where it was and ends in the same bytes; on
+    others as well, but for rounding.
+
     Args:
         path_prefix: the store's PREFIX.
         args: Megatron's parsed and validated arguments; rows are `--seq-length` tokens,
@@ -55,15 +66,31 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model: what `load_model` gave for these arguments, if it is loaded already.
 
     Raises:
-        ValueError: no checkpoint there, or a group's tree is longer than a row.
+        ValueError: no checkpoint there, a store of another tokenizer, a group's tree is longer
+            than a row, or another reference or row length has begun to score this store.
+        OSError: the disk is full; what is finished is kept.
     """
-    reference = require_checkpoint(args)
+    from megatron.training import get_tokenizer, print_rank_0
+
+    reference = reference_identity(args)
     if model is None:
         start_megatron()
-    torch.distributed.barrier()  # the last rank may be putting the store together
-    if torch.distributed.get_rank() == 0:
-        finish_publishing(path_prefix)  # of a run that was killed
-    torch.distributed.barrier()
+    work = ScoreFolder(path_prefix)
+
+    def is_scored() -> bool:
+        work.check(get_tokenizer())
+        return work.is_scored(reference)
+
+    def begin() -> list[int]:
+        shape = {"row_tokens": args.seq_length, "block_rows": BLOCK_ROWS}
+        begun = work.begin(reference, **shape)
+        return work.missing(STAGE, range(len(blocks))) if begun else []
+
+    described = f"{reference['name']} iteration {reference['iteration']}"
+    # The last rank may be putting the store together, so rank 0 looks once all are here.
+    if _on_first_rank(is_scored):
+        print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
+        return
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
@@ -72,17 +99,46 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             f"--seq-length {args.seq_length}: {rows.too_long} of {len(reader)} groups have more "
             "tokens in their tree; raise --seq-length (it may exceed --max-position-embeddings)"
         )
-    scored = _score_rows(rows, load_model(args) if model is None else model, args)
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, scored)
-    if torch.distributed.get_rank() == 0:
-        merged = {group: logps for part in everywhere for group, logps in part.items()}
-        write_reference_logps(path_prefix, [merged[i] for i in range(len(reader))], reference)
-        print(
-            f"scored {len(merged)} groups under {reference['name']} "
-            f"iteration {reference['iteration']}"
+    blocks = row_blocks(rows)
+    if model is None:
+        model = load_model(args)
+    with explained(work.path):  # not before the model is there: wrong flags claim no folder
+        for block, logps in scored_blocks(rows, set(_on_first_rank(begin)), model, args):
+            work.write_block(block, logps)
+        missing = _on_first_rank(lambda: work.finish(blocks))
+    if missing:
+        raise ValueError(
+            f"{work.path}: {len(missing)} of {len(blocks)} blocks are not there, the first is "
+            f"{missing[0]}; see that all ranks share this folder, and run the same command again"
         )
-    torch.distributed.barrier()  # nobody reads the store before it is whole
+    print_rank_0(f"scored {len(reader)} groups under {described}")
+
+
+def _on_first_rank[T](decide: Callable[[], T]) -> T:
+    """What rank 0 finds once all ranks are here, told to all of them; errors are raised on all."""
+    torch.distributed.barrier()
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [decide()]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    found: T = answer[0]
+    return found
+
+
+def reference_identity(args: Any) -> dict[str, Any]:
+    """What decides the log-probs under `args.load`, but for rounding: the manifest's `reference`.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    dtype = str(args.params_dtype).removeprefix("torch.")
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS if hasattr(args, name)}
+    return {**require_checkpoint(args), "dtype": dtype, **flags}
 
 
 def require_checkpoint(args: Any) -> dict[str, Any]:
@@ -134,87 +190,3 @@ def load_model(args: Any) -> list[Any]:
     for chunk in model:
         chunk.eval()
     return model
-
-
-def _score_rows(rows: GroupDataset, model: list[Any], args: Any) -> dict[int, NDArray[np.float32]]:
-    """Log-probs [K] of groups in this data-parallel rank's rows; empty on other pipeline stages."""
-    from megatron.core import mpu
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.training import get_tokenizer
-
-    step = _ScoringStep(get_tokenizer().vocab_size)
-    dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    batch = args.micro_batch_size
-    stages = mpu.get_pipeline_model_parallel_world_size()
-    # Every rank runs the same number of micro-batches, a multiple of the pipeline stages as the
-    # interleaved schedule wants it; rows past the end repeat the last one.
-    rounds = -(-len(rows) // (batch * dp_size * stages)) * stages
-    mine = [
-        min((i * dp_size + dp_rank) * batch + j, len(rows) - 1)
-        for i in range(rounds)
-        for j in range(batch)
-    ]
-    # A few micro-batches at a time keep a pipeline full and the progress bar moving.
-    together = 4 * stages
-    scored: dict[int, NDArray[np.float32]] = {}
-    bar = tqdm(
-        total=len(rows), unit="rows", desc="reference", disable=torch.distributed.get_rank() != 0
-    )
-    for first in range(0, rounds, together):
-        micro_batches = range(first, min(first + together, rounds))
-        part = mine[micro_batches.start * batch : micro_batches.stop * batch]
-        loaders = [_batches(rows, part, batch) for _ in model]
-        with torch.no_grad():
-            results = get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=loaders if len(model) > 1 else loaders[0],
-                model=model if len(model) > 1 else model[0],
-                num_microbatches=len(micro_batches),
-                seq_length=args.seq_length,
-                micro_batch_size=batch,
-                forward_only=True,
-            )
-        for result, at in zip(results, range(0, len(part), batch), strict=False):
-            for row, logps in zip(part[at : at + batch], result["logps"], strict=True):
-                for g, group in enumerate(rows.group_indices(row)):
-                    stored = rows.reader[int(group)]
-                    scored[int(group)] = by_candidate(stored.prefix, stored.candidates, logps[g])
-        bar.update(min(len(part) * dp_size, len(rows) - bar.n))
-    bar.close()
-    return scored
-
-
-def by_candidate(
-    prefix: Ints, candidates: Sequence[Ints], logps: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """A group's log-probs by candidate, from those by slot."""
-    order = build_tree(prefix, candidates).candidate_order
-    result = np.empty(len(order), dtype=np.float32)
-    result[order] = logps[: len(order)]
-    return result
-
-
-def _batches(
-    rows: GroupDataset, indices: list[int], batch: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    for first in range(0, len(indices), batch):
-        yield torch.utils.data.default_collate([rows[i] for i in indices[first : first + batch]])
-
-
-class _ScoringStep:
-    """A forward step whose "loss" is the candidates' log-probs, [B, G, K] by slot."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._forward = RowForward(vocab_size)
-
-    def __call__(self, data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-        output, batch = self._forward(next(data_iterator), model)
-
-        def logps(query_logps: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-            mask = batch["candidate_mask"]
-            sums = candidate_logps(
-                query_logps, batch["first_slot"], batch["last_slot"], mask.numel()
-            )
-            return query_logps.sum(), {"logps": sums.view_as(mask).cpu().numpy()}
-
-        return output, logps

@@ -74,7 +74,7 @@ class ServerPolicy:
     """
 
     kinds: tuple[str, ...] = ("an",)
-    forks = False  # it asks in parallel by itself, and counts
+    forks = False  # it asks in parallel by itself
     positions: int | None = None
 
     def __init__(
@@ -92,7 +92,7 @@ class ServerPolicy:
         self._url, self._tokenizer, self._concurrency = url.rstrip("/"), tokenizer, concurrency
         self._encoder = Encoder(tokenizer)
         self.retries: Counter[str] = Counter()
-        """Requests that were repeated, by reason."""
+        """Requests that were repeated, by reason; whoever sums them up clears them."""
         self._model = model or self._only_model()
         self._dialect = asyncio.run(self._find_dialect(sampling))
 

@@ -32,6 +32,7 @@ class WorkFolder:
     def __init__(self, path_prefix: str, kind: str, command: dict[str, Any]) -> None:
         self.path = Path(f"{path_prefix}.{kind}")
         self._prefix = path_prefix
+        self._is_locked = False
         # As a manifest has it: tuples are lists.
         self.command: dict[str, Any] = json.loads(json.dumps(command))
 
@@ -86,19 +87,35 @@ class WorkFolder:
             aside.unlink(missing_ok=True)
             raise
 
-    def make_folder(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """A subfolder with everything `make` writes into it, unless it is there already."""
+    def damaged(self, path: Path, error: Exception) -> ValueError:
+        """Remove a finished file that cannot be read; the error that says so."""
+        path.unlink()
+        return ValueError(
+            f"{path}: damaged ({error}), as by a loss of power; it was removed: run the same "
+            "command again to make it anew"
+        )
+
+    def make_folder(self, name: str, make: Callable[[Path], Any], resumes: bool = False) -> Path:
+        """A subfolder with everything `make` writes into it, unless it is there already.
+
+        Args:
+            resumes: `make` can go on with a folder in which it was interrupted. It has to be alone
+                with it: on a file system without locks it begins anew.
+        """
         target = self.path / name
         if not target.is_dir():
+            kept = self.path / f"{name}.unfinished" if resumes and self._is_locked else None
             for left in self.path.glob(f"{name}.*"):  # under the lock: of a process that was killed
-                shutil.rmtree(left)
-            aside = self.path / f"{name}.{_unique()}"
-            aside.mkdir()
+                if left != kept:
+                    shutil.rmtree(left)
+            aside = kept or self.path / f"{name}.{_unique()}"
+            aside.mkdir(exist_ok=True)
             try:
                 make(aside)
                 os.rename(aside, target)
             except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
+                if kept is None:
+                    shutil.rmtree(aside, ignore_errors=True)
                 raise
         return target
 
@@ -119,8 +136,10 @@ class WorkFolder:
                 file = open(self.path / "lock", "wb")  # noqa: SIM115
                 break
         with file:
+            self._is_locked = False
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
+                self._is_locked = True
             if not _is_at(file, self.path / "lock"):  # whoever had it finished and cleaned up
                 with self.locked():
                     yield

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from harness.ranks import ROOT
 from megatron_cpo.checkpoints import conversion, copying, merge
 from megatron_cpo.checkpoints.conversion import FLAGS
 from megatron_cpo.checkpoints.families import model_of_config
@@ -282,7 +283,7 @@ def test_sigterm_cleans_up(models: Models, tmp_path: Path) -> None:
         "from megatron_cpo.checkpoints import copying\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "copying.write_box = wait\n"
-        "runpy.run_path('tools/convert_checkpoint.py', run_name='__main__')\n"
+        f"runpy.run_path({str(ROOT / 'tools/convert_checkpoint.py')!r}, run_name='__main__')\n"
     )
     flags = ["--from", "hf", "--to", "megatron", "--input", models.hugging_face("llama")]
     done = run_python("-c", code, *flags, "--output", tmp_path / "gone")

@@ -18,16 +18,9 @@ from megatron_cpo.model.stages import StagedModel
 from megatron_cpo.negatives.megatron_policy import MegatronPolicy
 from megatron_cpo.negatives.policy import Sampling
 from megatron_cpo.negatives.samplers import group_rng
-from tests.tiny_models import GPT_FLAGS, train_megatron
+from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron
 
-LLAMA = [
-    *GPT_FLAGS,
-    *(
-        "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
-        "--normalization RMSNorm --swiglu --disable-bias-linear "
-        "--untie-embeddings-and-output-weights"
-    ).split(),
-]
+LLAMA = [*GPT_FLAGS, *LLAMA_FLAGS]
 # The pattern takes the place of --num-layers 4.
 HYBRID = ["--hybrid-layer-pattern", "*-*-", *LLAMA[2:]]
 MODELS = {"gpt": GPT_FLAGS, "llama": LLAMA, "hybrid": HYBRID}

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import train_megatron
 
+from harness.ranks import ROOT, run_pretrain, run_ranks
+from harness.stores import null_tokenizer, write_store
 from megatron_cpo.groups.store import FILES, GroupReader, sha256
 from megatron_cpo.negatives.scorefolder import ScoreFolder
-from tests.ranks import ROOT, run_pretrain, run_ranks
-from tests.stores import null_tokenizer, write_store
-from tests.test_megatron_policy import COMMON, LLAMA
+from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron
 
 K, GROUPS = 6, 200
 TOOL = "tools/build_negatives.py"
@@ -33,7 +32,7 @@ LAYOUTS = {  # ranks of the run that is killed, of the two that are not, and the
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    return train_megatron(tmp_path_factory.mktemp("reference"), COMMON)
+    return train_megatron(tmp_path_factory.mktemp("reference"), GPT_FLAGS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def copy_of(store, folder):
 
 def flags_of(store, reference, *more):
     flags = ["--score-only", "--output-prefix", store, "--load", reference]
-    return [*COMMON, *flags, "--micro-batch-size", "2", *map(str, more)]
+    return [*GPT_FLAGS, *flags, "--micro-batch-size", "2", *map(str, more)]
 
 
 def sums_in(folder):
@@ -100,8 +99,8 @@ def test_killed_and_resumed_in_the_same_bytes(reference, unscored, tmp_path, lay
 def test_experts_that_replicas_share(unscored, tmp_path):
     """All replicas have to come to the experts, though one of them has finished its block."""
     experts = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall"
-    model = [*LLAMA[len(COMMON) :], *experts.split()]
-    load = train_megatron(tmp_path / "experts", [*COMMON, *model])
+    model = [*LLAMA_FLAGS, *experts.split()]
+    load = train_megatron(tmp_path / "experts", [*GPT_FLAGS, *model])
     flags = [*model, "--expert-model-parallel-size", 2]
     whole, killed = (copy_of(unscored, tmp_path / name) for name in ("whole", "killed"))
     run_pretrain(flags_of(whole, load, *flags), 2, script=TOOL)

@@ -12,6 +12,12 @@ GPT_FLAGS = (
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.3 --seed 7 --seq-length 128"
 ).split() + TOKENIZER_FLAGS
 """Of a Megatron GPT of four layers under the null tokenizer, for `train_megatron`."""
+LLAMA_FLAGS = (
+    "--position-embedding-type rope --group-query-attention --num-query-groups 2 "
+    "--normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights"
+).split()
+"""What makes it a Llama."""
 
 
 def save_hugging_face(folder: Path, kind: str = "llama", rows: int = VOCAB, seed: int = 0) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_cpo.model import logprobs
 from megatron_cpo.model.logprobs import Queries, query_logps
-from megatron_cpo.model.softmax import ChunkQueries
+from megatron_cpo.model.softmax import Chunk
 from megatron_cpo.model.vocabulary import VocabShard
 
 pytest.importorskip("triton")
@@ -44,11 +44,13 @@ def some_logits(spread: float = 10.0) -> Tensor:
     return logits
 
 
-def some_queries(first_token: int) -> ChunkQueries:
+def some_chunk(logits: Tensor, first_token: int) -> Chunk:
     """One to three queries a row, two of them for one token; one target lies in another shard."""
     rows = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4])
     targets = torch.tensor([0, 32, 16, 15, 7, 7, 100, 31]) + first_token
-    return ChunkQueries(rows, targets, torch.linspace(-55, 5, len(rows)))
+    factors, grads = torch.linspace(-3, 3, ROWS), torch.linspace(-55, 5, len(rows))
+    hidden = torch.zeros(ROWS, HIDDEN)
+    return Chunk(hidden, logits.amax(dim=1), factors, rows, targets, grads)
 
 
 def test_row_sums_equal_logsumexp() -> None:
@@ -75,16 +77,15 @@ def test_logit_gradients_by_formula(first_token: int, dtype: torch.dtype) -> Non
 
     By up to a unit of its 8 bits: the interpreter cuts off where a GPU rounds to the nearest.
     """
-    logits, queries = some_logits(), some_queries(first_token)
-    largest = logits.amax(dim=1)
-    factors = torch.linspace(-3, 3, ROWS)
-    expected = factors[:, None] * (logits - largest[:, None]).exp()
-    for row, target, grad in zip(queries.rows, queries.targets, queries.grads, strict=True):
+    logits = some_logits()
+    chunk = some_chunk(logits, first_token)
+    expected = chunk.factors[:, None] * (logits - chunk.largest[:, None]).exp()
+    for row, target, grad in zip(chunk.rows, chunk.targets, chunk.grads, strict=True):
         if target - first_token < COLUMNS:
             expected[row, target - first_token] += grad
     shard = VocabShard(torch.zeros(COLUMNS, HIDDEN), VOCAB, None)
     shard.weight, shard.first = shard.weight.to(dtype), first_token
-    found = logit_gradients(logits, shard, largest, factors, queries)
+    found = logit_gradients(logits, chunk, shard)
     assert found.dtype == dtype
     assert (found.data_ptr() == logits.data_ptr()) == (dtype == torch.float32)
     if dtype == torch.float32:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.model.softmax import ChunkQueries, Softmax
+from megatron_cpo.model.softmax import Chunk, Softmax
 from megatron_cpo.model.transfer import to_device
 from megatron_cpo.model.vocabulary import VocabShard
 
@@ -170,46 +170,41 @@ class _QueryLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, largest, scale = ctx.saved_tensors
+        queries: Queries = ctx.queries
         grad_logps = grad_logps.contiguous()  # of a sum it is one number, expanded
         shard, softmax = VocabShard(weight, *ctx.shard_of), _softmax(hidden)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # d log p(t) / d logit(v) = [v = t] - p(v), summed over the queries of a position;
         # p(v) = scale * exp(logit - largest).
-        total = torch.zeros_like(scale).index_add_(0, ctx.queries.rows, grad_logps)
+        total = torch.zeros_like(scale).index_add_(0, queries.rows, grad_logps)
         factors = -total * scale
         # The kept chunks, the first ones, are let go: a second backward computes all again.
         kept, ctx.kept = ctx.kept[::-1], []
         buffer: Tensor | None = None
-        for chunk, wanted in _chunks(ctx.queries, ctx.step):
+        for some, wanted in _chunks(queries, ctx.step):
+            chunk = Chunk(
+                hidden[some],
+                largest[some],
+                factors[some],
+                queries.rows[wanted] - some.start,
+                queries.targets[wanted],
+                grad_logps[wanted],
+            )
             if kept:
                 _give_back(buffer)
                 buffer = kept.pop()
-                passed = shard.view(buffer, len(hidden[chunk]))
+                passed = shard.view(buffer, len(chunk.hidden))
             else:
                 buffer = _take(ctx.step * len(weight), hidden.device) if buffer is None else buffer
-                passed = shard.logits(hidden[chunk], buffer)
+                passed = shard.logits(chunk.hidden, buffer)
                 softmax.again(passed)
-            asked = ChunkQueries(
-                ctx.queries.rows[wanted] - chunk.start,
-                ctx.queries.targets[wanted],
-                grad_logps[wanted],
-            )
-            softmax.backward(
-                passed,
-                hidden[chunk],
-                shard,
-                largest[chunk],
-                factors[chunk],
-                asked,
-                grad_hidden[chunk],
-                grad_weight,
-            )
+            softmax.backward(passed, chunk, shard, grad_hidden[some], grad_weight)
         _give_back(buffer)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _softmax(hidden: Tensor) -> Any:
+def _softmax(hidden: Tensor) -> Softmax:
     if not hidden.is_cuda:
         return Softmax()
     from megatron_cpo.model.softmax_kernels import FusedSoftmax

@@ -22,15 +22,21 @@ PASS_LOGITS = 2**18
 
 
 @dataclass(frozen=True)
-class ChunkQueries:
-    """The queries of a chunk of logit positions, [q] each."""
+class Chunk:
+    """What backward knows of a chunk: r logit positions and their q queries."""
 
+    hidden: Tensor
+    """[r, H]."""
+    largest: Tensor
+    """[r] the shard's maxima, as `forward` found them."""
+    factors: Tensor
+    """[r] of exp(logit - largest) in the gradient of the logits."""
     rows: Tensor
-    """Row of the chunk, increasing."""
+    """[q] row of each query, increasing."""
     targets: Tensor
-    """Token ids."""
+    """[q] token ids."""
     grads: Tensor
-    """d loss / d log-prob, float32."""
+    """[q] d loss / d log-prob, float32, contiguous."""
 
 
 class Softmax:
@@ -55,11 +61,8 @@ class Softmax:
     def backward(
         self,
         exponentials: Tensor,
-        hidden: Tensor,
+        chunk: Chunk,
         shard: VocabShard,
-        largest: Tensor,
-        factors: Tensor,
-        queries: ChunkQueries,
         grad_hidden: Tensor,
         grad_weight: Tensor,
     ) -> None:
@@ -67,15 +70,12 @@ class Softmax:
 
         Args:
             exponentials: [r, V] as `forward` left them.
-            hidden: [r, H].
-            largest: [r] this shard's maxima; the exponentials are relative to them already.
-            factors: [r] of exp(logit - largest) in the gradient.
         """
-        hidden = hidden.float()
-        column, here = shard.locate(queries.targets)
-        grads = torch.where(here, queries.grads, 0.0)[:, None]
-        grad = shard.times_weight(exponentials).mul_(factors[:, None])
-        grad.index_add_(0, queries.rows, grads * shard.weight[column])
+        hidden, factors = chunk.hidden.float(), chunk.factors[:, None]
+        column, here = shard.locate(chunk.targets)
+        grads = torch.where(here, chunk.grads, 0.0)[:, None]
+        grad = shard.times_weight(exponentials).mul_(factors)
+        grad.index_add_(0, chunk.rows, grads * shard.weight[column])
         grad_hidden.copy_(grad)
-        shard.add_to_weight_gradient(grad_weight, exponentials, hidden * factors[:, None])
-        grad_weight.index_add_(0, column, grads * hidden[queries.rows])
+        shard.add_to_weight_gradient(grad_weight, exponentials, hidden * factors)
+        grad_weight.index_add_(0, column, grads * hidden[chunk.rows])

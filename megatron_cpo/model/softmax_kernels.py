@@ -1,7 +1,7 @@
 """`softmax.py` on a GPU: each pass over a chunk of logits is one Triton kernel.
 
 Beside its products in bf16 the head is bound by memory: torch's maximum, subtraction, exp and sum
-read or write a float32 logit seven times in forward; here it is read once. In backward a kernel
+read or write a float32 logit six times in forward; here it is read once. In backward a kernel
 reads it once more and writes the gradient of the logits, summed in float32 and rounded once to what
 the products take. So a logit costs 18 bytes of traffic with its products, not 46.
 """
@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_cpo.model.softmax import ChunkQueries
+from megatron_cpo.model.softmax import Chunk, Softmax
 from megatron_cpo.model.vocabulary import VocabShard
 
 BLOCK = 4096
 """Columns of a row that a program holds at a time."""
 
 
-class FusedSoftmax:
-    """As `softmax.Softmax`, but logits stay logits."""
+class FusedSoftmax(Softmax):
+    """Logits stay logits."""
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Maximum of each row and sum of exp(logit - maximum)."""
@@ -35,38 +35,33 @@ class FusedSoftmax:
     def backward(
         self,
         logits: Tensor,
-        hidden: Tensor,
+        chunk: Chunk,
         shard: VocabShard,
-        largest: Tensor,
-        factors: Tensor,
-        queries: ChunkQueries,
         grad_hidden: Tensor,
         grad_weight: Tensor,
     ) -> None:
         """As `Softmax.backward`."""
-        narrow = logit_gradients(logits, shard, largest, factors, queries)
+        narrow = logit_gradients(logits, chunk, shard)
         grad_hidden.copy_(shard.times_weight(narrow))
-        shard.add_to_weight_gradient(grad_weight, narrow, hidden.to(narrow.dtype))
+        shard.add_to_weight_gradient(grad_weight, narrow, chunk.hidden.to(narrow.dtype))
 
 
-def logit_gradients(
-    logits: Tensor, shard: VocabShard, largest: Tensor, factors: Tensor, queries: ChunkQueries
-) -> Tensor:
+def logit_gradients(logits: Tensor, chunk: Chunk, shard: VocabShard) -> Tensor:
     """Gradient of the logits, [r, V] of the weight's dtype; in their place if that is float32."""
     same = shard.weight.dtype == logits.dtype
     out = logits if same else torch.empty_like(logits, dtype=shard.weight.dtype)
     rows, columns = logits.shape
     # Queries of row r are [starts[r], starts[r + 1]); `rows` is increasing.
-    starts = torch.searchsorted(queries.rows, torch.arange(rows + 1, device=logits.device))
+    starts = torch.searchsorted(chunk.rows, torch.arange(rows + 1, device=logits.device))
     grid = (rows, triton.cdiv(columns, BLOCK))
     _logit_gradients[grid](
         logits,
         out,
-        largest,
-        factors,
+        chunk.largest,
+        chunk.factors,
         starts,
-        queries.targets,
-        queries.grads,
+        chunk.targets,
+        chunk.grads,
         shard.first,
         columns,
         BLOCK=BLOCK,

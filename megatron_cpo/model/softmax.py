@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_cpo.model.vocabulary import VocabShard
 
-PASS_LOGITS = 2**18
-"""Logits that maximum, subtraction, exp and sum go over together (1 MiB), to find them in cache."""
+PASS_LOGITS = 2**20
+"""Logits that maximum, subtraction, exp and sum go over together (4 MiB), to find them in cache."""
 
 
 @dataclass(frozen=True)

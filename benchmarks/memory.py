@@ -80,10 +80,8 @@ def _trees(setting: Setting, reader: GroupReader, model: Any) -> Callable[[], An
 
 
 def _our_mle(setting: Setting, reader: GroupReader, model: Any) -> Callable[[], Any]:
-    batch, forward = (
-        default_collate([truths_row(reader, setting.row_tokens)]),
-        RowForward(setting.vocab),
-    )
+    batch = default_collate([truths_row(reader, setting.row_tokens)])
+    forward = RowForward(setting.vocab)
     return lambda: (-forward(batch, model)[0].mean()).backward()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpo.groups.pairs import PairReader, read_pairs, write_pairs
+from megatron_cpo.groups.pairs import read_pairs
 from megatron_cpo.groups.records import Dropped
 from megatron_cpo.groups.source import Source
 from megatron_cpo.groups.store import GroupReader
@@ -21,7 +21,7 @@ from megatron_cpo.negatives.embeddings import (
     embedding_similarity,
 )
 from megatron_cpo.negatives.ranking import rank_candidates
-from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 from tests.tiny_models import save_hugging_face
 
 RECORDS = 24
@@ -139,8 +139,7 @@ def test_truths_are_found_by_their_first_record(tmp_path):
     answers = ["1 2", "3", "1 2", "4 5 6", "3"]
     path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "7", "completion": a} for a in answers))
     pairs = read_pairs(Source((path,)), ToyTokenizer(), Dropped())
-    write_pairs(pairs, str(tmp_path / "pairs"), 100)
-    index = TruthIndex(PairReader(str(tmp_path / "pairs")))
+    index = TruthIndex(write_pairs(pairs, str(tmp_path / "pairs")))
     found = [index.find(np.array(t, dtype=np.int32)) for t in ([1, 2, 99], [3, 99], [3], [2])]
     assert found == [0, 1, None, None]
 

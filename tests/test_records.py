@@ -198,10 +198,10 @@ def test_a_line_of_50_mb_is_counted_and_never_held(tmp_path):
 
 
 def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
-    from megatron_cpo.groups import records
+    from megatron_cpo.groups import lines
 
     line = b'{"text": "abc"}'
-    monkeypatch.setattr(records, "LONGEST_LINE", len(line))
+    monkeypatch.setattr(lines, "LONGEST_LINE", len(line))
     path = tmp_path / "r.jsonl"
     path.write_bytes(line + b"\n" + line + b" \n" + line)
     dropped = Dropped()

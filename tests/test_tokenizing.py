@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_cpo.groups import resumed_pairs
-from megatron_cpo.groups.pairs import PairReader, read_pairs, write_lm_dataset, write_pairs
+from megatron_cpo.groups.pairs import read_pairs, write_lm_dataset
 from megatron_cpo.groups.records import BadRecord, Dropped
 from megatron_cpo.groups.resumed_pairs import write_pairs_resumed
 from megatron_cpo.groups.source import Source
@@ -21,7 +21,7 @@ from megatron_cpo.groups.tokenizing import (
     tokenizer_identity,
     train_sentencepiece,
 )
-from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 
 EOD = ToyTokenizer.eod
 
@@ -180,7 +180,7 @@ def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
     whole.mkdir()
     write_pairs_resumed(source, ToyTokenizer(), 0, whole, lambda read: None)
     counted = Dropped()
-    write_pairs(read_pairs(source, ToyTokenizer(), counted), str(tmp_path / "p"), 100)
+    write_pairs(read_pairs(source, ToyTokenizer(), counted), str(tmp_path / "p"))
     assert json.loads((whole / "dropped.json").read_text())["counts"] == counted.counts != {}
     for suffix in (".bin", ".idx"):
         assert (whole / f"pairs{suffix}").read_bytes() == (tmp_path / f"p{suffix}").read_bytes()
@@ -279,8 +279,7 @@ def test_pairs_and_mle_documents_hold_the_same_tokens(tmp_path, tokenizer):
 def test_rejected_continuations_are_read_back(tmp_path):
     ints = [np.array(x, dtype=np.int32) for x in ([1, 2], [3, 99], [4, 99], [5, 6, 99])]
     pairs = [Pair(ints[0], ints[1], (ints[2], ints[3])), Pair(ints[0], ints[1])]
-    write_pairs(iter(pairs), str(tmp_path / "pairs"), 100)
-    reader = PairReader(str(tmp_path / "pairs"))
+    reader = write_pairs(pairs, str(tmp_path / "pairs"))
     assert [r.tolist() for r in reader.rejected(0)] == [[4, 99], [5, 6, 99]]
     assert reader.rejected(1) == []
     assert reader.prefix(1).dtype == np.int32

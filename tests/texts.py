@@ -1,14 +1,17 @@
 """Records and tokenizers for tests of reading, tokenising and building."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
+from megatron_cpo.groups.pairs import PairReader, sequences_of
 from megatron_cpo.groups.source import Source
-from megatron_cpo.groups.tokenizing import train_sentencepiece
+from megatron_cpo.groups.tokenizing import Pair, train_sentencepiece
 
 DOLLY = str(Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl")
 
@@ -18,6 +21,16 @@ def write_jsonl(path: Path, *records: Any) -> str:
     lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return str(path)
+
+
+def write_pairs(pairs: Iterable[Pair], path_prefix: str, vocab_size: int = 100) -> PairReader:
+    """Write pairs as a build does, at once and without the notes to go on from."""
+    writer = IndexedWriter(path_prefix, store_dtype(vocab_size))
+    for pair in pairs:
+        sequences = sequences_of(pair)
+        writer.add(np.concatenate(sequences), [len(s) for s in sequences])
+    writer.close()
+    return PairReader(path_prefix)
 
 
 def dolly_tokenizer(folder: Path, chat_template: str | None = None) -> Any:

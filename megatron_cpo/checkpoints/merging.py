@@ -5,9 +5,9 @@ Language Model Training with Contrastive Preference Optimization" (Findings of N
 arXiv:2502.16433). alpha is the share of the MLE model. `combine` is the same for any number of
 checkpoints and any weights: model soups, and task vectors on a base.
 
-Boxes of 2 MiB stream from the inputs through `Averager` into files that have
-the first checkpoint's layout. Memory is what importing torch takes plus some 15 MB per thread,
-whatever the sizes of model and tensors.
+Boxes of 2 MiB stream from the inputs through `Averager` into files that have the first checkpoint's
+layout. Memory is what importing torch takes plus some 15 MB per thread, whatever the sizes of model
+and tensors.
 """
 
 import math

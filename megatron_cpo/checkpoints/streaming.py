@@ -177,6 +177,7 @@ class Stream:
         count = len(self._names)
         if not hasattr(self._memory, "buffers"):
             self._memory.buffers = torch.empty(count + 1, LIMIT, dtype=torch.uint8)
+            # An element has at least a byte. What is not written to takes no memory.
             self._memory.averager = Averager(LIMIT, count)
         *buffers, scratch = self._memory.buffers
         tensors = match.tensors[:1] if first_only else match.tensors

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
-from megatron_cpo.groups.records import Advance, BadRecord, Dropped, read_records
+from megatron_cpo.groups.lines import Advance
+from megatron_cpo.groups.records import BadRecord, Dropped, read_records
 from megatron_cpo.groups.source import Source, indexed_prefix
 from megatron_cpo.groups.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
@@ -148,7 +149,7 @@ def _pieces(
 
 
 class PairReader:
-    """Reads the pairs that `write_pairs` wrote; memory mapped."""
+    """Reads the pairs that `resumed_pairs.write_pairs_resumed` wrote; memory mapped."""
 
     def __init__(self, path_prefix: str) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -176,14 +177,8 @@ class PairReader:
         return self._dataset[int(index)].astype(np.int32)
 
 
-def write_pairs(pairs: Iterator[Pair], path_prefix: str, vocab_size: int) -> PairReader:
-    """Write pairs to an indexed dataset, document = [prefix, continuation, rejected ...]."""
-    _write_documents(map(sequences_of, pairs), path_prefix, vocab_size)
-    return PairReader(path_prefix)
-
-
 def sequences_of(pair: Pair) -> list[Ints]:
-    """The document of a pair."""
+    """The document of a pair: int32 token ids of prefix, y_1 and each rejected continuation."""
     return [pair.prefix, pair.continuation, *pair.rejected]
 
 
@@ -202,27 +197,15 @@ def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tupl
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
     aside = f"{output_prefix}.writing-{os.getpid()}"
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    documents = (
-        [np.concatenate([p.prefix, p.continuation])] for p in read_pairs(source, tokenizer, dropped)
-    )
+    writer, written = IndexedWriter(aside, store_dtype(tokenizer.vocab_size)), 0
     try:
-        written = _write_documents(documents, aside, tokenizer.vocab_size)
+        for written, pair in enumerate(read_pairs(source, tokenizer, dropped), 1):  # noqa: B007
+            document = np.concatenate([pair.prefix, pair.continuation])
+            writer.add(document, [len(document)])
+        writer.close()
         for suffix in (".bin", ".idx"):  # the index last: without it Megatron sees no dataset
             os.replace(aside + suffix, output_prefix + suffix)
-    finally:
-        for suffix in (".bin", ".idx"):
-            Path(aside + suffix).unlink(missing_ok=True)
-    return written, dropped
-
-
-def _write_documents(documents: Iterator[list[Ints]], path_prefix: str, vocab_size: int) -> int:
-    writer = IndexedWriter(path_prefix, store_dtype(vocab_size))
-    count = 0
-    try:
-        for count, sequences in enumerate(documents, 1):  # noqa: B007
-            writer.add(np.concatenate(sequences), [len(s) for s in sequences])
-        writer.close()
     except BaseException:
         writer.abort()
         raise
-    return count
+    return written, dropped

@@ -11,23 +11,17 @@ A file (plain or `.gz`) holds one JSON object a line. What its keys are decides 
 Bad records are counted by reason with the place of the first of each, or refused.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from megatron_cpo.groups.lines import LONGEST_LINE, Advance, read_lines
+
 Message = dict[str, str]
-Advance = Callable[[int, int], object]
-"""Told of lines (or documents) that are done with, and of bytes that were read."""
 
 DEFAULT_TEMPLATE = "Instruction: {instruction}\nContext: {context}\nResponse: "
-LONGEST_LINE = 32 << 20
-"""Bytes. A longer line, as of a file that is not JSON Lines, is a bad record and never held."""
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -106,7 +100,7 @@ def read_records(
             is refused.
     """
     usable = skip
-    for source, line in _lines(paths, advance, skip):
+    for source, line in read_lines(paths, advance, skip):
         try:
             if line is None:
                 raise BadRecord(f"line longer than {LONGEST_LINE >> 20} MiB")
@@ -265,53 +259,3 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if not isinstance(fields[name], str):
         raise BadRecord(f"field {name!r} is not a string")
     return fields[name]
-
-
-def _bounded(file: Any) -> Iterator[bytes | None]:
-    """The lines of a file, None in place of one of more than `LONGEST_LINE` bytes."""
-    while line := file.readline(LONGEST_LINE + 1):
-        if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):  # read on to its end, and keep nothing
-            line = file.readline(1 << 20)
-        yield None
-
-
-def check_file(path: str) -> None:
-    """Refuse an input that is not there.
-
-    Raises:
-        ValueError: it is no file.
-    """
-    if not Path(path).is_file():
-        raise ValueError(
-            f"--input {path}: no such file; give JSON Lines (.jsonl, .jsonl.gz) or the prefix "
-            "of a Megatron indexed dataset"
-        )
-
-
-def _lines(paths: Sequence[str], advance: Advance, skip: int) -> Iterator[tuple[str, bytes | None]]:
-    """(file:line, content) of the lines that are not blank; None for one that is too long."""
-    for path in paths:
-        check_file(path)
-        try:
-            with (
-                open(path, "rb") as stored,
-                gzip.open(stored) if path.endswith(".gz") else nullcontext(stored) as file,
-            ):
-                read = 0
-                for number, line in enumerate(_bounded(file), 1):
-                    if number == 1 and line:
-                        line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors put first
-                    if skip:
-                        skip -= 1
-                    elif line is None or line.strip():
-                        yield f"{path}:{number}", line
-                    advance(1, stored.tell() - read)
-                    read = stored.tell()
-                advance(0, stored.tell() - read)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"--input {path}: not a whole gzip file ({error}); copy it again"
-            ) from error

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_cpo.groups.records import DEFAULT_TEMPLATE, SHAPES, check_file, check_template
+from megatron_cpo.groups.lines import check_file
+from megatron_cpo.groups.records import DEFAULT_TEMPLATE, SHAPES, check_template
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Logits exist for the positions that have a query, never for all tokens, and a chunk of them at a
 time. Backward needs them again: chunks are kept while they fit `KEPT_LOGITS`, and computed again
-beyond. So the workspace is at most `KEPT_LOGITS` and a chunk of float32 numbers, whatever the
-vocabulary and the number of queries, and nothing is computed twice that fits it.
+beyond. So the workspace is at most `KEPT_LOGITS` and a chunk of float32 numbers (on a GPU
+`GPU_KEPT_LOGITS`, a chunk, and its gradient in the weight's dtype), whatever the vocabulary and the
+number of queries, and nothing is computed twice that fits it.
 
 Everything after the matrix product is float32. Rows that only pad the vocabulary are masked:
 Megatron pads it to a multiple that depends on the tensor-parallel size, and its own loss lets those

@@ -34,7 +34,7 @@ setup(
     ],
     packages=find_packages(include=["megatron_cpo", "megatron_cpo.*"]),
     # The style and the script of the page that tools/inspect_negatives.py writes.
-    package_data={"megatron_cpo.negatives.inspection": ["page.css", "page.js"]},
+    package_data={"megatron_cpo.inspection": ["page.css", "page.js"]},
     python_requires=">=3.12",
     install_requires=[
         # 0.18 moved the argument parser and reordered `pretrain`; the wheel has `megatron.training`

@@ -21,10 +21,11 @@ from benchmarks.setting import (
     record_tokenizer,
     temporary_folder,
 )
-from megatron_cpo.groups.source import Source
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, Run
+from megatron_cpo.records.source import Source
+from megatron_cpo.work.job import Run
 
 RECORDS = 6000
 """Records of the bn/tn build; the data is repeated up to that."""

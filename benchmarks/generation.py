@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks.setting import Rows, Setting, build_model, group_store, side_by_side
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.megatron_policy import MegatronPolicy
-from megatron_cpo.negatives.policy import Policy, Sampling
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.megatron import MegatronPolicy
+from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.tree import Ints
 
 PROMPTS = 8

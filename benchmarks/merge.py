@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from benchmarks.setting import Rows, Setting
 from megatron_cpo.checkpoints import merge
-from megatron_cpo.checkpoints.whole_folder import flush
+from megatron_cpo.files import flush
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, VOCAB, POSITIONS = 1024, 50257, 1024

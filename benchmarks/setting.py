@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_cpo.groups.store import Group, GroupReader
-from megatron_cpo.negatives.samplers import NEGATIVES, Context, Sampler, batch_negative
+from megatron_cpo.negatives.from_records import NEGATIVES, Context, Sampler, batch_negative
 from megatron_cpo.tree import Ints
 
 Rows = list[tuple[str, str]]
@@ -34,8 +34,8 @@ class Setting:
     vocab: int = 50257
     """Rows of the output layer that stand for a token, GPT-2's. Ids come from a small tokenizer."""
     negatives: str = "MixN"
-    """Mix of negatives, see `samplers.parse_mix`; the paper's has K = 12. What a policy would draw
-    is drawn by `STAND_INS`."""
+    """Mix of negatives, see `from_records.parse_mix`; the paper's has K = 12. What a policy would
+    draw is drawn by `STAND_INS`."""
     max_length: int = 512
     """Longest prefix + candidate."""
     row_tokens: int = 2048
@@ -94,9 +94,9 @@ def start_megatron() -> None:
 def group_store(setting: Setting) -> GroupReader:
     """Groups of the setting's mix over its records, built once."""
     start_megatron()
-    from megatron_cpo.groups.source import Source
-    from megatron_cpo.negatives.build import build_groups
-    from megatron_cpo.negatives.config import BuildConfig
+    from megatron_cpo.building.build import build_groups
+    from megatron_cpo.building.config import BuildConfig
+    from megatron_cpo.records.source import Source
 
     source = Source((str(setting.data),), max_length=setting.max_length)
     store = f"{setting.folder}/{setting.negatives}"
@@ -108,8 +108,8 @@ def group_store(setting: Setting) -> GroupReader:
 @cache
 def record_tokenizer(setting: Setting) -> Any:
     """A tokenizer of 4,000 pieces, trained on the setting's records."""
-    from megatron_cpo.groups.source import Source
-    from megatron_cpo.groups.tokenizing import train_sentencepiece
+    from megatron_cpo.records.source import Source
+    from megatron_cpo.records.tokenizing import train_sentencepiece
 
     model = f"{setting.folder}/tokenizer.model"
     train_sentencepiece(Source((str(setting.data),)), model, 4000)

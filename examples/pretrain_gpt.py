@@ -35,7 +35,7 @@ from megatron.training.utils import (  # noqa: E402
     is_first_or_last_pipeline_stage,
 )
 
-from megatron_cpo.compat import model_arguments  # noqa: E402
+from megatron_cpo.host.compat import model_arguments  # noqa: E402
 
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 

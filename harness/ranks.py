@@ -47,7 +47,7 @@ WARM = [
     "megatron.training.argument_utils",
     "megatron.training.checkpointing",
     "megatron.training.training",
-    "megatron_cpo.training.cpu_host",
+    "megatron_cpo.host.cpu",
 ]
 TAIL = 4000  # characters of each rank's output that an error shows
 
@@ -250,7 +250,7 @@ def _rank_main(folder: str, environment: dict[str, str], call: tuple) -> None:
     multiprocessing.set_start_method("fork", force=True)
     function, args, kwargs = call
     try:
-        from megatron_cpo.training import cpu_host
+        from megatron_cpo.host import cpu as cpu_host
 
         cpu_host.enable()
         result = function(*args, **kwargs)

@@ -69,7 +69,7 @@ def write_store(
     scored: bool = True,
 ) -> str:
     """Write a store of random groups under the null tokenizer; returns its PREFIX."""
-    from megatron_cpo.groups.tokenizing import tokenizer_identity
+    from megatron_cpo.records.tokenizing import tokenizer_identity
 
     rng = np.random.default_rng(seed)
     made = [random_group(rng, k, longest) for _ in range(groups)]

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.policy import Sampling
 
 FAILING = {"down": 1, "half": 2, "fourth": 4}
 """Of how many requests the first one fails."""

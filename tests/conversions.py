@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.stores import VOCAB_SIZE
-from megatron_cpo.checkpoints.conversion import FLAGS, convert
+from megatron_cpo.checkpoints.conversion.convert import FLAGS, convert
 from tests.checkpoints import read_model
 
 VOCAB = VOCAB_SIZE + 1
@@ -139,7 +139,7 @@ def load_megatron(load: str, flags: list[str]) -> Any:
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_cpo.compat import build_gpt
+    from megatron_cpo.host.compat import build_gpt
 
     run = "--micro-batch-size 1 --train-iters 1 --lr 0 --eval-interval 1 --seq-length 256"
     sys.argv = ["convert", *run.split(), *flags, "--load", load]

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.stores import VOCAB_SIZE, null_tokenizer, random_group
-from megatron_cpo.groups.store import KINDS, Group
-from megatron_cpo.groups.tokenizing import tokenizer_identity
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import Group
 from megatron_cpo.groups.writing import GroupWriter
-from megatron_cpo.negatives.inspection.tokenizer import add_tokenizer_arguments
+from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
+from megatron_cpo.records.tokenizing import tokenizer_identity
 
 
 def group_of(prefix: list[int], *candidates: list[int], kinds: str = "gt bn bn bn bn") -> Group:

@@ -5,9 +5,9 @@ import argparse
 import numpy as np
 import torch
 
-from megatron_cpo.groups.source import add_source_arguments
-from megatron_cpo.negatives.policy_flags import add_policy_arguments
-from megatron_cpo.negatives.samplers import Context, group_rng
+from megatron_cpo.negatives.from_records import Context, group_rng
+from megatron_cpo.policies.flags import add_policy_arguments
+from megatron_cpo.records.source import add_source_arguments
 from tests.texts import ListedPairs, ToyTokenizer
 
 EOD = 99

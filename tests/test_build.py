@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from harness.ranks import ROOT
-from megatron_cpo.groups.source import Source
-from megatron_cpo.groups.store import KINDS, GroupReader
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, Run
-from megatron_cpo.negatives.executors import run_stage
-from megatron_cpo.negatives.samplers import NEGATIVES
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.negatives.from_records import NEGATIVES
+from megatron_cpo.records.source import Source
+from megatron_cpo.work.executors import run_stage
+from megatron_cpo.work.job import Run
 from tests.commands import assert_quick, run_tool
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
@@ -275,7 +277,7 @@ def test_tools_say_what_is_wrong_without_a_traceback(tmp_path):
 def test_max_length_is_bounded_by_the_positions_of_the_model():
     import argparse
 
-    from megatron_cpo.groups.source import add_source_arguments, source_from_args
+    from megatron_cpo.records.source import add_source_arguments, source_from_args
 
     parser = add_source_arguments(argparse.ArgumentParser())
     parser.add_argument("--max-position-embeddings", type=int)

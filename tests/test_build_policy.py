@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from harness.ranks import run_pretrain
-from megatron_cpo.groups.source import Source
+from megatron_cpo.building import flags as arguments
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.store import FILES, GroupReader
-from megatron_cpo.negatives import arguments
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.rescoring import rescore
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.records.source import Source
+from megatron_cpo.scoring.under_policy import rescore
+from megatron_cpo.work.job import Run
 from tests.texts import ToyTokenizer, write_jsonl
 from tests.tiny_models import GPT_FLAGS, save_hugging_face, train_megatron
 

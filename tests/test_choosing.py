@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from harness.ranks import run_ranks
-from megatron_cpo.negatives.choosing import choose, draw
-from megatron_cpo.negatives.policy import Sampling
+from megatron_cpo.policies.choosing import choose, draw
+from megatron_cpo.policies.policy import Sampling
 
 N = 20_000
 GRID = (torch.arange(N, dtype=torch.float64) + 0.5) / N

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from harness.ranks import ROOT
 from megatron_cpo.checkpoints import combine, merge
-from megatron_cpo.checkpoints.distance import by_part, distances, draw, table
 from megatron_cpo.checkpoints.identity import folder_digest
+from megatron_cpo.checkpoints.merging.distance import by_part, distances, draw, table
 from tests.checkpoints import DTYPES, assert_rounded_once, read_model, weights, write_model
 
 TOOL = ROOT / "tools/merge_checkpoints.py"

@@ -11,12 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 from harness.ranks import ROOT
-from megatron_cpo.checkpoints import conversion, copying, merge
-from megatron_cpo.checkpoints.conversion import FLAGS
-from megatron_cpo.checkpoints.families import model_of_config
-from megatron_cpo.checkpoints.families.model import arguments, difference, model_of_arguments
+from megatron_cpo.checkpoints import merge
+from megatron_cpo.checkpoints.conversion import convert as conversion
+from megatron_cpo.checkpoints.conversion import copying
+from megatron_cpo.checkpoints.conversion.convert import FLAGS
+from megatron_cpo.checkpoints.conversion.families import model_of_config
+from megatron_cpo.checkpoints.conversion.families.model import (
+    arguments,
+    difference,
+    model_of_arguments,
+)
+from megatron_cpo.checkpoints.conversion.sidecar import carry_tokenizer
 from megatron_cpo.checkpoints.identity import folder_digest
-from megatron_cpo.checkpoints.sidecar import carry_tokenizer
 from tests.checkpoints import Trap, read_model, read_torch_dist
 from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
 from tests.conversions import (

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_cpo.checkpoints import conversion
-from megatron_cpo.checkpoints.families import model_of_config
-from megatron_cpo.checkpoints.families.model import arguments, model_of_arguments
+from megatron_cpo.checkpoints.conversion import convert as conversion
+from megatron_cpo.checkpoints.conversion.families import model_of_config
+from megatron_cpo.checkpoints.conversion.families.model import arguments, model_of_arguments
 from tests.conversions import (
     CONFIGS,
     LLAMA3,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from harness.ranks import parse_losses, run_pretrain, run_ranks
-from megatron_cpo.training import cpu_host
+from megatron_cpo.host import cpu as cpu_host
 from tests.corpora import write_corpus
 
 LAYERS, HEADS, HIDDEN, TOKENS, VOCAB = 4, 4, 32, 16, 60

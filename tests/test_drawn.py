@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megatron_cpo.negatives.drawn import policy_samplers
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling
-from megatron_cpo.negatives.samplers import Context, group_rng
+from megatron_cpo.negatives.from_policy import policy_samplers
+from megatron_cpo.negatives.from_records import Context, group_rng
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.policy import Sampling
 from tests.policies import EOD, contexts, probs, rngs, slow_sample
 from tests.texts import ToyTokenizer
 from tests.tiny_models import save_hugging_face
@@ -112,7 +112,7 @@ def test_mean_field_changes_the_stated_share(policy, monkeypatch, share, eod):
 
 def test_mean_field_places_are_uniform(policy):
     """Of 20 tokens 3 are drawn, so each is in 15% of 4,000 copies; ends included."""
-    from megatron_cpo.negatives.drawn import _fixed_share
+    from megatron_cpo.negatives.from_policy import _fixed_share
 
     [context] = contexts(1, truth_tokens=(20, 21))
     places = _fixed_share(context, 4000, 0.15, np.random.default_rng(0))

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_cpo.groups.pairs import read_pairs
-from megatron_cpo.groups.records import Dropped
-from megatron_cpo.groups.source import Source
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
 from megatron_cpo.negatives.embeddings import (
     SentenceEmbedder,
     TruthIndex,
     embedding_similarity,
 )
 from megatron_cpo.negatives.ranking import rank_candidates
+from megatron_cpo.records.pairs import read_pairs
+from megatron_cpo.records.reading import Dropped
+from megatron_cpo.records.source import Source
+from megatron_cpo.work.job import Run
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 from tests.tiny_models import save_hugging_face
 
@@ -146,7 +147,7 @@ def test_truths_are_found_by_their_first_record(tmp_path):
 
 def test_ranking_by_the_policy(tmp_path):
     """Cosines of its mean hidden states, without EOD."""
-    from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
+    from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 
     folder, tokenizer = save_hugging_face(tmp_path / "model"), ToyTokenizer()
     path = write_jsonl(

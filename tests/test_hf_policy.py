@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from harness.ranks import run_ranks
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling
-from megatron_cpo.negatives.policy_flags import policy_from_args
+from megatron_cpo.policies.flags import policy_from_args
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.policy import Sampling
 from tests.policies import contexts, policy_arguments, rngs, slow_sample
 from tests.texts import ToyTokenizer, dolly_tokenizer
 from tests.tiny_models import save_hugging_face, write_tokenizer

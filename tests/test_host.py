@@ -17,8 +17,8 @@ import torch
 
 from harness.ranks import ROOT, parse_losses, run_pretrain, run_ranks, run_script
 from harness.stores import write_store
-from megatron_cpo import compat
 from megatron_cpo.__main__ import main
+from megatron_cpo.host import compat
 from tests.runs import CPO, MODEL, cpo_curves
 
 SCRIPT = str(ROOT / "examples" / "pretrain_gpt.py")

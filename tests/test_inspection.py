@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from harness.stores import VOCAB_SIZE, random_group
-from megatron_cpo.groups.store import KINDS, GroupReader
-from megatron_cpo.negatives.inspection import statistics
-from megatron_cpo.negatives.inspection.facts import describe_store
-from megatron_cpo.negatives.inspection.statistics import (
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.inspection import statistics
+from megatron_cpo.inspection.facts import describe_store
+from megatron_cpo.inspection.statistics import (
     BINS,
     Histogram,
     kind_name,
     measure,
     side_by_side,
 )
-from megatron_cpo.negatives.inspection.view import (
+from megatron_cpo.inspection.view import (
     CHANGED,
     CUT,
     EOD,

@@ -20,12 +20,12 @@ from rich.console import Console
 from harness.ranks import ROOT
 from harness.stores import VOCAB_SIZE, write_store
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.groups.tokenizing import Encoder
-from megatron_cpo.negatives.inspection.page import LONGEST_RUN, render_page
-from megatron_cpo.negatives.inspection.show import print_store, write_page
-from megatron_cpo.negatives.inspection.statistics import measure
-from megatron_cpo.negatives.inspection.text import TokenText, visible
-from megatron_cpo.negatives.inspection.view import view_group
+from megatron_cpo.inspection.page import LONGEST_RUN, render_page
+from megatron_cpo.inspection.show import print_store, write_page
+from megatron_cpo.inspection.statistics import measure
+from megatron_cpo.inspection.text import TokenText, visible
+from megatron_cpo.inspection.view import view_group
+from megatron_cpo.records.tokenizing import Encoder
 from tests.commands import assert_quick, run_tool
 from tests.inspecting import flags, group_of, write_groups
 from tests.texts import dolly_tokenizer

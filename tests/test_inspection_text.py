@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.stores import null_tokenizer
-from megatron_cpo.groups.tokenizing import Encoder, tokenizer_identity
-from megatron_cpo.negatives.inspection.text import TokenText, visible
-from megatron_cpo.negatives.inspection.tokenizer import add_tokenizer_arguments, store_tokenizer
+from megatron_cpo.inspection.text import TokenText, visible
+from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments, store_tokenizer
+from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
 from tests.inspecting import flags
 from tests.texts import DOLLY, dolly_tokenizer
 

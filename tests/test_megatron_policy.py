@@ -15,9 +15,9 @@ import torch
 from harness.ranks import run_ranks
 from harness.stores import VOCAB_SIZE, null_tokenizer, random_group
 from megatron_cpo.model.stages import StagedModel
-from megatron_cpo.negatives.megatron_policy import MegatronPolicy
-from megatron_cpo.negatives.policy import Sampling
-from megatron_cpo.negatives.samplers import group_rng
+from megatron_cpo.negatives.from_records import group_rng
+from megatron_cpo.policies.megatron import MegatronPolicy
+from megatron_cpo.policies.policy import Sampling
 from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron
 
 LLAMA = [*GPT_FLAGS, *LLAMA_FLAGS]
@@ -52,7 +52,7 @@ def records():
 
 def load(flags, layout="", batch=32):
     from megatron_cpo import install
-    from megatron_cpo.negatives.scoring import score_args
+    from megatron_cpo.host.loading import score_args
 
     install()
     sys.argv = ["policy", *flags, *layout.split(), "--micro-batch-size", "1"]
@@ -239,8 +239,8 @@ def refusal(flags, size, known):
     """What the checkpoint has to say to a tokenizer of another size."""
     from types import SimpleNamespace
 
-    from megatron_cpo.checkpoints import torch_dist
-    from megatron_cpo.negatives.agreement import check_checkpoint
+    from megatron_cpo.checkpoints.formats import torch_dist
+    from megatron_cpo.policies.same_tokenizer import check_checkpoint
 
     if not known:  # a checkpoint of a tokenizer with a file knows its rows alone
         torch_dist._TOKENIZER.remove("vocab_size")
@@ -268,8 +268,8 @@ def both_backends(folder):
 
     from benchmarks.generation import hugging_face_twin
     from benchmarks.setting import Setting, build_model, start_megatron
-    from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-    from megatron_cpo.negatives.megatron_policy import MegatronPolicy
+    from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+    from megatron_cpo.policies.megatron import MegatronPolicy
 
     start_megatron()
     torch.manual_seed(1)

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from harness.ranks import ROOT, run_ranks
-from megatron_cpo.checkpoints import merge, whole_folder
-from megatron_cpo.checkpoints import stored as stored_module
-from megatron_cpo.checkpoints.averaging import Averager
-from megatron_cpo.checkpoints.stored import Files
+from megatron_cpo import files
+from megatron_cpo.checkpoints import merge
+from megatron_cpo.checkpoints.formats import stored as stored_module
+from megatron_cpo.checkpoints.formats.stored import Files
+from megatron_cpo.checkpoints.merging.averaging import Averager
 from tests.checkpoints import (
     DTYPES,
     assert_refused,
@@ -121,7 +122,7 @@ def test_full_disk(
             merge(*models, 0.3, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(whole_folder.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"merged needs 0\.0 GB, its disk has 0\.0 GB left"):
         merge(*models, 0.3, tmp_path / "merged")
     assert not list(tmp_path.glob("merged*"))
@@ -129,10 +130,11 @@ def test_full_disk(
 
 FILL = """
 import os, sys
-from megatron_cpo.checkpoints import merge, whole_folder
+from megatron_cpo.checkpoints import merge
+from megatron_cpo import files
 disk = sys.argv[3]
 if sys.argv[4] == "late":  # as if another process filled the disk after we looked
-    whole_folder.shutil.disk_usage = lambda path: whole_folder.shutil._ntuple_diskusage(0, 0, 1e12)
+    files.shutil.disk_usage = lambda path: files.shutil._ntuple_diskusage(0, 0, 1e12)
 try:
     merge(*sys.argv[1:3], 0.3, disk + "/merged")
 except OSError as error:

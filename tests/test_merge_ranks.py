@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from harness.ranks import ROOT, run_ranks
-from megatron_cpo.checkpoints import merge, streaming
-from megatron_cpo.checkpoints.ranks import Ranks
+from megatron_cpo.checkpoints import merge
+from megatron_cpo.checkpoints.merging import streaming
+from megatron_cpo.checkpoints.merging.ranks import Ranks
 from tests.checkpoints import weights, write_model
 from tests.commands import run_python
 
@@ -62,8 +63,8 @@ def test_ranks_write_what_one_process_writes(
 
 def test_parts_are_even_and_whole(models: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every box belongs to one rank."""
-    from megatron_cpo.checkpoints.formats import open_checkpoint
-    from megatron_cpo.checkpoints.matching import match_checkpoints
+    from megatron_cpo.checkpoints.formats.opening import open_checkpoint
+    from megatron_cpo.checkpoints.merging.matching import match_checkpoints
 
     monkeypatch.setattr(streaming, "LIMIT", 1000)
     matches = match_checkpoints([open_checkpoint(path) for path in models])
@@ -92,7 +93,7 @@ def test_one_failure_fails_all(
 
 KILLED = """
 import os, runpy, sys
-from megatron_cpo.checkpoints import streaming
+from megatron_cpo.checkpoints.merging import streaming
 if os.environ["RANK"] == "1":
     streaming.write_box = lambda *args: os.kill(os.getpid(), 9)
 runpy.run_path(sys.argv[0], run_name="__main__")

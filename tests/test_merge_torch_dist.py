@@ -14,9 +14,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from harness.ranks import parse_losses, run_pretrain
-from megatron_cpo.checkpoints import assembling, combine, merge, streaming
-from megatron_cpo.checkpoints.distance import by_part, distances
+from megatron_cpo.checkpoints import combine, merge
 from megatron_cpo.checkpoints.identity import checkpoint_identity, folder_digest
+from megatron_cpo.checkpoints.merging import assembling, streaming
+from megatron_cpo.checkpoints.merging.distance import by_part, distances
 from tests.checkpoints import (
     Trap,
     assert_refused,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from harness.stores import random_group
+from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.rows import RowShape, group_row
-from megatron_cpo.groups.store import KINDS
 from megatron_cpo.model.forward import candidate_logps
 from megatron_cpo.training.metrics import float32_spacing, group_metrics, packing_metrics
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_cpo.groups.records import (
+from megatron_cpo.records.reading import (
     DEFAULT_TEMPLATE,
     BadRecord,
     Dropped,
@@ -198,7 +198,7 @@ def test_a_line_of_50_mb_is_counted_and_never_held(tmp_path):
 
 
 def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
-    from megatron_cpo.groups import lines
+    from megatron_cpo.records import lines
 
     line = b'{"text": "abc"}'
     monkeypatch.setattr(lines, "LONGEST_LINE", len(line))

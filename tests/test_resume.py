@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from harness.ranks import run_pretrain
-from megatron_cpo.groups import resumed_pairs
-from megatron_cpo.groups.source import Source
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.store import FILES
-from megatron_cpo.groups.tokenizing import train_sentencepiece
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run, parse_shard
-from megatron_cpo.negatives.samplers import NEGATIVES
+from megatron_cpo.negatives.from_records import NEGATIVES
+from megatron_cpo.records import pair_files
+from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizing import train_sentencepiece
+from megatron_cpo.work.job import Run, parse_shard
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 NAMES = sorted(f"groups{suffix}" for suffix in (*FILES, ".json"))
@@ -118,7 +119,7 @@ def test_killed_at_random_moments(tokenizer, expected, tmp_path, workers):
 
 def test_killed_while_tokenising(tokenizer, expected, tmp_path, monkeypatch):
     """SIGKILL at a record half way: those before it, but for a few, are not tokenised again."""
-    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 16)
+    monkeypatch.setattr(pair_files, "NOTE_LINES", 16)
     tokenize, texts, parent = tokenizer.tokenize, [], os.getpid()
 
     def deadly(text):

@@ -1,10 +1,14 @@
 """Samplers: what they draw, how it is distributed, and that only the group decides it."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from megatron_cpo.groups.store import KINDS
-from megatron_cpo.negatives.samplers import (
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY
+from megatron_cpo.negatives.from_policy import policy_samplers
+from megatron_cpo.negatives.from_records import (
     NEGATIVES,
     Context,
     batch_negative,
@@ -175,3 +179,15 @@ def test_kinds_that_cannot_be_drawn():
         check_kinds({"an": 11}, NEGATIVES)
     with pytest.raises(ValueError, match=r"unknown kind 'xn'; known are bn, tn, given"):
         check_kinds({"xn": 1}, NEGATIVES)
+
+
+def test_every_kind_has_a_sampler_and_a_row_in_the_docs():
+    """Of all that a kind needs only its function and its documentation stand outside `kinds`."""
+    policy = SimpleNamespace(kinds=NEEDS_POLICY, positions=None)
+    drawn = policy_samplers(policy)
+    assert set(KINDS) == {"gt", *NEGATIVES, *drawn}
+    assert set(drawn) == set(NEEDS_POLICY)
+    root = Path(__file__).parents[1]
+    for page in ("README.md", "docs/building.md"):
+        text = (root / page).read_text(encoding="utf-8")
+        assert [kind for kind in KINDS[1:] if f"\n| `{kind}` |" not in text] == [], page

@@ -16,7 +16,7 @@ import pytest
 from harness.ranks import ROOT, run_pretrain, run_ranks
 from harness.stores import null_tokenizer, write_store
 from megatron_cpo.groups.store import FILES, GroupReader, sha256
-from megatron_cpo.negatives.scorefolder import ScoreFolder
+from megatron_cpo.scoring.folder import ScoreFolder
 from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron
 
 K, GROUPS = 6, 200

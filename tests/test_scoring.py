@@ -121,7 +121,7 @@ def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_cpo.negatives.scoring import start_megatron
+    from megatron_cpo.host.loading import start_megatron
 
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(ValueError, match=r"--load: .* needs the ranks of torchrun; start this"):

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 
 from harness.ranks import ROOT
-from megatron_cpo.groups.source import Source
+from megatron_cpo.building.build import build_groups
+from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.store import FILES
-from megatron_cpo.negatives import server_policy
-from megatron_cpo.negatives.build import build_groups
-from megatron_cpo.negatives.config import BuildConfig, PolicyUse, Run
-from megatron_cpo.negatives.drawn import policy_samplers
-from megatron_cpo.negatives.hf_policy import HuggingFacePolicy
-from megatron_cpo.negatives.policy import Sampling
-from megatron_cpo.negatives.policy_flags import policy_from_args
-from megatron_cpo.negatives.samplers import check_kinds, group_rng
-from megatron_cpo.negatives.server_policy import ServerPolicy
+from megatron_cpo.negatives.from_policy import policy_samplers
+from megatron_cpo.negatives.from_records import check_kinds, group_rng
+from megatron_cpo.policies import server as server_policy
+from megatron_cpo.policies.flags import policy_from_args
+from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.policies.server import ServerPolicy
+from megatron_cpo.records.source import Source
+from megatron_cpo.work.job import Run
 from tests.policies import policy_arguments
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
 from tests.tiny_models import save_hugging_face, write_tokenizer

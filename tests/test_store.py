@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from harness.stores import VOCAB_SIZE, random_group
-from megatron_cpo.groups.store import (
-    FILES,
-    KINDS,
-    Group,
-    GroupReader,
-    no_scores,
-    read_manifest,
-)
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import FILES, Group, GroupReader, no_scores, read_manifest
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_reference_logps
 from megatron_cpo.tree import build_tree
 

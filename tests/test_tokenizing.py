@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_cpo.groups import resumed_pairs
-from megatron_cpo.groups.pairs import read_pairs, write_lm_dataset
-from megatron_cpo.groups.records import BadRecord, Dropped
-from megatron_cpo.groups.resumed_pairs import write_pairs_resumed
-from megatron_cpo.groups.source import Source
-from megatron_cpo.groups.tokenizing import (
+from megatron_cpo.records import pair_files
+from megatron_cpo.records.pair_files import write_lm_dataset, write_pairs_resumed
+from megatron_cpo.records.pairs import read_pairs
+from megatron_cpo.records.reading import BadRecord, Dropped
+from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizing import (
     Encoder,
     Pair,
     chat_renderer,
@@ -166,7 +166,7 @@ def test_a_progress_bar_is_told_of_every_byte(tmp_path):
 @pytest.mark.parametrize("kind", ["texts", "packed", "datasets"])
 def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
     """Texts of several pieces, bad records, two inputs: the bytes and counts of one go."""
-    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 3)
+    monkeypatch.setattr(pair_files, "NOTE_LINES", 3)
     lines = [{"text": " ".join(["1"] * (i % 7))} for i in range(1, 20)] + [{"prompt": "1"}] * 3
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", *lines) for name in "ab"]
     if kind == "packed":
@@ -219,7 +219,7 @@ def interrupting(calls):
 
 def test_a_note_of_files_that_are_cut_is_not_believed(tmp_path, monkeypatch):
     """As after a loss of power: everything is tokenised anew."""
-    monkeypatch.setattr(resumed_pairs, "NOTE_LINES", 2)
+    monkeypatch.setattr(pair_files, "NOTE_LINES", 2)
     source = Source((write_jsonl(tmp_path / "r.jsonl", *[{"text": "1 2 3"}] * 9),))
     with pytest.raises(KeyboardInterrupt):
         write_pairs_resumed(source, ToyTokenizer(), 0, tmp_path, interrupting(7))

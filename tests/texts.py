@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
-from megatron_cpo.groups.pairs import PairReader, sequences_of
-from megatron_cpo.groups.source import Source
-from megatron_cpo.groups.tokenizing import Pair, train_sentencepiece
+from megatron_cpo.records.pair_files import PairReader, sequences_of
+from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizing import Pair, train_sentencepiece
 
 DOLLY = str(Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl")
 

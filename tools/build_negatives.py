@@ -31,14 +31,14 @@ import logging
 import os
 import sys
 
-from megatron_cpo.groups.source import answer_help
-from megatron_cpo.negatives.arguments import (
+from megatron_cpo.building.flags import (
     add_build_arguments,
     config_from_args,
     policy_use_from_args,
     run_from_args,
     uses_megatron,
 )
+from megatron_cpo.records.source import answer_help
 
 
 def main() -> None:
@@ -51,10 +51,11 @@ def main() -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
 
-    from megatron_cpo.negatives.build import build_groups
-    from megatron_cpo.negatives.report import BuildReport
-    from megatron_cpo.negatives.rescoring import rescore
-    from megatron_cpo.negatives.scoring import score_args, score_groups
+    from megatron_cpo.building.build import build_groups
+    from megatron_cpo.building.report import BuildReport
+    from megatron_cpo.host.loading import score_args
+    from megatron_cpo.scoring.under_megatron import score_groups
+    from megatron_cpo.scoring.under_policy import rescore
 
     args = parse_args(add_build_arguments)
     # It tells of every file that it opens.

@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_cpo.checkpoints.ending import end_cleanly
+from megatron_cpo.files import end_cleanly
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     end_cleanly()
 
-    from megatron_cpo.checkpoints.conversion import (  # torch: after --help
+    from megatron_cpo.checkpoints.conversion.convert import (  # torch: after --help
         FLAGS,
         PROVENANCE,
         convert,

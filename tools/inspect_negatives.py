@@ -14,7 +14,7 @@ knows its tokenizer by content and not by path, so say where it is; without it i
 import argparse
 import sys
 
-from megatron_cpo.negatives.inspection.tokenizer import add_tokenizer_arguments
+from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         help="most groups in the page, evenly spaced in the store (default: 100)")  # fmt: skip
     args = add_tokenizer_arguments(parser).parse_args()
 
-    from megatron_cpo.negatives.inspection.show import print_store, write_page
+    from megatron_cpo.inspection.show import print_store, write_page
 
     try:
         if args.html:

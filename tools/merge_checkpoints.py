@@ -22,7 +22,7 @@ import argparse
 import os
 import sys
 
-from megatron_cpo.checkpoints.ending import end_cleanly
+from megatron_cpo.files import end_cleanly
 
 
 def main() -> None:
@@ -71,8 +71,8 @@ def _check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _merge(args: argparse.Namespace) -> None:
     # These import torch, so --help comes first.
-    from megatron_cpo.checkpoints.merging import combine, merge, weighted_paths
-    from megatron_cpo.checkpoints.ranks import Alone, Ranks
+    from megatron_cpo.checkpoints.merging.merge import combine, merge, weighted_paths
+    from megatron_cpo.checkpoints.merging.ranks import Alone, Ranks
 
     parallel = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
     ranks = Ranks() if parallel else Alone()
@@ -91,7 +91,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from megatron_cpo.checkpoints.distance import distances, draw, table
+    from megatron_cpo.checkpoints.merging.distance import distances, draw, table
 
     found = distances(*args.diff, iteration=args.iteration, progress=True)
     print(table(found))

@@ -11,7 +11,7 @@ compare. Train on it with --data-path PREFIX. Megatron's --tokenizer-* flags are
 import argparse
 import sys
 
-from megatron_cpo.groups.source import add_source_arguments, answer_help, source_from_args
+from megatron_cpo.records.source import add_source_arguments, answer_help, source_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def main() -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
 
-    from megatron_cpo.groups.pairs import write_lm_dataset
+    from megatron_cpo.records.pair_files import write_lm_dataset
 
     args = parse_args(add_arguments)
     try:

@@ -8,8 +8,8 @@
 import argparse
 import sys
 
-from megatron_cpo.groups.source import INPUT_HELP, add_source_arguments, source_from_args
-from megatron_cpo.groups.tokenizing import train_sentencepiece
+from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
+from megatron_cpo.records.tokenizing import train_sentencepiece
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
-"""Which checkpoint is it? An identity that survives moving the folder."""
+"""Which checkpoint is it? What its files are called, and an identity that survives moving it."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.checkpoints.files import TRACKER, iteration_folder
-
 _HASHED_BYTES = 1 << 16
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's file that names the latest iteration, or says `release`."""
 
 
 def checkpoint_identity(load: str | None, step: int | None = None) -> dict[str, Any] | None:
@@ -40,3 +41,32 @@ def folder_digest(folder: Path) -> str:
             file.seek(max(size - _HASHED_BYTES, 0))
             digest.update(file.read(_HASHED_BYTES))
     return digest.hexdigest()
+
+
+def require_checkpoint(args: Any) -> dict[str, Any]:
+    """The identity of the checkpoint `args.load`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    identity = checkpoint_identity(args.load, args.ckpt_step)
+    if identity is None:
+        raise ValueError(
+            f"--load {args.load}: no Megatron checkpoint there (no "
+            "latest_checkpointed_iteration.txt); give the folder that --save wrote"
+        )
+    return identity
+
+
+def iteration_folder(path: Path, iteration: str) -> Path:
+    """Where Megatron has an iteration, or `release`, in a folder that it saved to."""
+    return path / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
+
+
+def check_sizes(pieces: list[tuple[Path, int]]) -> None:
+    """ValueError for a file that is missing or ends before the byte named with it."""
+    for path, end in pieces:
+        if not path.exists():
+            raise ValueError(f"{path} is missing: the checkpoint is not whole")
+        if (size := path.stat().st_size) < end:
+            raise ValueError(f"{path} is truncated: {size} bytes of at least {end}")

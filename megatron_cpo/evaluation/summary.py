@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.groups.kinds import REGISTRY
+
 Metrics = dict[str, float]
 
 # Ranks share a terminal, so nothing is sure to start or end a line; hence `search`.
@@ -38,15 +40,6 @@ _MEANINGS = (
     ("rank_tau", "rank tau", "-1 to 1, rewards against similarity"),
     ("lm_loss", "LM loss", "nats a token"),
 )
-_KINDS = {
-    "gt": "the truth",
-    "an": "AN, samples of the policy",
-    "bn": "BN, from other records",
-    "mn": "MN, tokens replaced",
-    "tn": "TN, the truth cut short",
-    "given": "given ones",
-    "pss": "PSS, scheduled sampling",
-}
 
 
 @dataclass
@@ -220,9 +213,16 @@ def draw_curves(run: RunLog, png: str | Path) -> None:
     order.set(title="Which candidate wins", ylabel="accuracy (0 to 1), tau (-1 to 1)")
 
     _curve(rewards, run, "margin", "margin: the truth minus the best negative", "0.1", linewidth=2)
-    for n, (kind, label) in enumerate(_KINDS.items()):
+    for n, (kind, about) in enumerate(REGISTRY.items()):
         if any(f"reward_{kind}" in metrics for metrics in run.train.values()):
-            _curve(rewards, run, f"reward_{kind}", f"reward of {label}", f"C{n}", validation=False)
+            _curve(
+                rewards,
+                run,
+                f"reward_{kind}",
+                f"reward of {about.label}",
+                f"C{n}",
+                validation=False,
+            )
     rewards.axhline(0, color="0.4", linewidth=0.8)
     beta = f", β = {float(run.settings['cpo_beta']):g}" if "cpo_beta" in run.settings else ""
     rewards.set(title=f"Rewards{beta}", ylabel="β · log(π / π_ref), summed over a candidate")
@@ -267,7 +267,7 @@ def _formula(run: RunLog) -> str:
 def _rows(metrics: Iterable[Metrics]) -> list[tuple[str, str, str]]:
     """(name, label, meaning) of the table's rows that a run has."""
     names = {name for values in metrics for name in values}
-    kinds = [(f"reward_{kind}", f"reward {kind}", label) for kind, label in _KINDS.items()]
+    kinds = [(f"reward_{kind}", f"reward {kind}", about.label) for kind, about in REGISTRY.items()]
     return [row for row in (*_MEANINGS, *kinds) if row[0] in names]
 
 

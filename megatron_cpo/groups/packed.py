@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.groups.store import KINDS, VALUE_ROWS, Group
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import VALUE_ROWS, Group
 from megatron_cpo.tree import build_tree
 
 

@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 from megatron_cpo.tree import Ints
 
 FORMAT_VERSION = 1
-KINDS = ("gt", "an", "bn", "mn", "tn", "given", "pss")
-"""Where a candidate comes from; the index is the stored code. gt = ground truth, y_1."""
 VALUE_ROWS = ("kinds", "similarities", "ranks", "reference_logps", "sizes")
 """Sequences of a document of PREFIX.values, each [K]; `sizes` is [2]: tree tokens, queries."""
 FILES = (".bin", ".idx", ".values.bin", ".values.idx")
@@ -40,7 +38,7 @@ class Group:
     candidates: list[Ints]
     """K arrays of ids, in input order, y_1 first; each ends in EOD unless its text goes on."""
     kinds: NDArray[np.integer[Any]]
-    """[K] index into `KINDS`."""
+    """[K] index into `kinds.KINDS`."""
     similarities: NDArray[np.float32]
     """[K] cosine similarity to y_1 (1 for y_1 itself)."""
     ranks: NDArray[np.integer[Any]]

@@ -5,7 +5,6 @@ decided: moving the files into place can be cut short, and `finish_publishing` t
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,17 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.files import write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
+from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
-from megatron_cpo.groups.store import (
-    FILES,
-    FORMAT_VERSION,
-    KINDS,
-    VALUE_ROWS,
-    Group,
-    GroupReader,
-    sha256,
-)
+from megatron_cpo.groups.store import FILES, FORMAT_VERSION, VALUE_ROWS, Group, GroupReader, sha256
 
 
 class GroupWriter:
@@ -164,16 +157,6 @@ def finish_publishing(path_prefix: str) -> bool:
             os.replace(aside / f"store{suffix}", path_prefix + suffix)
     aside.rmdir()
     return True
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is either whole or absent."""
-    aside = path.with_name(f"{path.name}.aside-{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _fresh_folder(path_prefix: str) -> Path:

@@ -76,3 +76,10 @@ def sum_over_context(values: Tensor) -> Tensor:
 
     total: Tensor = reduce_from_tensor_model_parallel_region(values, group=group)
     return total
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device. From ordinary memory a GPU copies only when its work is done."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

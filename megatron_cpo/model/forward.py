@@ -1,13 +1,16 @@
 """From collated rows to log-probs: the forward path that training and scoring share."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_cpo.model.context import context_group, own_indices, sum_over_context
+from megatron_cpo.model.context import context_group, own_indices, sum_over_context, to_device
 from megatron_cpo.model.logprobs import Queries, query_logps
-from megatron_cpo.model.transfer import to_device
+from megatron_cpo.tree import Ints, build_tree
 
 Batch = dict[str, Tensor]
 """Collated rows: arrays of `groups.rows.Row` with a leading dimension B, and the batch totals."""
@@ -129,3 +132,13 @@ def _own_queries(batch: Batch, own: Tensor) -> tuple[Tensor, Tensor]:
     positions = place[batch["query_positions"]]
     targets = torch.where(positions >= 0, batch["query_targets"], -1)
     return positions.clamp(min=0), targets
+
+
+def by_candidate(
+    prefix: Ints, candidates: Sequence[Ints], logps: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A group's log-probs by candidate, from those by slot."""
+    order = build_tree(prefix, candidates).candidate_order
+    result = np.empty(len(order), dtype=np.float32)
+    result[order] = logps[: len(order)]
+    return result

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cpo.model.context import to_device
 from megatron_cpo.model.softmax import Chunk, Softmax
-from megatron_cpo.model.transfer import to_device
 from megatron_cpo.model.vocabulary import VocabShard
 
 CHUNK_LOGITS = 2**24

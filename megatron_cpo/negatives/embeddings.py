@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.groups.pairs import PairReader
-from megatron_cpo.negatives.policy import Policy
 from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
+from megatron_cpo.policies.policy import Policy
+from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
 
 BATCH = {"cpu": 8, "cuda": 128}

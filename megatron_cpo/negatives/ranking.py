@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.groups.pairs import PairReader
+from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
 
 Candidates = Sequence[Sequence[Ints]]

@@ -19,7 +19,7 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     Raises:
         ValueError: another K, another tokenizer, longer sequences, or no reference log-probs.
     """
-    from megatron_cpo.groups.tokenizing import tokenizer_identity
+    from megatron_cpo.records.tokenizing import tokenizer_identity
 
     path, manifest = reader.path_prefix, reader.manifest
     if manifest["k"] != config.k:

@@ -3,7 +3,8 @@
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
 (data, step and attention) and `training_log` (one line of metrics). A host script that imports
 Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through. On a
-machine without CUDA the CPU host is enabled too; without Transformer Engine, `plain_torch`.
+machine without CUDA the CPU host is enabled too; without Transformer Engine,
+`host.without_transformer_engine`.
 """
 
 import functools
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpo import compat
+from megatron_cpo.host import compat
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
@@ -30,7 +31,8 @@ def install() -> None:
     Raises:
         ImportError: this Megatron lacks a name we bind to; the message has the versions.
     """
-    from megatron_cpo.training import cpu_host, plain_torch
+    from megatron_cpo.host import cpu as cpu_host
+    from megatron_cpo.host import without_transformer_engine as plain_torch
 
     compat.check_host()
     if torch.cuda.is_available():
@@ -65,7 +67,7 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
     def provider(parser: Any) -> Any:
         parser = theirs(parser) if theirs is not None else parser
         if not torch.cuda.is_available():
-            from megatron_cpo.training import cpu_host
+            from megatron_cpo.host import cpu as cpu_host
 
             cpu_host.set_parser_defaults(parser)
         return add_cpo_args(parser)
@@ -96,7 +98,8 @@ def _config(args: Any) -> CPOConfig | None:
 
 def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     """Megatron's validation, with rows allowed to be longer than the longest sequence."""
-    from megatron_cpo.training import cpu_host, plain_torch
+    from megatron_cpo.host import cpu as cpu_host
+    from megatron_cpo.host import without_transformer_engine as plain_torch
 
     if not torch.cuda.is_available():
         cpu_host.check_args(args)
@@ -138,7 +141,8 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron.training import get_tokenizer
 
     from megatron_cpo.checkpoints.identity import checkpoint_identity
-    from megatron_cpo.groups.store import KINDS, read_manifest
+    from megatron_cpo.groups.kinds import KINDS
+    from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate

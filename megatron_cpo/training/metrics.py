@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_cpo.groups.store import KINDS
+from megatron_cpo.groups.kinds import KINDS
 
 EMPTY = 1e-9
 """Added to denominators, so that a batch without such a candidate logs 0 and not NaN."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.groups.store import KINDS
+from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
 from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
 from megatron_cpo.training.config import CPOConfig

@@ -1,0 +1,149 @@
+"""Building a group store: tokenise the records, finish blocks, put the store together.
+
+Blocks (`blocks.py`) are finished in a work folder beside the output (`work/folder.py`) by whatever
+executes them (`work/executors.py`), in any number of processes, ranks and shards. Whoever finishes
+last puts the store together, block after block. Started again after a kill, the same command goes
+on where it was. Memory does not grow with the number of records, but for an index of 12 bytes each
+where sentences are embedded.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_cpo.building.blocks import unpack_from_file
+from megatron_cpo.building.builder import Builder
+from megatron_cpo.building.config import BuildConfig, PolicyUse
+from megatron_cpo.building.report import BuildReport
+from megatron_cpo.groups.store import read_manifest
+from megatron_cpo.groups.writing import GroupWriter, finish_publishing
+from megatron_cpo.negatives.from_records import check_batch_negatives
+from megatron_cpo.progress import progress
+from megatron_cpo.records.pair_files import write_pairs_resumed
+from megatron_cpo.work.executors import run_stage
+from megatron_cpo.work.folder import explained
+from megatron_cpo.work.job import Run, blocks_of
+
+TITLES = {"truths": ("embed y_1", "texts"), "groups": ("build groups", "candidates")}
+"""Of the progress bars, and what they count."""
+
+
+def build_groups(
+    config: BuildConfig, tokenizer: Any, use: PolicyUse | None = None, run: Run | None = None
+) -> BuildReport | None:
+    """Build this run's share of the store `config.output_prefix`, one group a usable record.
+
+    Args:
+        tokenizer: Megatron's, from `build_tokenizer`.
+        use: the policy, for kinds, rankings and references that need one.
+
+    Returns:
+        The report once the store is whole; None while blocks of other shares are missing.
+
+    Raises:
+        ValueError: a flag, an input or the tokenizer is not usable, or the output belongs to
+            another command; the message says which.
+        OSError: the disk is full; what is finished is kept.
+    """
+    run = run or Run()
+    builder = Builder(config, tokenizer, use, run.writer)
+    work = builder.work
+    with explained(work.path):
+        finished = _prepare(builder) if run.writer else None
+        _wait_for_ranks()
+        if not work.path.exists():
+            return finished
+        try:
+            builder.open()
+            if not run.merge_only:
+                k = 1 + sum(config.mix.values())
+                for stage in builder.stages:
+                    each = k if stage == "groups" else 1
+                    run_stage(builder, stage, run, *TITLES[stage], each)
+        except FileNotFoundError:  # there was nothing to do here, and the others have finished
+            if not Path(config.output_prefix + ".json").exists():
+                raise
+        return _put_together(builder, run) if run.writer else None
+
+
+def _wait_for_ranks() -> None:
+    """Until all ranks of a Megatron policy are here, so that they see the same blocks finished."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _prepare(builder: Builder) -> BuildReport | None:
+    """Tokenise the records, unless that is done; the report if the whole store is there."""
+    config, work = builder.config, builder.work
+    with work.locked():
+        finish_publishing(config.output_prefix)
+        if Path(config.output_prefix + ".json").exists():
+            manifest = read_manifest(config.output_prefix)
+            try:
+                work.refuse_other(
+                    manifest,
+                    "there is a store built",
+                    f"remove {config.output_prefix}.* to build anew",
+                )
+            finally:
+                work.remove()
+            return BuildReport(manifest)
+        work.claim()
+        try:
+            work.make_folder("pairs", lambda folder: _tokenise(builder, folder), resumes=True)
+            work.make_folder("shared", builder.prepare)
+        except ValueError:  # nothing was built yet, and nothing will be by this command
+            work.remove()
+            raise
+    return None
+
+
+def _tokenise(builder: Builder, folder: Path) -> None:
+    source, mix = builder.config.source, builder.config.mix
+    with progress(None, "tokenise", "B", source.stored_bytes(), scale=True) as bar:
+        pairs = write_pairs_resumed(
+            source, builder.tokenizer, mix.get("given", 0), folder, bar.update
+        )
+    check_batch_negatives(mix.get("bn", 0), len(pairs))
+
+
+def _put_together(builder: Builder, run: Run) -> BuildReport | None:
+    """Write the store if every block is there."""
+    config, work = builder.config, builder.work
+    with work.locked():
+        if not (work.path / "pairs").exists():  # another share finished while this one waited
+            work.remove()
+            return BuildReport.read(config.output_prefix)
+        blocks = blocks_of(builder)
+        if missing := work.missing("groups", range(blocks)):
+            if run.merge_only:
+                raise ValueError(
+                    f"--merge: {len(missing)} of {blocks} blocks in {work.path} are not "
+                    f"finished, the first is {missing[0]}; run their shards to the end first"
+                )
+            return None
+        dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
+        reference = builder.policy.identity if builder.scores and builder.policy else None
+        manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
+        writer = GroupWriter(config.output_prefix, manifest, builder.tokenizer.vocab_size)
+        try:
+            for block in progress(range(blocks), "put together", "blocks"):
+                writer.append(_read_block(builder, block))
+            writer.close()
+        except BaseException:
+            writer.abort()
+            raise
+        retries = builder.retries()
+        work.remove()
+    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
+
+
+def _read_block(builder: Builder, block: int) -> Any:
+    path = builder.work.block_path("groups", block)
+    try:
+        return unpack_from_file(str(path))
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
+        raise builder.work.damaged(path, error) from error

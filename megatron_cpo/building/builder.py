@@ -1,0 +1,218 @@
+"""What one process needs to finish blocks: models, tokenised records, a work folder."""
+
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
+from megatron_cpo.building.config import BuildConfig, PolicyUse
+from megatron_cpo.groups.indexed import store_dtype
+from megatron_cpo.groups.packed import pack_groups
+from megatron_cpo.negatives.embeddings import (
+    Embedder,
+    PolicyEmbedder,
+    SentenceEmbedder,
+    TruthEmbeddings,
+    embedding_similarity,
+)
+from megatron_cpo.negatives.from_policy import BlockSampler, policy_samplers
+from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
+from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
+from megatron_cpo.records.pair_files import PairReader
+from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.work.executors import take_gpu
+from megatron_cpo.work.folder import WorkFolder, explained
+from megatron_cpo.work.job import block_records
+
+
+class Builder:
+    """Finishes blocks of a build.
+
+    Args:
+        tokenizer: Megatron's, from `build_tokenizer`.
+        use: the policy; opened here if the build has a use for it.
+        writer: False on a rank that only helps to run the policy.
+
+    Raises:
+        ValueError: a kind or a ranker needs what is not there.
+    """
+
+    def __init__(
+        self, config: BuildConfig, tokenizer: Any, use: PolicyUse | None, writer: bool = True
+    ) -> None:
+        self.config, self.tokenizer, self._use, self._writer = config, tokenizer, use, writer
+        self.arguments = (config, tokenizer, use)
+        self.size = config.block_records
+        self.eod = Encoder(tokenizer).eod
+        self._samplers: dict[str, BlockSampler] = {
+            kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
+        }
+        self.policy = None
+        if use is not None and (use.score or config.needs_policy):
+            take_gpu()
+            self.policy = use.open()
+            self._samplers |= policy_samplers(
+                self.policy, use.sampling, use.mask_share, use.replace_share
+            )
+        check_kinds(config.mix, self._samplers)
+        self.embedder = self._open_embedder()
+        self.work = WorkFolder(config.output_prefix, "build", self._command())
+
+    @property
+    def has_model(self) -> bool:
+        """Whether work is a model's."""
+        return self.policy is not None or self.embedder is not None
+
+    @property
+    def forks(self) -> bool:
+        """Whether forked processes may do it: not on a GPU, and as the policy says."""
+        on_gpu = self.has_model and torch.cuda.is_available()
+        return not on_gpu and (self.policy is None or self.policy.forks)
+
+    @property
+    def scores(self) -> bool:
+        """Whether blocks carry reference log-probs."""
+        return self._use is not None and self._use.score
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages: their blocks are independent of each other."""
+        return ["truths", "groups"] if isinstance(self.embedder, SentenceEmbedder) else ["groups"]
+
+    def prepare(self, folder: Path) -> None:
+        """Compute what all blocks need to know of all records, into a folder."""
+        if self.config.ranker == "lexical":
+            pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
+            weights = lexical_weights(pairs, self.eod)
+            (folder / "weights").write_bytes(weights.tobytes())  # np.save hides a full disk
+
+    def open(self) -> None:
+        """Open what `prepare` and the tokeniser left in the work folder."""
+        config = self.config
+        pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
+        self._truths: TruthEmbeddings | None = None
+        if "truths" in self.stages and self._writer:
+            assert self.embedder is not None
+            self._truths = TruthEmbeddings(
+                pairs,
+                self.embedder,
+                self.size,
+                lambda block: self.work.block_path("truths", block),
+                self._write_arrays,
+            )
+        self._recipe = Recipe(
+            pairs=pairs,
+            mix=config.mix,
+            seed=config.seed,
+            eod=self.eod,
+            max_length=config.source.max_length,
+            samplers=self._samplers,
+            similarity=self._similarity(),
+            score=self.policy.logps if self.policy and self.scores else None,
+        )
+        self.records = len(pairs)
+        self._keep_retries()  # of opening the policy, before forks take the counts along
+
+    def work_of(self, stage: str) -> Callable[[int], None]:
+        """The function that finishes a block of a stage."""
+        finish = {"truths": self._finish_truths, "groups": self._finish_groups}[stage]
+
+        def work(block: int) -> None:
+            with explained(self.work.path):
+                try:
+                    finish(block)
+                finally:
+                    self._keep_retries()
+
+        return work
+
+    def retries(self) -> Counter[str]:
+        """Requests to a server that all processes of all runs of this build repeated, by reason."""
+        total: Counter[str] = Counter()
+        for path in (self.work.path / "retries").glob("*.json"):
+            total.update(json.loads(path.read_text(encoding="utf-8")))
+        return total
+
+    def _keep_retries(self) -> None:
+        """Put the counts of this process into the work folder, where those of all are."""
+        counts: Counter[str] | None = getattr(self.policy, "retries", None)  # a server's alone
+        if counts:
+            path = self.work.path / "retries" / f"{uuid.uuid4().hex}.json"
+            self.work.write(path, json.dumps(counts).encode())
+            counts.clear()
+
+    def _finish_truths(self, block: int) -> None:
+        if self._truths is not None:
+            self._truths.compute(block)
+
+    def _finish_groups(self, block: int) -> None:
+        records = block_records(block, self.size, self.records)
+        groups = make_block(records, self._recipe)
+        if self._writer:
+            packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))
+            self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
+
+    def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+        buffer = BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        self.work.write(path, buffer.getvalue())
+
+    def _open_embedder(self) -> Embedder | None:
+        name = self.config.ranker
+        if name in ("lexical", "none"):
+            return None
+        if name == "policy":
+            if self.policy is None:
+                raise ValueError(
+                    "--rank policy needs a policy: give --policy hf:PATH, or --load CHECKPOINT "
+                    "and its model flags"
+                )
+            return PolicyEmbedder(self.policy, self.eod)
+        take_gpu()
+        return SentenceEmbedder(name, self.tokenizer)
+
+    def _similarity(self) -> BlockSimilarity:
+        if self.config.ranker == "none":
+            return unranked
+        if self.config.ranker == "lexical":
+            weights = np.memmap(self.work.path / "shared" / "weights", np.float64, "r")
+            return lexical(weights, self.eod)
+        assert self.embedder is not None
+        if isinstance(self.embedder, SentenceEmbedder) and not self._writer:
+            return unranked  # nobody sees what this rank would compute
+        return embedding_similarity(self.embedder, self._truths)
+
+    def _command(self) -> dict[str, Any]:
+        """All that decides the store's content; no path, no date."""
+        config, source, use = self.config, self.config.source, self._use
+        command = {
+            "tokenizer": tokenizer_identity(self.tokenizer),
+            "eod": self.eod,
+            "source": source.describe(),
+            "format": source.shape,
+            "prompt_template": source.template,
+            "prefix_fraction": source.prefix_fraction,
+            "max_length": source.max_length,
+            "negatives": config.mix,
+            "seed": config.seed,
+            "epoch": 0,
+            "ranker": config.ranker if self.embedder is None else self.embedder.identity["name"],
+            "embedder": self.embedder.identity if self.embedder else None,
+            "block_records": config.block_records,
+            "score": self.scores,
+            "policy": self.policy.identity if self.policy else None,
+        }
+        if self.policy is not None and use is not None:
+            command["sampling"] = asdict(use.sampling) if "an" in config.mix else None
+            command["mask_share"] = use.mask_share if "mn" in config.mix else None
+            command["replace_share"] = use.replace_share if "pss" in config.mix else None
+        return command

@@ -1,0 +1,76 @@
+"""What a build says of itself: progress while it runs, a table at the end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.store import read_manifest
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a store holds and what was left out."""
+
+    manifest: Mapping[str, Any]
+    first_dropped: Mapping[str, str] = field(default_factory=dict)
+    """Where the first record of each reason was; known to the run that put the store together."""
+    retries: Mapping[str, int] = field(default_factory=dict)
+    """Requests to a server that the whole build repeated, by reason; known to the same run."""
+
+    @classmethod
+    def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":
+        """The report of a store, with what only this run knows.
+
+        Raises:
+            ValueError: it has no readable manifest.
+        """
+        return cls(read_manifest(path_prefix), **details)
+
+    def __str__(self) -> str:
+        m, duplicates = self.manifest, self._statistics.get("duplicates")
+        rows = [
+            ("groups", f"{m['groups']:,} of K = {m['k']}"),
+            *self._tokens(),
+            *((f"{'y_1' if kind == 'gt' else 'negatives'}: {kind}", self._kind(kind, n))
+              for kind in KINDS if (n := m["kinds"].get(kind))),
+            *([("negatives: duplicates", f"{duplicates:,}")] if duplicates is not None else []),
+            *((f"dropped: {why}", f"{n:,}{self._first(why)}")
+              for why, n in m.get("dropped", {}).items()),
+            *((f"asked again: {why}", f"{n:,}") for why, n in self.retries.items()),
+        ]  # fmt: skip
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    @property
+    def _statistics(self) -> Mapping[str, Any]:
+        """Not all of it is there in stores of other tools and earlier versions."""
+        return dict(self.manifest.get("statistics", {}))
+
+    def _tokens(self) -> list[tuple[str, str]]:
+        tree = self.manifest["tree_tokens"]
+        kinds = ("prefix", "truth", "negative", "padded")
+        found = {kind: self._statistics.get(f"{kind}_tokens") for kind in kinds}
+        rows = [
+            ("tokens: prefix", found["prefix"]),
+            ("tokens: y_1", found["truth"]),
+            ("tokens: negatives", found["negative"]),
+            ("tokens: token trees", tree),
+        ]
+        lines = [(name, f"{n:,}") for name, n in rows if n is not None]
+        if padded := found["padded"]:
+            times = f"{padded / max(tree, 1):.1f} times the trees"
+            lines.append(("tokens: K padded rows", f"{padded:,}, {times}"))
+        return lines
+
+    def _kind(self, kind: str, count: int) -> str:
+        parts = [f"{count:,}"]
+        similarity = self._statistics.get("mean_similarity", {})
+        if kind != "gt" and kind in similarity:
+            parts.append(f"mean similarity {similarity[kind]:.3f}")
+        if logps := self._statistics.get("mean_reference_logp"):
+            parts.append(f"mean reference log-prob {logps[kind]:.1f} nats")
+        return ", ".join(parts)
+
+    def _first(self, reason: str) -> str:
+        return f", first {self.first_dropped[reason]}" if reason in self.first_dropped else ""

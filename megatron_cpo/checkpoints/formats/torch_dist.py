@@ -1,0 +1,227 @@
+"""Megatron's torch_dist checkpoints, read and written with torch alone.
+
+A folder `iter_0001000/` or `release/` holds `.metadata`, which says where each piece of each tensor
+lies, and `.distcp` files with one archive per piece. All layers of a kind are one tensor, stacked
+on axis 0.
+"""
+
+import dataclasses
+import json
+import math
+import pickle
+import re
+import shutil
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_cpo.checkpoints.formats.archive import frame, values_start
+from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
+from megatron_cpo.checkpoints.formats.unpickling import unpickle, unpickle_archive
+from megatron_cpo.checkpoints.identity import TRACKER, check_sizes, folder_digest, iteration_folder
+
+_TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|(.*\.)?(rng|rerun_state_machine)_state/")
+"""Entries that a merged checkpoint leaves out."""
+_COMMON = MetadataIndex("common_state/shard_0_1")
+_ARCHITECTURE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "position_embedding_type rotary_base rotary_percent normalization swiglu squared_relu "
+    "untie_embeddings_and_output_weights num_experts moe_router_topk"
+).split()
+_TOKENIZER = ["tokenizer_type", "vocab_size"]
+_TOKENIZER_FILES = ["tokenizer_model", "vocab_file", "merge_file"]
+
+
+class TorchDistCheckpoint:
+    """One iteration of a folder that Megatron saved to with `--ckpt-format torch_dist`.
+
+    Args:
+        path: Megatron's `--save` folder, or one iteration's folder within it.
+        iteration: which one; the tracker file's by default.
+    """
+
+    format = "torch_dist"
+
+    def __init__(self, path: Path, iteration: int | None = None) -> None:
+        self.name = path.name
+        self.folder, self.iteration = _iteration_folder(path, iteration)
+        self._metadata = _read_metadata(self.folder)
+        self._entries = _weights_only(self._metadata.state_dict_metadata)
+        self._stored: dict[MetadataIndex, _StorageInfo] = {
+            index: info
+            for index, info in self._metadata.storage_data.items()
+            if index.fqn in self._entries
+        }
+        ends = {(i.relative_path, i.offset + i.length) for i in self._stored.values()}
+        check_sizes([(self.folder / name, end) for name, end in sorted(ends)])
+        self.tensors = self._locate_tensors()
+        self.args = args = self._args()
+        """Megatron's arguments of the run that wrote it, by destination."""
+        self.architecture = {name: args[name] for name in _ARCHITECTURE if name in args}
+        known = {name: args[name] for name in _TOKENIZER + _TOKENIZER_FILES if args.get(name)}
+        self.vocabulary = {k: Path(v) if k in _TOKENIZER_FILES else v for k, v in known.items()}
+        self.padding = None
+        if rows := args.get("padded_vocab_size"):
+            multiple = args["make_vocab_size_divisible_by"] * args["tensor_model_parallel_size"]
+            self.padding = (rows - multiple + 1, rows)
+
+    def identity(self) -> dict[str, Any]:
+        """What `checkpoint_identity` says of it where it is the latest iteration."""
+        digest = folder_digest(self.folder)
+        return {"name": self.name, "iteration": self.iteration, "sha256": digest}
+
+    def prepare(self, output: Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor]:
+        """The same files without training state, complete but for the values."""
+        folder = output / "release"
+        folder.mkdir()
+        frames: dict[tuple[torch.dtype, Shape], tuple[bytes, bytes]] = {}
+        sizes = {
+            MetadataIndex(name, piece.offsets): piece.sizes
+            for name, tensor in self.tensors.items()
+            for piece in tensor.pieces
+        }
+        pieces: dict[str, list[Piece]] = {name: [] for name in self.tensors}
+        self._written: dict[MetadataIndex, _StorageInfo] = {}
+        for name in sorted({info.relative_path for info in self._stored.values()}):
+            entries = [pair for pair in self._stored.items() if pair[1].relative_path == name]
+            with open(self.folder / name, "rb") as source, open(folder / name, "xb") as file:
+                for index, info in sorted(entries, key=lambda pair: pair[1].offset):
+                    start = file.tell()
+                    if index in sizes:
+                        shape, dtype = sizes[index], dtypes[index.fqn]
+                        if (dtype, shape) not in frames:
+                            frames[dtype, shape] = frame(dtype, shape)
+                        head, tail = frames[dtype, shape]
+                        file.write(head)
+                        piece = Piece(folder / name, file.tell(), tuple(index.offset or ()), shape)
+                        pieces[index.fqn].append(piece)
+                        file.seek(math.prod(shape) * dtype.itemsize, 1)
+                        file.write(tail)
+                    else:
+                        source.seek(info.offset)
+                        file.write(source.read(info.length))
+                    self._written[index] = _StorageInfo(name, start, file.tell() - start)
+        return {
+            name: StoredTensor(dtypes[name], tensor.shape, tuple(pieces[name]))
+            for name, tensor in self.tensors.items()
+        }
+
+    def complete(self, output: Path, dtypes: dict[str, torch.dtype]) -> None:
+        """`.metadata` and the small files beside it; the tracker, which says release, comes last.
+
+        A release checkpoint loads without optimizer state even where `--finetune` is not given.
+        """
+        folder = output / "release"
+        entries = dict(self._entries)
+        for name, dtype in dtypes.items():
+            entry = entries[name]
+            entries[name] = dataclasses.replace(entry, properties=TensorProperties(dtype=dtype))
+        planner_data = self._metadata.planner_data
+        metadata = Metadata(
+            state_dict_metadata=entries,
+            planner_data=_weights_only(planner_data) if isinstance(planner_data, dict) else None,
+            storage_data=self._written,
+            storage_meta=StorageMeta(),
+            version=self._metadata.version,
+        )
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        for name in ("common.pt", "metadata.json"):  # the first where there is no _COMMON
+            if (self.folder / name).exists():
+                shutil.copyfile(self.folder / name, folder / name)
+        (output / TRACKER).write_text("release")
+
+    def _locate_tensors(self) -> dict[str, StoredTensor]:
+        chunks = []
+        for name, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata):
+                for chunk in entry.chunks:
+                    box = tuple(chunk.offsets), tuple(chunk.sizes)
+                    info = self._stored.get(MetadataIndex(name, box[0]))
+                    if info is None:
+                        raise ValueError(f"{self.folder}: {name} lacks its piece at {box[0]}")
+                    chunks.append((info.relative_path, info.offset, info.length, name, box))
+        pieces: dict[str, list[Piece]] = {}
+        for file_name, found in groupby(sorted(chunks), key=lambda chunk: chunk[0]):
+            path = self.folder / file_name
+            with open(path, "rb") as file:
+                for _, offset, length, name, (offsets, sizes) in found:
+                    dtype = self._entries[name].properties.dtype
+                    try:
+                        start = values_start(file, offset, length, dtype, sizes)
+                    except ValueError as error:
+                        raise ValueError(f"{path}, {name} at {offsets}: {error}") from error
+                    pieces.setdefault(name, []).append(Piece(path, start, offsets, sizes))
+        tensors = {}
+        for name, entry in self._entries.items():
+            if isinstance(entry, TensorStorageMetadata):
+                cover = pieces.get(name, [])
+                if sum(math.prod(piece.sizes) for piece in cover) != math.prod(entry.size):
+                    raise ValueError(f"{self.folder}: the pieces of {name} do not cover it once")
+                tensors[name] = StoredTensor(
+                    entry.properties.dtype, tuple(entry.size), tuple(cover)
+                )
+        if not tensors:
+            raise ValueError(f"{self.folder} holds no model weights")
+        return tensors
+
+    def _args(self) -> dict[str, Any]:
+        """Megatron's arguments of the run that wrote it; empty if they were not saved."""
+        if (self.folder / "common.pt").exists():
+            common = unpickle_archive((self.folder / "common.pt").read_bytes())
+        elif info := self._stored.get(_COMMON):
+            with open(self.folder / info.relative_path, "rb") as file:
+                file.seek(info.offset)
+                [common] = unpickle_archive(file.read(info.length))
+        else:
+            raise ValueError(f"{self.folder} has no common state, which Megatron needs to load it")
+        return vars(common["args"]) if "args" in common else {}
+
+
+def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:
+    """The folder with the weights and the iteration's name."""
+    if (path / ".metadata").exists():
+        if iteration is not None:
+            raise ValueError(f"--iteration {iteration}: {path} is one iteration already")
+        return path, path.name.removeprefix("iter_").lstrip("0") or "0"
+    text = (path / TRACKER).read_text().strip() if iteration is None else str(iteration)
+    if text != "release" and not text.isdecimal():
+        raise ValueError(f"{path / TRACKER} holds {text!r}: neither an iteration nor 'release'")
+    folder = iteration_folder(path, text)
+    if not folder.is_dir():
+        saved = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
+        raise ValueError(f"{path} has no {folder.name}; there are: {saved}")
+    return folder, text
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    if not (folder / ".metadata").exists():
+        raise ValueError(
+            f"{folder} is not a torch_dist checkpoint: it has no .metadata. Load it in Megatron "
+            "and save it with --ckpt-format torch_dist"
+        )
+    config = folder / "metadata.json"
+    backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else None
+    if backend != "torch_dist":
+        raise ValueError(f"{config} says {backend!r}; only torch_dist checkpoints can be merged")
+    try:
+        with open(folder / ".metadata", "rb") as file:
+            metadata = unpickle(file)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{folder / '.metadata'} is damaged: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{folder / '.metadata'} does not describe a checkpoint")
+    return metadata
+
+
+def _weights_only(entries: dict[str, Any]) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if not _TRAINING_STATE.match(name)}

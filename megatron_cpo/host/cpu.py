@@ -1,0 +1,102 @@
+"""Megatron's own training loop on CPU ranks over gloo: its CUDA calls, pointed at the CPU.
+
+No mock and no second trainer: model, schedules, optimizers and checkpoints are Megatron's. What
+torch answers where Megatron asks for CUDA is in `cpu_torch.py`, what Megatron itself does otherwise
+in `cpu_megatron.py` and, for want of Transformer Engine, in `without_transformer_engine.py`; here
+are the switch and the flags.
+
+`torch.cuda.is_available()` keeps saying False: code that asks takes its CPU path. `enable()`
+changes torch for the whole process, on machines without CUDA only; it refuses to run elsewhere.
+"""
+
+import argparse
+import functools
+import os
+from typing import Any
+
+import torch
+
+from megatron_cpo.host import without_transformer_engine as plain_torch
+from megatron_cpo.host.cpu_megatron import adapt_megatron
+from megatron_cpo.host.cpu_torch import adapt_torch
+
+CPU_FLAGS: dict[str, Any] = {
+    "transformer_impl": "local",  # Transformer Engine is CUDA only
+    "distributed_backend": "gloo",
+    "no_persist_layer_norm": True,  # an Apex kernel
+    "gradient_accumulation_fusion": False,  # a CUDA extension
+    "masked_softmax_fusion": False,  # a CUDA extension
+    "apply_rope_fusion": False,  # a Transformer Engine kernel
+}
+"""Megatron arguments, by destination, with the one value that works on a CPU.
+
+The jit fusions (bias-GELU, bias-SwiGLU, bias-dropout) are absent on purpose: they are plain PyTorch
+and run eagerly here. Without the first, Megatron switches from tanh-GELU to erf-GELU, and a
+checkpoint would compute another function on a CPU than on a GPU.
+"""
+
+CUDA_FLAGS: dict[str, str] = {
+    "batch_invariant_mode": "--batch-invariant-mode",
+    "enable_cuda_graph": "--enable-cuda-graph",
+    "external_cuda_graph": "--external-cuda-graph",
+    "fine_grained_activation_offloading": "--fine-grained-activation-offloading",
+    "fp4": "--fp4-format",
+    "fp8": "--fp8-format",
+    "log_energy": "--log-energy",
+    "log_straggler": "--log-straggler",
+    "nccl_ub": "--use-nccl-ub",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "optimizer_cuda_graph": "--optimizer-cuda-graph",
+    "profile": "--profile",
+    "record_memory_history": "--record-memory-history",
+    "tp_comm_overlap": "--tp-comm-overlap",
+    "use_flash_attn": "--use-flash-attn",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_sharp": "--use-sharp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+}
+"""Megatron switches that are off by default and cannot be turned on without CUDA."""
+
+
+@functools.cache  # twice is once
+def enable() -> None:
+    """Run Megatron on this machine's CPU from now on; raises ValueError where there is CUDA.
+
+    Call it before Megatron builds anything. It imports `megatron.training` (about ten seconds).
+    """
+    if torch.cuda.is_available():
+        raise ValueError(
+            "cpu_host.enable() got a machine with CUDA, where Megatron needs no CPU host: drop the "
+            'call, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    adapt_torch()
+    adapt_megatron()
+    plain_torch.adapt()
+    if os.environ.get("RANK", "0") == "0":
+        print("megatron_cpo: no CUDA found, CPU host on: Megatron runs on gloo ranks", flush=True)
+
+
+def set_parser_defaults(parser: argparse.ArgumentParser) -> None:
+    """Make `CPU_FLAGS` the defaults of Megatron's parser, so that nobody has to type them."""
+    known = {action.dest for action in parser._actions}
+    # Loader processes would compete with the ranks for the same cores; --num-workers still works.
+    defaults = CPU_FLAGS | {"num_workers": 0}
+    parser.set_defaults(**{dest: value for dest, value in defaults.items() if dest in known})
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError, naming the flag and what to do, for arguments that need CUDA."""
+    for dest, value in CPU_FLAGS.items():
+        got = getattr(args, dest, value)
+        if got != value:
+            raise ValueError(
+                f"--{dest.replace('_', '-')} is {got!r}, which needs CUDA, and torch finds none: "
+                f"leave it out (the CPU host sets {value!r}) or run on a machine with a GPU"
+            )
+    graphs = {"cuda_graph_impl": f"--cuda-graph-impl {getattr(args, 'cuda_graph_impl', None)}"}
+    for dest, flag in (CUDA_FLAGS | graphs).items():
+        if getattr(args, dest, None) not in (None, False, "none"):
+            raise ValueError(
+                f"{flag} needs CUDA, and torch finds none: "
+                "leave it out or run on a machine with a GPU"
+            )

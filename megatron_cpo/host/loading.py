@@ -1,0 +1,71 @@
+"""Starting Megatron outside its training loop, and loading a model with a checkpoint's weights."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_cpo.host.compat import build_gpt
+
+
+def score_args(extra_args_provider: Any = None) -> Any:
+    """Megatron's parsed and validated arguments for scoring; nothing is trained or saved.
+
+    Args:
+        extra_args_provider: adds the caller's own flags to Megatron's parser.
+    """
+    from megatron.training import global_vars
+    from megatron.training.arguments import parse_and_validate_args
+
+    if global_vars._GLOBAL_ARGS is not None:  # Megatron takes them once per process
+        return global_vars._GLOBAL_ARGS
+
+    def provider(parser: Any) -> Any:
+        parser = extra_args_provider(parser) if extra_args_provider is not None else parser
+        # A row of trees may be longer than the longest sequence; see `training.install`.
+        parser.set_defaults(tree_rows=True)
+        return parser
+
+    defaults = {"micro_batch_size": 1, "train_iters": 1, "eval_interval": 1, "lr": 0.0}
+    args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
+    args.no_load_optim = args.no_load_rng = args.finetune = True
+    return args
+
+
+def start_megatron() -> None:
+    """Megatron's process groups and seeds, once.
+
+    Raises:
+        ValueError: this process is no rank of torchrun or of another launcher.
+    """
+    from megatron.core import parallel_state
+    from megatron.training.initialize import initialize_megatron
+
+    if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            "--load: a Megatron checkpoint needs the ranks of torchrun; start this command with "
+            "torchrun --standalone --nproc-per-node N in place of python"
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_megatron()
+
+
+def load_model(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """The model of Megatron's flags with the weights of `args.load`, in evaluation mode.
+
+    A chunk per virtual pipeline stage.
+
+    Args:
+        args: Megatron's parsed and validated arguments, after `start_megatron`.
+        hook: receives the chunks before they are moved and cast, such as
+            `model.attach.attach_tree_attention`.
+    """
+    from megatron.training.checkpointing import load_checkpoint
+
+    model = build_gpt(args, hook)
+    args.exit_on_missing_checkpoint = True
+    load_checkpoint(model, None, None)
+    for chunk in model:
+        chunk.eval()
+    return model

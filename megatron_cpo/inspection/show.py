@@ -1,0 +1,94 @@
+"""The two things `tools/inspect_negatives.py` does: print a store, write its page."""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.inspection.facts import IDS
+from megatron_cpo.inspection.page import render_page
+from megatron_cpo.inspection.statistics import measure
+from megatron_cpo.inspection.terminal import print_group, print_summary
+from megatron_cpo.inspection.text import TokenText
+from megatron_cpo.inspection.tokenizer import quiet_import, store_tokenizer
+from megatron_cpo.inspection.view import view_group
+
+
+def print_store(
+    path_prefix: str, groups: list[int], args: argparse.Namespace, console: Console | None = None
+) -> None:
+    """Print the groups asked for; none asked for: a summary of the store and its first group.
+
+    Args:
+        path_prefix: the store's PREFIX.
+        args: the flags of `tokenizer.add_tokenizer_arguments`.
+
+    Raises:
+        ValueError: it is not a store, has no such group, or the tokenizer is another one.
+    """
+    reader, text, eod = _open(path_prefix, groups, args)
+    console = console or Console(highlight=False)
+    if not groups:
+        found = measure(reader, eod, _progress)
+        print_summary(console, Path(path_prefix).name, reader.manifest, found)
+    if not text.has_text:
+        console.print(Text(IDS, "dim"))
+    for index in groups or [0]:
+        print_group(console, view_group(index, reader[index], eod), text)
+
+
+def write_page(
+    path_prefix: str, html: str, most: int, groups: list[int], args: argparse.Namespace
+) -> str:
+    """Write the page of a store; returns what to tell people.
+
+    Args:
+        html: the file to write.
+        most: groups in the page; at least the ones asked for.
+        groups: the ones asked for, first in the page.
+
+    Raises:
+        ValueError: as `print_store`, or `most` is not positive.
+    """
+    if most < 1:
+        raise ValueError(f"--html-groups {most}: needs at least 1")
+    reader, text, eod = _open(path_prefix, groups, args)
+    spaced = np.linspace(0, len(reader) - 1, min(most, len(reader))).astype(int).tolist()
+    chosen = list(dict.fromkeys([*groups, *spaced]))[: max(most, len(groups))]
+    found = measure(reader, eod, _progress)
+    views = [view_group(index, reader[index], eod) for index in chosen]
+    page = render_page(Path(path_prefix).name, reader.manifest, found, views, text)
+    Path(html).parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(f"{html}.writing-{os.getpid()}")
+    aside.write_text(page, encoding="utf-8")
+    os.replace(aside, html)
+    return f"{html}: {len(chosen):,} of {len(reader):,} groups, {len(page.encode()) / 1e6:.1f} MB"
+
+
+def _open(
+    path_prefix: str, groups: list[int], args: argparse.Namespace
+) -> tuple[GroupReader, TokenText, int | None]:
+    """The store, its text, and its EOD; what can be refused without Megatron is so at once."""
+    manifest = read_manifest(path_prefix)
+    for group in groups:
+        if not 0 <= group < manifest["groups"]:
+            raise ValueError(
+                f"--group {group}: {path_prefix} has groups 0 to {manifest['groups'] - 1}"
+            )
+    with quiet_import():
+        tokenizer = store_tokenizer(manifest, args)
+        reader = GroupReader(path_prefix)
+    eod = (manifest.get("tokenizer") or {}).get("eod", manifest.get("eod"))
+    return reader, TokenText(tokenizer), eod
+
+
+def _progress(groups: range) -> Iterable[int]:
+    """A progress bar on a terminal, nothing in a log file or over a small store."""
+    from tqdm import tqdm
+
+    return tqdm(groups, desc="read", unit=" groups", disable=None, delay=1, leave=False)

@@ -1,0 +1,130 @@
+"""Negatives drawn from a policy: autoregressive (AN), mean-field (MN), and PSS copies.
+
+Feng et al., arXiv:2502.16433: AN = sampled from pi(. | x), top-k 50; MN = c% (15) of the tokens of
+y_1, each replaced independently by a draw from pi(. | true tokens before it), which needs one
+forward for all of them. PSS is the baseline of parallel scheduled sampling: every token replaced
+so with p = 0.5, and trained on the gold labels.
+
+A policy works on many records at a time, so these samplers take a block of contexts. Randomness is
+that of the generator of each group, as in `from_records.py`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_cpo.negatives.from_records import Context
+from megatron_cpo.policies.policy import Policy, Sampling
+from megatron_cpo.tree import Ints
+
+BlockSampler = Callable[[Sequence[Context], int, Sequence[np.random.Generator]], list[list[Ints]]]
+"""(contexts of a block, count, one generator a group) -> `count` sequences per group."""
+
+TRIES = 8
+"""Draws of a mean-field copy before it may equal y_1."""
+
+
+def policy_samplers(
+    policy: Policy,
+    sampling: Sampling | None = None,
+    mask_share: float = 0.15,
+    replace_share: float = 0.5,
+) -> dict[str, BlockSampler]:
+    """The samplers `an`, `mn` and `pss` of a policy, those that it can serve.
+
+    Args:
+        sampling: of AN; None: the paper's.
+        mask_share: MN, share of the tokens of y_1 that are drawn anew, in (0, 1].
+        replace_share: PSS, probability of each token to be drawn anew, in (0, 1].
+
+    Raises:
+        ValueError: a share is out of range.
+    """
+    for flag, share in (("--mask-share", mask_share), ("--replace-share", replace_share)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{flag} {share}: needs a share above 0 and at most 1, such as 0.15")
+    settings = Sampling() if sampling is None else sampling
+
+    def an(
+        block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
+    ) -> list[list[Ints]]:
+        limits = [_limit(context, settings, policy.positions) for context in block]
+        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+
+    def mn(
+        block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
+    ) -> list[list[Ints]]:
+        places = [
+            _fixed_share(c, count, mask_share, rng) for c, rng in zip(block, rngs, strict=True)
+        ]
+        drawn = _replace(policy, block, places, TRIES, rngs)
+        return [_unlike(c.truth, tries) for c, tries in zip(block, drawn, strict=True)]
+
+    def pss(
+        block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
+    ) -> list[list[Ints]]:
+        places = [
+            _text(c, rng.random((count, len(c.truth))) < replace_share)
+            for c, rng in zip(block, rngs, strict=True)
+        ]
+        return [list(copies[0]) for copies in _replace(policy, block, places, 1, rngs)]
+
+    samplers = {"an": an, "mn": mn, "pss": pss}
+    return {kind: samplers[kind] for kind in policy.kinds}
+
+
+def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
+    """Most tokens of a continuation: what is asked, what the store takes, what the policy reads."""
+    limit = sampling.max_new_tokens
+    if context.room is not None:
+        limit = min(limit, context.room)
+    if positions is not None:
+        limit = min(limit, positions - len(context.prefix))
+    return max(limit, 1)
+
+
+def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The same places without the EOD at the end, which every copy keeps."""
+    if context.truth[-1] == context.eod:
+        places[:, -1] = False
+    return places
+
+
+def _fixed_share(
+    context: Context, count: int, share: float, rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """[count, t] places of `count` copies: exactly round(share * n) each, but at least 1.
+
+    n counts the tokens without EOD. The paper says "c% of the tokens", so the number is fixed and
+    the places are a uniform subset of that size; independent coins would leave every fifth
+    y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
+    """
+    n = len(context.truth) - int(context.truth[-1] == context.eod)
+    places = np.zeros((count, len(context.truth)), dtype=bool)
+    chosen = max(round(share * n), 1)
+    # The smallest of independent uniforms are a uniform subset.
+    order = np.argsort(rng.random((count, n)), axis=1)[:, :chosen]
+    np.put_along_axis(places, order, True, axis=1)
+    return places
+
+
+def _replace(
+    policy: Policy,
+    block: Sequence[Context],
+    places: Sequence[NDArray[np.bool_]],
+    tries: int,
+    rngs: Sequence[np.random.Generator],
+) -> list[NDArray[np.int32]]:
+    prefixes, truths = [c.prefix for c in block], [c.truth for c in block]
+    return policy.replacements(prefixes, truths, places, tries, rngs)
+
+
+def _unlike(truth: Ints, tries: NDArray[np.int32]) -> list[Ints]:
+    """Per copy the first try that differs from y_1, else the first one.
+
+    A policy that is sure of y_1 gives it back; such a copy would be no negative. So a copy follows
+    pi given that it is not y_1, which matters only where few tokens are replaced.
+    """
+    differs = (tries != truth).any(axis=2)
+    return list(tries[differs.argmax(axis=0), np.arange(tries.shape[1])])

@@ -1,0 +1,274 @@
+"""A Hugging Face causal LM as a policy, read from a local folder.
+
+Sequences are padded on the right where every position is wanted: a causal model never looks there.
+Sampling pads on the left, so that all rows grow at the same place: prefixes are read once, the
+cache is copied to the samples, and finished rows are dropped from it.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_cpo.checkpoints.identity import folder_digest
+from megatron_cpo.groups.kinds import NEEDS_POLICY
+from megatron_cpo.model.logprobs import CHUNK_LOGITS
+from megatron_cpo.policies.choosing import choose, draw
+from megatron_cpo.policies.decoding import sample_in_batches
+from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.policies.same_tokenizer import check_tokenizer
+from megatron_cpo.tree import Ints
+
+
+class HuggingFacePolicy:
+    """The `Policy` of a folder that `AutoModelForCausalLM` reads; nothing is downloaded.
+
+    Args:
+        path: the folder.
+        tokenizer: Megatron's, of the build. It has to be the model's own, which is compared where
+            the folder has one.
+        batch: most sequences at a time.
+        dtype: name of a torch dtype, of the weights.
+
+    Raises:
+        ValueError: there is no such model, or its tokenizer is another one.
+    """
+
+    kinds: tuple[str, ...] = NEEDS_POLICY
+    forks = True
+
+    def __init__(self, path: str, tokenizer: Any, batch: int = 256, dtype: str = "float32") -> None:
+        from transformers import AutoModelForCausalLM
+
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(
+                f"--policy hf:{path}: no config.json there; give the folder of a Hugging Face "
+                "causal LM, as save_pretrained writes it"
+            )
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--policy hf:{path}: cannot be loaded ({error})") from error
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to(self._device).eval()
+        self._vocab_size, self._eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+        check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
+        self._batch = batch
+        self._head_alone = self._applies_head_alone()
+        self._name, self._sha256, self._dtype = Path(path).name, folder_digest(Path(path)), dtype
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name of the folder, digest of its files, and dtype of the weights."""
+        return {
+            "backend": "hugging face",
+            "name": self._name,
+            "sha256": self._sha256,
+            "dtype": self._dtype,
+        }
+
+    @property
+    def positions(self) -> int | None:
+        """The config's `max_position_embeddings`, or its name in older models."""
+        config = self._model.config
+        return getattr(config, "max_position_embeddings", getattr(config, "n_positions", None))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prefixes: Sequence[Ints],
+        limits: Sequence[int],
+        count: int,
+        rngs: Sequence[np.random.Generator],
+        sampling: Sampling,
+    ) -> list[list[Ints]]:
+        """See `Policy`."""
+
+        def open_session(batch: list[Ints], copies: int) -> _Session:
+            return _Session(self._model, self._device, self._mask, batch, copies, sampling)
+
+        return sample_in_batches(
+            open_session, prefixes, limits, count, rngs, self._eod, self._batch
+        )
+
+    @torch.no_grad()
+    def replacements(
+        self,
+        prefixes: Sequence[Ints],
+        truths: Sequence[Ints],
+        places: Sequence[NDArray[np.bool_]],
+        tries: int,
+        rngs: Sequence[np.random.Generator],
+    ) -> list[NDArray[np.int32]]:
+        """See `Policy`."""
+        sequences = [np.concatenate(pair) for pair in zip(prefixes, truths, strict=True)]
+        uniforms = [rng.random((tries, *p.shape)) for p, rng in zip(places, rngs, strict=True)]
+        # A place is predicted from the token before it, and only places that some copy draws are.
+        where = [np.flatnonzero(p.any(axis=0)) for p in places]
+        before = [len(x) - 1 + at for x, at in zip(prefixes, where, strict=True)]
+        result = [
+            np.broadcast_to(t, (tries, *p.shape)).copy()
+            for t, p in zip(truths, places, strict=True)
+        ]
+        for i, rows, logits in self._logits(sequences, before):
+            at = where[i][rows]
+            numbers = torch.from_numpy(uniforms[i][:, :, at]).flatten(0, 1).t()
+            drawn = draw(logits, numbers.to(logits.device).contiguous()).cpu().numpy()
+            drawn = drawn.T.reshape(tries, -1, len(at))
+            result[i][:, :, at] = np.where(places[i][:, at], drawn, result[i][:, :, at])
+        return result
+
+    @torch.no_grad()
+    def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
+        """See `Policy`."""
+        width = self._model.get_output_embeddings().weight.shape[1]
+        result = np.zeros((len(sequences), width), dtype=np.float32)
+        for batch, ids in self._right_padded(sequences):
+            hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for row, i in enumerate(batch):
+                mean = hidden[row, : len(sequences[i])].float().mean(0)
+                result[i] = mean.cpu().numpy()
+        return result
+
+    @torch.no_grad()
+    def logps(
+        self, prefixes: Sequence[Ints], candidates: Sequence[Sequence[Ints]]
+    ) -> list[NDArray[np.float32]]:
+        """See `Policy`. Equal candidates of a record are scored once."""
+        whole: dict[tuple[int, bytes], int] = {}
+        sequences: list[Ints] = []
+        before, targets = [], []
+        for r, (x, ys) in enumerate(zip(prefixes, candidates, strict=True)):
+            for y in ys:
+                if whole.setdefault((r, y.tobytes()), len(sequences)) == len(sequences):
+                    sequences.append(np.concatenate([x, y[:-1]]))
+                    before.append(np.arange(len(x) - 1, len(x) - 1 + len(y)))
+                    targets.append(torch.from_numpy(y.astype(np.int64)))
+        sums = np.zeros(len(sequences))
+        for i, rows, logits in self._logits(sequences, before):
+            wanted = targets[i][rows].to(logits.device)[:, None]
+            chosen = logits.gather(1, wanted)[:, 0] - logits.logsumexp(1)
+            sums[i] += float(chosen.double().sum())
+        return [
+            np.array([sums[whole[r, y.tobytes()]] for y in ys], dtype=np.float32)
+            for r, ys in enumerate(candidates)
+        ]
+
+    def _logits(
+        self, sequences: Sequence[Ints], wanted: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[int, slice, Tensor]]:
+        """Logits at the wanted positions: (sequence, a run of its wanted ones, [run, V] float32).
+
+        Logits exist for one run of one sequence at a time, whatever the batch; where the model has
+        to make them itself, for the wanted positions of one sequence.
+        """
+        step = max(CHUNK_LOGITS // self._model.config.vocab_size, 1)
+        for batch, ids in self._right_padded(sequences):
+            if self._head_alone:
+                states = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for row, i in enumerate(batch):
+                at = torch.from_numpy(wanted[i]).to(self._device)
+                if not self._head_alone:
+                    own = ids[row : row + 1, : len(sequences[i])]
+                    output = self._model(input_ids=own, use_cache=False, logits_to_keep=at)
+                for run in (slice(first, first + step) for first in range(0, len(at), step)):
+                    if self._head_alone:
+                        logits = self._model.get_output_embeddings()(states[row, at[run]])
+                    else:
+                        logits = output.logits[0, run]
+                    yield i, run, self._mask(logits)
+
+    def _mask(self, logits: Tensor) -> Tensor:
+        """Float32 logits without the entries that only pad the vocabulary."""
+        return logits[:, : self._vocab_size].float()
+
+    def _right_padded(self, sequences: Sequence[Ints]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches of like length: indices of the sequences, and their ids [rows, longest]."""
+        order = [i for i in range(len(sequences)) if len(sequences[i])]
+        order.sort(key=lambda i: len(sequences[i]))
+        for first in range(0, len(order), self._batch):
+            batch = order[first : first + self._batch]
+            ids = np.full((len(batch), len(sequences[batch[-1]])), self._eod, dtype=np.int64)
+            for row, i in enumerate(batch):
+                ids[row, : len(sequences[i])] = sequences[i]
+            yield batch, torch.from_numpy(ids).to(self._device)
+
+    @torch.no_grad()
+    def _applies_head_alone(self) -> bool:
+        """Are its logits the output layer on the last hidden state, and nothing more?
+
+        Some models scale or cap them, and are then asked for them: a sequence at a time, because
+        `logits_to_keep` has the same positions for a whole batch.
+        """
+        ids = torch.tensor([[self._eod, 0, 1]], device=self._device)
+        head = self._model.get_output_embeddings()
+        plain = head(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        return bool(torch.equal(plain, self._model(input_ids=ids, use_cache=False).logits))
+
+
+class _Session:
+    """Rows that grow in a `DynamicCache`; see `decoding.Session`."""
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        mask: Any,
+        prefixes: list[Ints],
+        count: int,
+        sampling: Sampling,
+    ) -> None:
+        from transformers import DynamicCache
+
+        self._model, self._device, self._mask_logits = model, device, mask
+        self._sampling = sampling
+        longest = max(map(len, prefixes))
+        ids = np.zeros((len(prefixes), longest), dtype=np.int64)
+        seen = np.zeros((len(prefixes), longest), dtype=np.int64)
+        for row, prefix in enumerate(prefixes):
+            ids[row, longest - len(prefix) :] = prefix
+            seen[row, longest - len(prefix) :] = 1
+        self._cache = DynamicCache(config=model.config)
+        self._seen = torch.from_numpy(seen).to(device)
+        lengths = torch.tensor([len(p) for p in prefixes], device=device)
+        first = (self._seen.cumsum(1) - 1).clamp(min=0)
+        logits = self._forward(torch.from_numpy(ids).to(device), first)
+        self._cache.batch_repeat_interleave(count)
+        self._seen = self._seen.repeat_interleave(count, dim=0)
+        self._depth = lengths.repeat_interleave(count)
+        self._logits = logits.repeat_interleave(count, dim=0)
+
+    def choose(self, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The next token of each row."""
+        numbers = torch.from_numpy(uniforms).to(self._device)
+        return choose(self._logits, numbers, self._sampling).cpu().numpy()
+
+    def advance(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Keep these rows and append a token to each."""
+        if len(rows) < len(self._depth):
+            kept = torch.from_numpy(rows).to(self._device)
+            self._cache.batch_select_indices(kept)
+            self._seen, self._depth = self._seen[kept], self._depth[kept]
+        self._seen = torch.nn.functional.pad(self._seen, (0, 1), value=1)
+        ids = torch.from_numpy(tokens).to(self._device)[:, None]
+        self._logits = self._forward(ids, self._depth[:, None])
+        self._depth = self._depth + 1
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """[rows, V] logits of the last position; the cache grows by `ids`."""
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._seen,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        masked: Tensor = self._mask_logits(output.logits[:, -1])
+        return masked

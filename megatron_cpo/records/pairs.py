@@ -1,0 +1,141 @@
+"""Records to pairs of prefix and continuation, as token ids, streaming."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_cpo.records.lines import Advance
+from megatron_cpo.records.reading import BadRecord, Dropped, read_records
+from megatron_cpo.records.source import Source, indexed_prefix
+from megatron_cpo.records.tokenizing import Encoder, Pair, chat_renderer
+from megatron_cpo.tree import Ints
+
+
+def read_pairs(
+    source: Source,
+    tokenizer: Any,
+    dropped: Dropped,
+    rejected: int = 0,
+    advance: Advance = lambda lines, read: None,
+    skip: int = 0,
+) -> Iterator[Pair]:
+    """The pairs of all inputs, in order, streaming.
+
+    Args:
+        dropped: counts what is left out, and why.
+        rejected: how many rejected continuations a record must have; more are left off.
+        advance: called after each line or document, once its pairs are used; see `read_records`.
+            Its bytes add up to `source.stored_bytes()`.
+        skip: lines or documents to leave out at the beginning; a usable one was among them.
+
+    Raises:
+        ValueError: an input is missing or from another tokenizer, a bad record is refused, or no
+            record is usable.
+    """
+    encoder, usable = Encoder(tokenizer), skip
+    records = [path for path in source.inputs if not indexed_prefix(path)]
+    indexed = [path for path in map(indexed_prefix, source.inputs) if path]
+    if records and indexed:
+        raise ValueError(
+            f"--input mixes JSON Lines ({records[0]}) and a Megatron indexed dataset "
+            f"({indexed[0]}); build a store of each"
+        )
+    for pair, where in (
+        _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped, advance, skip)
+        if indexed
+        else _pairs_of_records(source, tokenizer, encoder, dropped, advance, skip)
+    ):
+        if len(pair.rejected) < rejected:
+            dropped.skip(f"fewer than {rejected} rejected continuations", where)
+            continue
+        pair = Pair(pair.prefix, pair.continuation, pair.rejected[:rejected])
+        longest = max(map(len, (pair.continuation, *pair.rejected)))
+        if source.max_length and len(pair.prefix) + longest > source.max_length:
+            dropped.skip(f"longer than {source.max_length} tokens", where)
+            continue
+        usable += 1
+        yield pair
+    if not usable:
+        raise ValueError(
+            f"--input {' '.join(source.inputs)}: no usable record (dropped: {dropped.describe()}); "
+            "raise --max-length, or give other data"
+        )
+
+
+def _pairs_of_records(
+    source: Source,
+    tokenizer: Any,
+    encoder: Encoder,
+    dropped: Dropped,
+    advance: Advance,
+    skip: int,
+) -> Iterator[tuple[Pair, str]]:
+    render = chat_renderer(tokenizer)
+    for record in read_records(
+        source.inputs, dropped, source.shape, source.template, render, advance, skip
+    ):
+        if record.prefix is None:
+            text = encoder.text(record.continuation)
+            yield from _pieces(text, record.source, source, encoder, dropped)
+            continue
+        try:
+            pair = encoder.pair(record.prefix, record.continuation, *record.rejected)
+        except BadRecord as error:
+            dropped.bad(str(error), record.source)
+        else:
+            yield pair, record.source
+
+
+def _pairs_of_datasets(
+    prefixes: list[str],
+    source: Source,
+    tokenizer: Any,
+    encoder: Encoder,
+    dropped: Dropped,
+    advance: Advance,
+    skip: int,
+) -> Iterator[tuple[Pair, str]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for prefix in prefixes:
+        dataset = IndexedDataset(prefix)
+        bounds = dataset.document_indices
+        for document in range(len(bounds) - 1):
+            sequences = dataset[int(bounds[document]) : int(bounds[document + 1])]
+            if skip:
+                skip -= 1
+            else:
+                where = f"{prefix}:document {document}"
+                tokens = _document(sequences, where, tokenizer, encoder.eod)
+                yield from _pieces(tokens, where, source, encoder, dropped)
+            advance(1, sum(sequence.nbytes for sequence in sequences))
+
+
+def _document(sequences: Sequence[Ints], where: str, tokenizer: Any, eod: int) -> Ints:
+    """A document of a dataset as tokens that end in one EOD."""
+    tokens = np.concatenate([*sequences, []]).astype(np.int32)
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
+            f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
+            "was made with"
+        )
+    while len(tokens) and tokens[-1] == eod:
+        tokens = tokens[:-1]
+    return np.append(tokens, np.int32(eod))
+
+
+def _pieces(
+    tokens: Ints, where: str, source: Source, encoder: Encoder, dropped: Dropped
+) -> Iterator[tuple[Pair, str]]:
+    """A text in pieces of at most `max_length` tokens, each split into x and y_1.
+
+    Only the last piece of a text ends in EOD: where a piece was cut, the text goes on.
+    """
+    size = source.max_length or len(tokens)
+    for start in range(0, len(tokens), size):
+        try:
+            yield encoder.split(tokens[start : start + size], source.prefix_fraction), where
+        except BadRecord as error:
+            dropped.skip(str(error), where)  # not bad: the end of a text that was cut is short

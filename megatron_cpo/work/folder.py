@@ -1,0 +1,177 @@
+"""The folder PREFIX.build beside an output: finished blocks of a build, until the store is whole.
+
+Every file in it is written aside and renamed, so what is there is finished, whoever wrote it and
+whatever was killed meanwhile. `command.json` holds what decides the bytes of the store; another
+command over the same output is refused. Ranks and shards share the folder, on one machine or on a
+file system that all of them see.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_cpo.files import write_json
+
+
+class WorkFolder:
+    """PREFIX.build, or PREFIX.score of a later scoring.
+
+    Args:
+        path_prefix: the store's PREFIX.
+        kind: of work, `build` or `score`.
+        command: what decides the bytes of the result, JSON-able.
+    """
+
+    def __init__(self, path_prefix: str, kind: str, command: dict[str, Any]) -> None:
+        self.path = Path(f"{path_prefix}.{kind}")
+        self._prefix = path_prefix
+        self._is_locked = False
+        # As a manifest has it: tuples are lists.
+        self.command: dict[str, Any] = json.loads(json.dumps(command))
+
+    def claim(self) -> None:
+        """Make the folder this command's.
+
+        Raises:
+            ValueError: it holds the blocks of another command.
+        """
+        path = self.path / "command.json"
+        if path.exists():
+            self.refuse_other(
+                json.loads(path.read_text(encoding="utf-8")),
+                f"{self.path} holds unfinished work",
+                f"run that command again to finish it, or remove {self.path}",
+            )
+        else:
+            write_json(path, self.command)
+
+    def refuse_other(self, found: dict[str, Any], what: str, remedy: str) -> None:
+        """Compare with the command of something that is there already.
+
+        Raises:
+            ValueError: they differ; shows the first values that do.
+        """
+        for name, value in self.command.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"--output-prefix {self._prefix}: {what} with {name} "
+                    f"{json.dumps(found.get(name))}, this command has {json.dumps(value)}; "
+                    f"{remedy}, or give another --output-prefix"
+                )
+
+    def block_path(self, stage: str, block: int) -> Path:
+        """Where a finished block of a stage lies."""
+        return self.path / stage / f"{block:08d}.npz"
+
+    def missing(self, stage: str, blocks: Iterable[int]) -> list[int]:
+        """Those of the blocks that are not finished."""
+        folder = self.path / stage
+        there = set(os.listdir(folder)) if folder.is_dir() else set()
+        return [block for block in blocks if self.block_path(stage, block).name not in there]
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Put a finished file into the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.{_unique()}")
+        try:
+            aside.write_bytes(content)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+    def damaged(self, path: Path, error: Exception) -> ValueError:
+        """Remove a finished file that cannot be read; the error that says so."""
+        path.unlink()
+        return ValueError(
+            f"{path}: damaged ({error}), as by a loss of power; it was removed: run the same "
+            "command again to make it anew"
+        )
+
+    def make_folder(self, name: str, make: Callable[[Path], Any], resumes: bool = False) -> Path:
+        """A subfolder with everything `make` writes into it, unless it is there already.
+
+        Args:
+            resumes: `make` can go on with a folder in which it was interrupted. It has to be alone
+                with it: on a file system without locks it begins anew.
+        """
+        target = self.path / name
+        if not target.is_dir():
+            kept = self.path / f"{name}.unfinished" if resumes and self._is_locked else None
+            for left in self.path.glob(f"{name}.*"):  # under the lock: of a process that was killed
+                if left != kept:
+                    shutil.rmtree(left)
+            aside = kept or self.path / f"{name}.{_unique()}"
+            aside.mkdir(exist_ok=True)
+            try:
+                make(aside)
+                os.rename(aside, target)
+            except BaseException:
+                if kept is None:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
+        return target
+
+    def remove(self) -> None:
+        """Remove the folder and all in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process at a time; released by the system when it dies.
+
+        A file system without locks goes without: all files appear by renaming, and two who make the
+        same file make the same bytes.
+        """
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                file = open(self.path / "lock", "wb")  # noqa: SIM115
+                break
+        with file:
+            self._is_locked = False
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._is_locked = True
+            if not _is_at(file, self.path / "lock"):  # whoever had it finished and cleaned up
+                with self.locked():
+                    yield
+                return
+            yield
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Say of a full disk what is kept and what to do.
+
+    Raises:
+        OSError: with that message.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno)} while writing to {folder.parent}; finished work is kept "
+            f"in {folder}: make room and run the same command again",
+        ) from error
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _unique() -> str:
+    return f"aside-{socket.gethostname()}-{os.getpid()}"

@@ -16,11 +16,11 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
 
 _MARK = "_megatron_cpo"
-_METRIC_LOG = MetricLog()
 
 
 def install() -> None:
@@ -42,8 +42,9 @@ def install() -> None:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
-    _replace("megatron.training.training:pretrain", _pretrain)
-    _replace("megatron.training.training:training_log", _METRIC_LOG)
+    log = MetricLog()
+    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log))
+    _replace("megatron.training.training:training_log", log)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -123,7 +124,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     return args
 
 
-def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
+def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Megatron's `pretrain` with CPO's data, step and attention in place of the script's."""
     from megatron.training import get_args
 
@@ -132,12 +133,12 @@ def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is None:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
-    _bind(bound.arguments, config, parsed)
+    log.gate = _bind(bound.arguments, config, parsed)
     return original(*bound.args, **bound.kwargs)
 
 
-def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
-    """Replace, by name, what `pretrain` was called with."""
+def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGate:
+    """Replace, by name, what `pretrain` was called with; returns the gate of the step."""
     from megatron.training import get_tokenizer
 
     from megatron_cpo.checkpoints.identity import checkpoint_identity
@@ -145,7 +146,6 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
-    from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
     from megatron_cpo.training.step import CPOStep
 
     start = checkpoint_identity(args.load, args.ckpt_step)
@@ -161,7 +161,6 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
         tolerance,
         args.hidden_dropout,
     )
-    _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
@@ -174,3 +173,4 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
         )
         if gate.reason is not None:
             print(gate.reason, flush=True)
+    return gate

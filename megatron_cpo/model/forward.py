@@ -8,7 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_cpo.model.context import context_group, own_indices, sum_over_context, to_device
+from megatron_cpo.model.context_parallel import (
+    context_group,
+    own_indices,
+    sum_over_context,
+    to_device,
+)
 from megatron_cpo.model.logprobs import Queries, query_logps
 from megatron_cpo.tree import Ints, build_tree
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.model.context import to_device
+from megatron_cpo.model.context_parallel import to_device
 from megatron_cpo.model.softmax import Chunk, Softmax
 from megatron_cpo.model.vocabulary import VocabShard
 

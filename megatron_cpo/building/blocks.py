@@ -27,16 +27,9 @@ Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.flo
 """`Policy.logps`."""
 
 
-def in_blocks(sampler: Sampler) -> BlockSampler:
-    """A sampler of one group as one of a block."""
-    return lambda contexts, count, rngs: [
-        sampler(context, count, rng) for context, rng in zip(contexts, rngs, strict=True)
-    ]
-
-
 @dataclass(frozen=True)
-class GroupMaker:
-    """Turns records into groups."""
+class Recipe:
+    """What turns records into groups."""
 
     pairs: PairReader
     mix: Mapping[str, int]
@@ -48,33 +41,43 @@ class GroupMaker:
     score: Score | None
     """Reference log-probs; None leaves them NaN, to be scored later."""
 
-    def make_block(self, records: range) -> list[Group]:
-        """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix."""
-        contexts = [self._context(index) for index in records]
-        candidates = [[context.truth] for context in contexts]
-        kinds = [[KINDS.index("gt")] for _ in contexts]
-        for kind, count in self.mix.items():
-            rngs = [group_rng(self.seed, context.index, kind) for context in contexts]
-            drawn = self.samplers[kind](contexts, count, rngs)
-            for group, codes, negatives in zip(candidates, kinds, drawn, strict=True):
-                group += negatives
-                codes += [KINDS.index(kind)] * len(negatives)
-        ranked = rank_candidates(candidates, self.similarity)
-        if self.score is None:
-            logps = [no_scores(len(group)) for group in candidates]
-        else:
-            logps = self.score([context.prefix for context in contexts], candidates)
-        return [
-            Group(context.prefix, group, np.array(codes, dtype=np.int32), *ranks, scores)
-            for context, group, codes, ranks, scores in zip(
-                contexts, candidates, kinds, ranked, logps, strict=True
-            )
-        ]
 
-    def _context(self, index: int) -> Context:
-        prefix, truth = self.pairs.prefix(index), self.pairs.continuation(index)
-        room = self.max_length - len(prefix) if self.max_length else None
-        return Context(index, self.pairs, prefix, truth, self.eod, room)
+def in_blocks(sampler: Sampler) -> BlockSampler:
+    """A sampler of one group as one of a block."""
+    return lambda contexts, count, rngs: [
+        sampler(context, count, rng) for context, rng in zip(contexts, rngs, strict=True)
+    ]
+
+
+def make_block(records: range, recipe: Recipe) -> list[Group]:
+    """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix."""
+    contexts = [_context(index, recipe) for index in records]
+    candidates = [[context.truth] for context in contexts]
+    kinds = [[KINDS.index("gt")] for _ in contexts]
+    for kind, count in recipe.mix.items():
+        rngs = [group_rng(recipe.seed, context.index, kind) for context in contexts]
+        drawn = recipe.samplers[kind](contexts, count, rngs)
+        for group, codes, negatives in zip(candidates, kinds, drawn, strict=True):
+            group += negatives
+            codes += [KINDS.index(kind)] * len(negatives)
+    ranked = rank_candidates(candidates, recipe.similarity)
+    if recipe.score is None:
+        logps = [no_scores(len(group)) for group in candidates]
+    else:
+        logps = recipe.score([context.prefix for context in contexts], candidates)
+    return [
+        Group(context.prefix, group, np.array(codes, dtype=np.int32), *ranks, scores)
+        for context, group, codes, ranks, scores in zip(
+            contexts, candidates, kinds, ranked, logps, strict=True
+        )
+    ]
+
+
+def _context(index: int, recipe: Recipe) -> Context:
+    prefix = recipe.pairs.prefix(index)
+    room = recipe.max_length - len(prefix) if recipe.max_length else None
+    truth = recipe.pairs.continuation(index)
+    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room)
 
 
 def pack_to_bytes(packed: Packed) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.building.blocks import GroupMaker, in_blocks, pack_to_bytes
+from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.indexed import store_dtype
 from megatron_cpo.groups.packed import pack_groups
@@ -109,7 +109,7 @@ class Builder:
                 lambda block: self.work.block_path("truths", block),
                 self._write_arrays,
             )
-        self._maker = GroupMaker(
+        self._recipe = Recipe(
             pairs=pairs,
             mix=config.mix,
             seed=config.seed,
@@ -156,7 +156,7 @@ class Builder:
 
     def _finish_groups(self, block: int) -> None:
         records = block_records(block, self.size, self.records)
-        groups = self._maker.make_block(records)
+        groups = make_block(records, self._recipe)
         if self._writer:
             packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))

@@ -2,9 +2,9 @@
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
 (data, step and attention) and `training_log` (one line of metrics). A host script that imports
-Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through. On a
-machine without CUDA the CPU host is enabled too; without Transformer Engine,
-`host.without_transformer_engine`.
+Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
+nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
+where that is missing. A machine without CUDA needs the CPU host either way.
 """
 
 import functools
@@ -26,18 +26,16 @@ _MARK = "_megatron_cpo"
 def install() -> None:
     """Teach Megatron the `--cpo-*` flags. Call it before the script imports Megatron's functions.
 
-    Twice is once. Every replacement keeps `__wrapped__`.
+    A second call changes nothing. Every replacement keeps `__wrapped__`.
 
     Raises:
         ImportError: this Megatron lacks a name we bind to; the message has the versions.
     """
     from megatron_cpo.host import cpu as cpu_host
-    from megatron_cpo.host import without_transformer_engine as plain_torch
 
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
-        plain_torch.adapt()
     else:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
@@ -102,11 +100,15 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     from megatron_cpo.host import cpu as cpu_host
     from megatron_cpo.host import without_transformer_engine as plain_torch
 
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         cpu_host.check_args(args)
-    plain_torch.complete_args(args)
     training = _config(args) is not None
-    if not training and not getattr(args, "tree_rows", False):
+    trees = training or getattr(args, "tree_rows", False)
+    if trees or on_cpu:  # on a GPU a run without CPO is Megatron's own affair
+        plain_torch.adapt()
+        plain_torch.complete_args(args)
+    if not trees:
         return original(args, *rest, **kwargs)
     # Megatron asserts that a row's indices have position embeddings; in a row of trees positions
     # are depths, so only the longest prefix + candidate must.

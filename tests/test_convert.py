@@ -267,10 +267,10 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints.conversion import convert as conversion, copying\n"
+        "from megatron_cpo.checkpoints.conversion import convert, copying\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
         "copying.write_box = kill\n"
-        "conversion.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
+        "convert.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
     )
     done = run_python("-c", code, models.hugging_face("llama"), tmp_path / "out")
     assert done.returncode == -signal.SIGKILL

@@ -18,7 +18,7 @@ from megatron_cpo.building.blocks import unpack_from_file
 from megatron_cpo.building.builder import Builder
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
-from megatron_cpo.groups.store import read_manifest
+from megatron_cpo.groups.store import check_sizes, read_manifest
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing
 from megatron_cpo.negatives.from_records import check_batch_negatives
 from megatron_cpo.progress import progress
@@ -79,9 +79,10 @@ def _prepare(builder: Builder) -> BuildReport | None:
     """Tokenise the records, unless that is done; the report if the whole store is there."""
     config, work = builder.config, builder.work
     with work.locked():
-        finish_publishing(config.output_prefix)
+        finish_publishing(config.output_prefix, work.is_alone)
         if Path(config.output_prefix + ".json").exists():
             manifest = read_manifest(config.output_prefix)
+            check_sizes(config.output_prefix, manifest)
             try:
                 work.refuse_other(
                     manifest,
@@ -103,7 +104,7 @@ def _prepare(builder: Builder) -> BuildReport | None:
 
 def _tokenise(builder: Builder, folder: Path) -> None:
     source, mix = builder.config.source, builder.config.mix
-    with progress(None, "tokenise", "B", source.stored_bytes(), scale=True) as bar:
+    with progress(None, "tokenise", "B", source.stored_bytes()) as bar:
         pairs = write_pairs_resumed(
             source, builder.tokenizer, mix.get("given", 0), folder, bar.update
         )
@@ -133,9 +134,12 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))
             writer.close()
-        except BaseException:
+        except BaseException as error:
             writer.abort()
-            raise
+            # Without locks another share may have finished, and removed the blocks, meanwhile.
+            gone = isinstance(error, FileNotFoundError)
+            if not (gone and Path(config.output_prefix + ".json").exists()):
+                raise
         retries = builder.retries()
         work.remove()
     return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)

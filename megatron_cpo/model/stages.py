@@ -41,6 +41,9 @@ class StagedModel:
         self._stages = parallel_state.get_pipeline_model_parallel_group()
         self._ranks = torch.distributed.get_process_group_ranks(self._stages)
         self._stage = self._stages.rank()
+        vocab_group = parallel_state.get_tensor_model_parallel_group()
+        self.vocab_group = vocab_group if vocab_group.size() > 1 else None
+        """Ranks that have the vocabulary together, equal parts in order; None: this one has all."""
         modules = [module for chunk in chunks for module in chunk.modules()]
         self._attention = [m for m in modules if isinstance(m, TreeAttention)]
         for module in modules:

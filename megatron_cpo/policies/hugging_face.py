@@ -18,7 +18,7 @@ from megatron_cpo.checkpoints.identity import folder_digest
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
-from megatron_cpo.policies.decoding import sample_in_batches
+from megatron_cpo.policies.decoding import Session, sample_in_batches
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_tokenizer
 from megatron_cpo.tree import Ints
@@ -90,8 +90,10 @@ class HuggingFacePolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int) -> _Session:
-            return _Session(self._model, self._device, self._mask, batch, copies, sampling)
+        def open_session(batch: list[Ints], copies: int) -> Session:
+            return _HuggingFaceSession(
+                self._model, self._device, self._mask, batch, copies, sampling
+            )
 
         return sample_in_batches(
             open_session, prefixes, limits, count, rngs, self._eod, self._batch
@@ -212,7 +214,7 @@ class HuggingFacePolicy:
         return bool(torch.equal(plain, self._model(input_ids=ids, use_cache=False).logits))
 
 
-class _Session:
+class _HuggingFaceSession:
     """Rows that grow in a `DynamicCache`; see `decoding.Session`."""
 
     def __init__(

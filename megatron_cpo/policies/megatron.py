@@ -103,8 +103,8 @@ class MegatronPolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int) -> _Session:
-            return _Session(self._model, batch, copies, sampling)
+        def open_session(batch: list[Ints], copies: int) -> _MegatronSession:
+            return _MegatronSession(self._model, batch, copies, sampling)
 
         try:
             return sample_in_batches(
@@ -198,7 +198,7 @@ class MegatronPolicy:
         return result
 
 
-class _Session:
+class _MegatronSession:
     """Samples that grow in a `PrefixMemory`; see `decoding.Session`."""
 
     def __init__(
@@ -225,8 +225,9 @@ class _Session:
         tokens = None
         if self._logits is not None:
             numbers = torch.from_numpy(uniforms).to(self._logits.device)
-            shard = self._shard
-            tokens = choose(self._logits, numbers, self._sampling, shard.first, shard.group)
+            group = self._model.vocab_group
+            first = self._logits.shape[1] * group.rank() if group else 0
+            tokens = choose(self._logits, numbers, self._sampling, first, group)
         return self._model.share(tokens, uniforms.shape, torch.int64).cpu().numpy()
 
     def advance(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
@@ -241,7 +242,6 @@ class _Session:
         """Logits at these positions of a row, or at all."""
 
         def head(hidden: Tensor, shard: VocabShard) -> Tensor:
-            self._shard = shard
             return shard.logits(hidden if positions is None else hidden[positions])
 
         return head

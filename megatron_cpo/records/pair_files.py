@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpo.files import write_json
+from megatron_cpo.files import aside, sync, write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.reading import Dropped
@@ -130,16 +130,17 @@ def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tupl
         ValueError: as `read_pairs`.
     """
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    aside = f"{output_prefix}.writing-{os.getpid()}"
+    writing = str(aside(Path(output_prefix)))
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    writer, written = IndexedWriter(aside, store_dtype(tokenizer.vocab_size)), 0
+    writer, written = IndexedWriter(writing, store_dtype(tokenizer.vocab_size)), 0
     try:
         for written, pair in enumerate(read_pairs(source, tokenizer, dropped), 1):  # noqa: B007
             document = np.concatenate([pair.prefix, pair.continuation])
             writer.add(document, [len(document)])
         writer.close()
         for suffix in (".bin", ".idx"):  # the index last: without it Megatron sees no dataset
-            os.replace(aside + suffix, output_prefix + suffix)
+            os.replace(writing + suffix, output_prefix + suffix)
+        sync(Path(output_prefix).parent)
     except BaseException:
         writer.abort()
         raise

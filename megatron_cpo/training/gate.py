@@ -54,8 +54,6 @@ class StepZeroGate:
         """By how much the loss may change when each log-prob does by 1."""
         self.reason = _why_not(reference, start, hidden_dropout)
         """Why the gate does not apply to this run; None when it does."""
-        self.waiting = self.reason is None
-        """For the first loss; until then the step reports what a verdict needs."""
 
     def verdict(self, found: float, expected: float, spacing: float) -> str:
         """The log line for the first loss.

@@ -20,14 +20,28 @@ def checkpoint_identity(load: str | None, step: int | None = None) -> dict[str, 
         load: Megatron's `--load`: a folder with a tracker file.
         step: Megatron's `--ckpt-step`: this iteration instead of the latest.
     """
+    folder = checkpoint_folder(load, step)
+    if load is None or folder is None:
+        return None
+    iteration = folder.name.removeprefix("iter_").lstrip("0") or "0"
+    return {"name": Path(load).name, "iteration": iteration, "sha256": folder_digest(folder)}
+
+
+def checkpoint_folder(load: str | None, step: int | None = None) -> Path | None:
+    """The folder of the iteration, or the release, that Megatron will load; None if none is there.
+
+    As in Megatron, a step needs no tracker file, and does not matter where that says release.
+
+    Args:
+        load, step: as `checkpoint_identity`.
+    """
     if load is None:
         return None
     tracker = Path(load) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip() if step is None else str(step)
-    digest = folder_digest(iteration_folder(Path(load), text))
-    return {"name": Path(load).name, "iteration": text, "sha256": digest}
+    text = tracker.read_text().strip() if tracker.exists() else ""
+    if step and text != "release":
+        text = str(step)
+    return iteration_folder(Path(load), text) if text else None
 
 
 def folder_digest(folder: Path) -> str:

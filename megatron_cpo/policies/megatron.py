@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from megatron_cpo.checkpoints.arguments import check_model
 from megatron_cpo.checkpoints.identity import require_checkpoint
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.groups.rows import RowShape, group_row
@@ -32,7 +33,6 @@ from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
 from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.policies.same_tokenizer import check_checkpoint
 from megatron_cpo.tree import Ints, build_tree
 
 
@@ -73,12 +73,12 @@ class MegatronPolicy:
         """The policy of Megatron's parsed and validated arguments; see `host.loading.score_args`.
 
         Raises:
-            ValueError: no checkpoint at `--load`, one with another vocabulary, or a layout that
-                cannot grow sequences.
+            ValueError: no checkpoint at `--load`, one of another model or vocabulary, or a layout
+                that cannot grow sequences.
         """
         _check_layout(args)
         identity = require_checkpoint(args)
-        check_checkpoint(args.load, args.ckpt_step, tokenizer)
+        check_model(args, tokenizer.vocab_size)
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()

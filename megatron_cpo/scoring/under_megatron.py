@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpo.checkpoints.arguments import check_model
 from megatron_cpo.checkpoints.identity import require_checkpoint
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
@@ -43,14 +44,16 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model: what `load_model` gave for these arguments, if it is loaded already.
 
     Raises:
-        ValueError: no checkpoint there, a store of another tokenizer, a group's tree is longer
-            than a row, or another reference or row length has begun to score this store.
+        ValueError: no checkpoint there, or of another model than the flags say; a store of another
+            tokenizer, a group's tree is longer than a row, or another reference or row length has
+            begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
     from megatron.training import get_tokenizer, print_rank_0
 
     reference = reference_identity(args)
     if model is None:
+        check_model(args, get_tokenizer().vocab_size)
         start_megatron()
     work = ScoreFolder(path_prefix)
 

@@ -78,11 +78,14 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is not None:
         from megatron.training import get_tokenizer
 
+        from megatron_cpo.checkpoints.arguments import check_model
         from megatron_cpo.groups.store import GroupReader
         from megatron_cpo.training.data import check_store
 
+        tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
-            check_store(GroupReader(path), config, get_tokenizer(), parsed.max_position_embeddings)
+            check_store(GroupReader(path), config, tokenizer, parsed.max_position_embeddings)
+        check_model(parsed, tokenizer.vocab_size)
     return parsed
 
 
@@ -140,17 +143,17 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     """Replace, by name, what `pretrain` was called with."""
     from megatron.training import get_tokenizer
 
-    from megatron_cpo.checkpoints.identity import checkpoint_identity
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
+    from megatron_cpo.training.start import check_start, start_identity, store_digest
     from megatron_cpo.training.step import CPOStep
 
-    start = checkpoint_identity(args.load, args.ckpt_step)
-    start = start or checkpoint_identity(args.pretrained_checkpoint)
-    manifest = read_manifest(config.data_path)
+    start, manifest = start_identity(args), read_manifest(config.data_path)
+    check_start(args, config, manifest, start)
+    args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(
         config.objective,

@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class TorchDistCheckpoint:
         ends = {(i.relative_path, i.offset + i.length) for i in self._stored.values()}
         check_sizes([(self.folder / name, end) for name, end in sorted(ends)])
         self.tensors = self._locate_tensors()
-        self.args = args = self._args()
+        self.args = args = _arguments(self.folder, self._stored)
         """Megatron's arguments of the run that wrote it, by destination."""
         self.architecture = {name: args[name] for name in _ARCHITECTURE if name in args}
         known = {name: args[name] for name in _TOKENIZER + _TOKENIZER_FILES if args.get(name)}
@@ -174,17 +175,23 @@ class TorchDistCheckpoint:
             raise ValueError(f"{self.folder} holds no model weights")
         return tensors
 
-    def _args(self) -> dict[str, Any]:
-        """Megatron's arguments of the run that wrote it; empty if they were not saved."""
-        if (self.folder / "common.pt").exists():
-            common = unpickle_archive((self.folder / "common.pt").read_bytes())
-        elif info := self._stored.get(_COMMON):
-            with open(self.folder / info.relative_path, "rb") as file:
-                file.seek(info.offset)
-                [common] = unpickle_archive(file.read(info.length))
-        else:
-            raise ValueError(f"{self.folder} has no common state, which Megatron needs to load it")
-        return vars(common["args"]) if "args" in common else {}
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """Megatron's arguments of the run that wrote an iteration's folder; no weight is looked at."""
+    return _arguments(folder, _read_metadata(folder).storage_data)
+
+
+def _arguments(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
+    """Megatron's arguments, by destination; empty if they were not saved."""
+    if (folder / "common.pt").exists():
+        common = unpickle_archive((folder / "common.pt").read_bytes())
+    elif info := stored.get(_COMMON):
+        with open(folder / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            [common] = unpickle_archive(file.read(info.length))
+    else:
+        raise ValueError(f"{folder} has no common state, which Megatron needs to load it")
+    return vars(common["args"]) if "args" in common else {}
 
 
 def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:

@@ -13,10 +13,15 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is either whole or absent."""
+    """Write a JSON file that is either whole or absent.
+
+    Raises:
+        ValueError: NaN or infinity is in it, of which JSON knows nothing.
+    """
     aside = path.with_name(f"{path.name}.aside-{os.getpid()}")
     try:
-        aside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+        aside.write_text(text + "\n", encoding="utf-8")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.files import write_json
+from megatron_cpo.groups.finite import model_name, require_finite
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
@@ -34,7 +35,7 @@ class GroupWriter:
 
     def __init__(self, path_prefix: str, manifest: dict[str, Any], vocab_size: int) -> None:
         self._prefix, self._manifest = path_prefix, dict(manifest)
-        self.dtype = store_dtype(vocab_size)
+        self.dtype, self._vocab_size = store_dtype(vocab_size), vocab_size
         aside = _fresh_folder(path_prefix)
         self._tokens = IndexedWriter(f"{aside}/store", self.dtype)
         self._values = IndexedWriter(f"{aside}/store.values", np.float32)
@@ -46,7 +47,7 @@ class GroupWriter:
         Raises:
             ValueError: as `pack_groups`.
         """
-        self.append(pack_groups([group], self.dtype))
+        self.append(pack_groups([group], self._vocab_size, self.totals.groups))
 
     def append(self, packed: Packed) -> None:
         """Append packed groups."""
@@ -102,7 +103,8 @@ def write_reference_logps(
         reference: identity of the checkpoint they were scored under; JSON-able.
 
     Raises:
-        ValueError: another number of groups, or of log-probs of a group; the store stays as it was.
+        ValueError: another number of groups, or of log-probs of a group, or one that is not finite;
+            the store stays as it was.
     """
     reader = GroupReader(path_prefix)
     aside = _fresh_folder(path_prefix)
@@ -121,6 +123,7 @@ def write_reference_logps(
                     f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
                     f"{len(logps)} log-probs were given"
                 )
+            require_finite(logps, index, "log-prob", model_name(reference))
             rows = [group.kinds, group.similarities, group.ranks, logps]
             rows.append(np.array([tokens[index], queries[index]]))
             writer.add(np.concatenate(rows), [len(row) for row in rows])

@@ -13,6 +13,7 @@ import torch
 from megatron_cpo.checkpoints.arguments import check_model
 from megatron_cpo.checkpoints.identity import require_checkpoint
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.loading import load_model, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
@@ -66,13 +67,14 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         begun = work.begin(reference, **shape)
         return work.missing(STAGE, range(len(blocks))) if begun else []
 
-    described = f"{reference['name']} iteration {reference['iteration']}"
+    described = model_name(reference)
     # The last rank may be putting the store together, so rank 0 looks once all are here.
     if _on_first_rank(is_scored):
         print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
-    config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
+    tokens = get_tokenizer().vocab_size
+    config = RowConfig(args.seq_length, reader.manifest["k"], vocab_size=tokens)
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:
         raise ValueError(
@@ -84,7 +86,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model = load_model(args, attach_tree_attention)
     with explained(work.path):  # not before the model is there: wrong flags claim no folder
         for block, logps in scored_blocks(rows, set(_on_first_rank(begin)), model, args):
-            work.write_block(block, logps)
+            work.write_block(block, blocks[block], logps, described)
         missing = _on_first_rank(lambda: work.finish(blocks))
     if missing:
         raise ValueError(

@@ -79,12 +79,15 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_tokenizer
 
         from megatron_cpo.checkpoints.arguments import check_model
+        from megatron_cpo.groups.damage import check_contents
         from megatron_cpo.groups.store import GroupReader
         from megatron_cpo.training.data import check_store
 
         tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
-            check_store(GroupReader(path), config, tokenizer, parsed.max_position_embeddings)
+            reader = GroupReader(path)
+            check_store(reader, config, tokenizer, parsed.max_position_embeddings)
+            check_contents(reader, tokenizer.vocab_size, parsed.rank, parsed.world_size)
         check_model(parsed, tokenizer.vocab_size)
     return parsed
 

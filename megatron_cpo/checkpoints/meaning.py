@@ -138,7 +138,8 @@ def architecture_of_config(config: dict[str, Any]) -> Architecture:
     found = {"model_type": Setting(kind, "model_type")} if kind else {}
     for name, value in _FAMILY.get(str(kind), {}).items():
         found[name] = Setting(value, "model_type")
-    for word in sorted(declared(config)):
+    said = declared(config)
+    for word in (word for word in config if word in said):
         value = config[word]
         if isinstance(value, dict) and "model_type" in value:  # the text part of another model
             value = {n: part.value for n, part in architecture_of_config(value).items()}

@@ -73,9 +73,8 @@ def check_checkpoint(load: str, step: int | None, tokenizer: Any) -> None:
         return
     size = tokenizer.vocab_size
     fewest, most = checkpoint.padding or (0, size)
-    known = checkpoint.vocabulary
-    if "vocab_size" in known and not any(isinstance(value, Path) for value in known.values()):
-        fewest = most = known["vocab_size"]
+    if checkpoint.token_count is not None:
+        fewest = most = checkpoint.token_count
     if not fewest <= size <= most:
         raise ValueError(
             f"--load {load}: its vocabulary has {most} tokens"

@@ -18,11 +18,6 @@ from megatron_cpo.checkpoints.conversion.families.moves import (
 from megatron_cpo.checkpoints.defaults import completed
 from megatron_cpo.checkpoints.meaning import activation
 
-PREFIX = "transformer."
-"""Of all tensors but the head."""
-IGNORED = r".*\.attn\.(masked_)?bias"
-"""Causal masks that old versions saved."""
-
 _PLAIN: dict[str, Any] = {
     "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False,

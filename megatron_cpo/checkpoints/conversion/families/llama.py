@@ -13,11 +13,6 @@ from megatron_cpo.checkpoints.conversion.families.moves import Move, vocabulary_
 from megatron_cpo.checkpoints.defaults import completed
 from megatron_cpo.checkpoints.meaning import LLAMA3, activation, rope_of_config
 
-PREFIX = "model."
-"""Of all tensors but the head."""
-IGNORED = r".*\.rotary_emb\.inv_freq"
-"""Tables that old versions saved."""
-
 _PLAIN: dict[str, Any] = {
     "attention_bias": False,
     "hidden_act": "silu",

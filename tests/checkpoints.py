@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from megatron_cpo.checkpoints import merge
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIG = {"model_type": "llama", "vocab_size": 20, "num_attention_heads": 4, "dtype": "float32"}
@@ -73,6 +74,11 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
     return tensors
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Of every byte of every file."""
+    return digest_of(whole_file(path, folder) for path in folder.rglob("*") if path.is_file())
 
 
 def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:

@@ -169,7 +169,8 @@ def test_kill_leaves_no_checkpoint(
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints import assembling, merge, streaming\n"
+        "from megatron_cpo.checkpoints import merge\n"
+        "from megatron_cpo.checkpoints.merging import assembling, streaming\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
         f"assembling.{function} = streaming.{function} = kill\n"
         "merge(*sys.argv[1:3], 0.3, sys.argv[3], verify=True)\n"

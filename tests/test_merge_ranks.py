@@ -124,7 +124,7 @@ def test_sigterm_cleans_up(models: list[Path], tmp_path: Path) -> None:
     """A scheduler that ends the tool leaves nothing behind."""
     code = (
         "import os, runpy, sys, time\n"
-        "from megatron_cpo.checkpoints import streaming\n"
+        "from megatron_cpo.checkpoints.merging import streaming\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "streaming.write_box = wait\n"
         f"sys.argv[0] = {TOOL!r}\n"

@@ -144,7 +144,7 @@ def test_what_would_be_mixed_is_refused(reference, unscored, tmp_path):
     for flags, message in [
         (["--rotary-percent", "0.5"], r"rotary_percent 1\.0, this command has 0\.5"),
         (["--seq-length", "256"], "row_tokens 128, this command has 256"),
-        (["--load", other], f"reference sha256 {digest}, this command has {digest}"),
+        (["--load", other], f"reference digest {digest}, this command has {digest}"),
     ]:
         with pytest.raises(
             Exception, match=r"groups\.score holds unfinished work with .*" + message

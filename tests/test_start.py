@@ -12,15 +12,12 @@ from harness.stores import write_store
 from megatron_cpo.checkpoints.formats.new_torch_dist import NewTorchDist
 from megatron_cpo.groups.store import read_manifest
 from megatron_cpo.training.config import CPOConfig
-from megatron_cpo.training.start import check_start, start_identity
+from megatron_cpo.training.start import check_reference, check_start, start_identity
 from tests.corpora import write_corpus
 from tests.runs import MODEL, cpo_curves
 
 MLE: dict[str, Any] = {"layernorm_epsilon": 1e-5}
-STORE = {
-    "reference": {"sha256": "f" * 64},
-    "files": {".bin": {"sha256": "a" * 64}},
-}
+STORE = {"files": {".bin": {"sha256": "a" * 64}}}
 
 
 def write_checkpoint(folder: Path, args: dict[str, Any], iteration: str) -> Path:
@@ -36,19 +33,18 @@ def write_checkpoint(folder: Path, args: dict[str, Any], iteration: str) -> Path
 
 
 def start(load: Path | None, own_reference: bool = False, **changes: Any) -> None:
-    """Ask whether a run of a store may start from a checkpoint."""
+    """Ask whether a run of a store may start from a checkpoint, as training does."""
     options = {
         "load": str(load) if load else None, "ckpt_step": None, "pretrained_checkpoint": None,
         "finetune": False, "skip_train": False, "train_iters": 9,
         "override_ckpt_iteration": None, "layernorm_epsilon": 1e-5, **changes,
     }  # fmt: skip
     args = argparse.Namespace(**options)
-    identity = start_identity(args)
-    manifest = {**STORE}
-    if own_reference:
-        assert identity is not None
-        manifest["reference"] = identity
-    check_start(args, CPOConfig(data_path="groups"), manifest, identity)
+    identity = start_identity(args, {})
+    reference = identity if own_reference else {"digest": "f" * 64}
+    config = CPOConfig(data_path="groups")
+    check_start(args, config, STORE)
+    check_reference(args, config, reference or {}, identity)
 
 
 CPO = {"cpo_aux_loss": True, "cpo_store": "a" * 64}
@@ -59,14 +55,15 @@ REFERENCE = "it is the reference of groups"
 @pytest.mark.parametrize(
     ("saved", "iteration", "changes", "reason"),
     [
-        (MLE, "3", {"own_reference": True}, REFERENCE),
-        (MLE, "3", {"own_reference": True, "train_iters": 3}, REFERENCE),
-        (MLE, "3", {"own_reference": True, "no_load_optim": True}, REFERENCE),
-        (MLE, "3", {"own_reference": True, "ckpt_step": 3}, REFERENCE),
-        (MLE, "3", {"own_reference": True, "save": "the same"}, REFERENCE),
+        (MLE, "3", {"own_reference": True}, MLE_RUN),
+        (MLE, "3", {"own_reference": True, "train_iters": 3}, MLE_RUN),
+        (MLE, "3", {"own_reference": True, "no_load_optim": True}, MLE_RUN),
+        (MLE, "3", {"own_reference": True, "ckpt_step": 3}, MLE_RUN),
+        (MLE, "3", {"own_reference": True, "save": "the same"}, MLE_RUN),
         (CPO, "3", {"own_reference": True}, REFERENCE),  # the next round of CPO
         (MLE, "3", {}, MLE_RUN),  # scored under another iteration, or as a Hugging Face model
         ({**MLE, "cpo_aux_loss": False}, "3", {}, MLE_RUN),
+        ({}, "3", {"own_reference": True}, REFERENCE),  # it does not say which run saved it
         ({**CPO, "cpo_store": "b" * 64}, "3", {},
          r"its run trained on another store \(bbbbbbbbbbbb\) than groups \(aaaaaaaaaaaa\)"),
     ],
@@ -116,14 +113,14 @@ def test_a_first_launch_that_may_be_resumed(tmp_path: Path) -> None:
 def test_a_store_scored_with_other_flags_is_refused(tmp_path: Path) -> None:
     """Under the very weights that training starts from: the gate would only fail."""
     load = write_checkpoint(tmp_path / "run", MLE, "release")
-    identity = start_identity(argparse.Namespace(load=str(load), ckpt_step=None))
-    manifest = {**STORE, "reference": {**(identity or {}), "norm_epsilon": 0.01}}
     args = argparse.Namespace(load=str(load), ckpt_step=None, finetune=True, layernorm_epsilon=1e-5)
+    identity = start_identity(args, {})
+    config = CPOConfig(data_path="groups")
     message = r"groups was scored with layernorm_epsilon 0\.01 under the weights that .* with 1e-05"
     with pytest.raises(ValueError, match=message):
-        check_start(args, CPOConfig(data_path="groups"), manifest, identity)
-    manifest["reference"]["sha256"] = "another model"
-    check_start(args, CPOConfig(data_path="groups"), manifest, identity)
+        check_reference(args, config, {**(identity or {}), "norm_epsilon": 0.01}, identity)
+    other = {"digest": "of another model", "norm_epsilon": 0.01}
+    check_reference(args, config, other, identity)
 
 
 RUN = (

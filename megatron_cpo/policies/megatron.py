@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from megatron_cpo.checkpoints.arguments import check_model
-from megatron_cpo.checkpoints.identity import require_checkpoint
+from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import Group, no_scores
-from megatron_cpo.host.loading import load_model, start_megatron
+from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
 from megatron_cpo.model.logprobs import CHUNK_LOGITS
@@ -77,11 +77,12 @@ class MegatronPolicy:
                 that cannot grow sequences.
         """
         _check_layout(args)
-        identity = require_checkpoint(args)
+        require_folder(args)
         check_model(args, tokenizer.vocab_size)
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()
+        identity = on_first_rank(lambda: require_checkpoint(args))
         return MegatronPolicy(
             load_model(args, attach_tree_attention),
             {"backend": "megatron", **identity, "dtype": str(args.params_dtype).split(".")[-1]},

@@ -148,14 +148,20 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
 
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
+    from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
-    from megatron_cpo.training.start import check_start, start_identity, store_digest
+    from megatron_cpo.training.start import (
+        check_reference,
+        check_start,
+        start_identity,
+        store_digest,
+    )
     from megatron_cpo.training.step import CPOStep
 
-    start, manifest = start_identity(args), read_manifest(config.data_path)
-    check_start(args, config, manifest, start)
+    manifest = read_manifest(config.data_path)
+    check_start(args, config, manifest)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(
@@ -163,20 +169,27 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
         config.k,
         config.beta,
         manifest["reference"],
-        start,
         tolerance,
         args.hidden_dropout,
     )
+
+    def prepare(chunks: list[Any]) -> list[Any]:
+        """Runs while the model is built: ranks are there to be told what one of them has read."""
+        if not gate.begun:
+            start = on_first_rank(lambda: start_identity(args, gate.reference))
+            check_reference(args, config, gate.reference, start)
+            if (reason := gate.begin(start)) and args.rank == 0:
+                print(reason, flush=True)
+        return attach_tree_attention(chunks)
+
     _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
-    arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
+    arguments.update(compat.hook_pretrain(arguments, prepare))
     if args.rank == 0:
         print(
             "megatron_cpo: CPO data, step and tree attention in place of the script's; "
             f"{compat.host()}",
             flush=True,
         )
-        if gate.reason is not None:
-            print(gate.reason, flush=True)

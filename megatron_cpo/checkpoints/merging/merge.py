@@ -54,7 +54,8 @@ def merge(
             checkpoint per value, `output/alpha-0.3` and so on, even for a sequence of one.
         output: a folder that does not exist. It appears when it is complete.
         iteration: Megatron's iteration to read on both sides; the latest of each by default.
-        dtype: "fp32", "bf16", "fp16" or a torch dtype to store weights in; by default the inputs'.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype to store weights in; by default each tensor
+            has the dtype of the MLE side. The inputs' may differ.
         allow_nan: go on where weights are NaN or infinite.
         verify: before the output appears, read a sample of every tensor back and check it.
         progress: show a bar with bytes and the time left, if standard error is a terminal.

@@ -57,13 +57,13 @@ def open_model(folder: Path) -> "HuggingFaceCheckpoint | PickledModel":
     from megatron_cpo.checkpoints.formats.pickled import PickledModel, is_pickled
 
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
+        raise ValueError(f"{folder}: there is no such folder")
     refuse_unusable(folder)
     if not (folder / "config.json").is_file():
         refuse_empty(folder)
         raise ValueError(
-            f"{folder} has no config.json, which says what the model is; give the folder of a "
-            "Hugging Face causal LM, as save_pretrained writes it"
+            f"{folder}: no config.json there; give the folder of a Hugging Face causal LM, as "
+            "save_pretrained writes it"
         )
     if is_pickled(folder):
         return PickledModel(folder)

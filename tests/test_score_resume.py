@@ -17,6 +17,7 @@ from harness.ranks import ROOT, run_pretrain, run_ranks
 from harness.stores import null_tokenizer, write_store
 from megatron_cpo.groups.store import FILES, GroupReader, sha256
 from megatron_cpo.scoring.folder import ScoreFolder
+from tests.checkpoints import change_weight
 from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron
 
 K, GROUPS = 6, 200
@@ -138,8 +139,7 @@ def test_what_would_be_mixed_is_refused(reference, unscored, tmp_path):
     argv = flags_of(store, reference)
     done = kill_while_scoring(argv, 1, 0, 2)
     other = shutil.copytree(reference, tmp_path / "other" / "model")
-    weights = next(path for path in sorted(Path(other).rglob("*.distcp")) if path.stat().st_size)
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    change_weight(Path(other))
     digest = '"[0-9a-f]{64}"'
     for flags, message in [
         (["--rotary-percent", "0.5"], r"rotary_percent 1\.0, this command has 0\.5"),

@@ -35,7 +35,9 @@ def check_sizes(pieces: list[tuple[Path, int]]) -> None:
     """ValueError for a file that is missing or ends before the byte named with it."""
     for path, end in pieces:
         if not path.exists():
-            raise ValueError(f"{path} is missing: the checkpoint is not whole")
+            raise ValueError(
+                f"{path} is missing: the checkpoint is not whole; copy or download it again"
+            )
         if (size := path.stat().st_size) < end:
             raise ValueError(f"{path} is truncated: {size} bytes of at least {end}")
 

@@ -51,7 +51,7 @@ class HuggingFacePolicy:
         try:
             self._files = open_model(Path(path))
         except ValueError as error:
-            raise ValueError(f"--policy hf:{path}: {error}") from error
+            raise ValueError(f"--policy hf:{error}") from error  # which begins with the path
         try:
             self._model, loaded = AutoModelForCausalLM.from_pretrained(
                 path,

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megatron_cpo.checkpoints.folders import TRACKER
+from megatron_cpo.checkpoints.folders import TRACKER, read_json
+from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
 from megatron_cpo.checkpoints.formats.stored import StoredTensor
 from megatron_cpo.checkpoints.formats.usable import refuse_empty, refuse_unusable
-from megatron_cpo.checkpoints.meaning import Architecture
+from megatron_cpo.checkpoints.meaning import Architecture, architecture_of_config
 from megatron_cpo.checkpoints.tokens import Vocabulary
 
 if TYPE_CHECKING:
@@ -53,24 +54,33 @@ def open_model(folder: Path) -> "HuggingFaceCheckpoint | PickledModel":
     Raises:
         ValueError: there is none, it is damaged, or what it holds is not a model's weights.
     """
-    from megatron_cpo.checkpoints.formats.hugging_face import HuggingFaceCheckpoint
+    from megatron_cpo.checkpoints.formats.hugging_face import HuggingFaceCheckpoint, check_tied
     from megatron_cpo.checkpoints.formats.pickled import PickledModel, is_pickled
 
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
+        raise ValueError(f"{folder}: there is no such folder")
     refuse_unusable(folder)
     if not (folder / "config.json").is_file():
         refuse_empty(folder)
         raise ValueError(
-            f"{folder} has no config.json, which says what the model is; give the folder of a "
-            "Hugging Face causal LM, as save_pretrained writes it"
+            f"{folder}: no config.json there; give the folder of a Hugging Face causal LM, as "
+            "save_pretrained writes it"
         )
+    found: HuggingFaceCheckpoint | PickledModel
     if is_pickled(folder):
-        return PickledModel(folder)
-    if not _has_safetensors(folder):
+        found = PickledModel(folder)
+    elif _has_safetensors(folder):
+        found = HuggingFaceCheckpoint(folder)
+    else:
         refuse_empty(folder)
         raise ValueError(f"{folder} holds no weights: neither *.safetensors nor *.bin")
-    return HuggingFaceCheckpoint(folder)
+    config = read_json(folder / "config.json")
+    names = weight_names(config.get("model_type"), found.tensors)
+    embedding, head = embedding_and_head(names)
+    tied = architecture_of_config(config).get("tied")
+    if head and tied and tied.value:
+        check_tied(folder, found.tensors, names[head], embedding and names[embedding])
+    return found
 
 
 def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:

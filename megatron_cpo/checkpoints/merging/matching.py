@@ -88,7 +88,7 @@ def _heads(checkpoints: Sequence[Checkpoint]) -> set[str]:
             check_tied(one.folder, one.tensors, weights[one.head], embedding)
     for other in checkpoints if tied else ():
         if other not in tied and "tied" in other.architecture and not _has_embedding_as_head(other):
-            own = "an output layer of its own" if other.head else "no output layer"
+            own = f"an output layer of its own, {other.head}" if other.head else "no output layer"
             raise ValueError(
                 f"different architectures: {other.folder} has {own} (tie_word_embeddings is false "
                 f"there), that of {tied[0].folder} is its embedding (tie_word_embeddings is true)"

@@ -86,9 +86,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Any, new: bool = False) -> None:
-    """Write a JSON file that is either whole or absent; `new` as in `whole_file`."""
+    """Write a JSON file that is either whole or absent; `new` as in `whole_file`.
+
+    Raises:
+        ValueError: NaN or infinity is in it, of which JSON knows nothing.
+    """
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
     with whole_file(path, new) as file:
-        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        file.write((text + "\n").encode())
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Small checkpoints for tests of merging and converting: written, read, compared."""
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from megatron_cpo.checkpoints import merge
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
+from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIG = {"model_type": "llama", "vocab_size": 20, "num_attention_heads": 4, "dtype": "float32"}
@@ -73,6 +77,25 @@ def read_model(folder: Path) -> dict[str, torch.Tensor]:
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
     return tensors
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Of every byte of every file."""
+    return digest_of(whole_file(path, folder) for path in folder.rglob("*") if path.is_file())
+
+
+def change_weight(run: Path) -> None:
+    """Change one byte amid a Megatron checkpoint's weights, and neither size nor time of its file.
+
+    In the last digits of a number.
+    """
+    tensor = open_checkpoint(run).tensors["decoder.layers.mlp.linear_fc1.weight"]
+    piece = tensor.pieces[-1]
+    at = piece.start + math.prod(piece.sizes) // 2 * tensor.dtype.itemsize
+    found, content = piece.path.stat(), bytearray(piece.path.read_bytes())
+    content[at] ^= 1
+    piece.path.write_bytes(content)
+    os.utime(piece.path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def read_torch_dist(folder: Path) -> dict[str, torch.Tensor]:

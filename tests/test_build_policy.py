@@ -49,7 +49,7 @@ def test_one_command_samples_ranks_and_scores(built):
     manifest = reader.manifest
     assert manifest["kinds"] == {"gt": 12, "an": 24, "mn": 24, "bn": 12}
     assert manifest["policy"]["backend"] == "megatron"
-    assert manifest["reference"]["sha256"] == manifest["policy"]["sha256"]
+    assert manifest["reference"]["digest"] == manifest["policy"]["digest"]
     for index in range(12):
         group = reader[index]
         assert np.isfinite(group.reference_logps).all()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from harness.ranks import ROOT
 from megatron_cpo.checkpoints import combine, merge
-from megatron_cpo.checkpoints.identity import folder_digest
+from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.checkpoints.merging.distance import by_part, distances, draw, table
 from tests.checkpoints import DTYPES, assert_rounded_once, read_model, weights, write_model
 
@@ -53,7 +53,7 @@ def test_average_and_provenance(folders: list[Path], tmp_path: Path) -> None:
     record = json.loads((output / "merge.json").read_text())
     assert [side["weight"] for side in record["checkpoints"]] == [1 / 3] * 3
     assert [side["name"] for side in record["checkpoints"]] == ["a", "b", "c"]
-    assert record["checkpoints"][1]["sha256"] == folder_digest(folders[1])
+    assert record["checkpoints"][1]["digest"] == open_model(folders[1]).identity()["digest"]
 
 
 def test_two_weights_are_a_merge(folders: list[Path], tmp_path: Path) -> None:

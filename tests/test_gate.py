@@ -1,27 +1,27 @@
 """The step-0 gate: when it applies, what it says, and which checkpoint is meant."""
 
-from pathlib import Path
+import re
 
 import pytest
 import torch
 
-from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.objective import OBJECTIVES, loss_at_reference
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.metrics import float32_spacing
 
-REFERENCE = {"name": "mle", "iteration": "60", "sha256": "a" * 64}
+REFERENCE = {"name": "mle", "iteration": "60", "digest": "a" * 64}
 
 
 def gate_of(objective: str = "best", k: int = 12, tolerance: float = TOLERANCE) -> StepZeroGate:
     """Of a run at beta 5 that starts from its reference."""
-    return StepZeroGate(objective, k, 5.0, REFERENCE, dict(REFERENCE), tolerance)
+    gate = StepZeroGate(objective, k, 5.0, REFERENCE, tolerance)
+    assert gate.begin(dict(REFERENCE)) is None
+    assert gate.applies
+    return gate
 
 
 def test_first_loss_within_tolerance_is_ok() -> None:
-    gate = gate_of()
-    assert gate.reason is None
-    line = gate.verdict(2.48495, 2.484907, 1e-6)
+    line = gate_of().verdict(2.48495, 2.484907, 1e-6)
     assert line.endswith("(best, K=12), off by 4.3e-05 of at most 1.0e-04: ok")
 
 
@@ -83,29 +83,13 @@ def test_rounding_passes_and_a_reference_that_is_a_little_wrong_fails(
     ("start", "dropout", "reason"),
     [
         (None, 0.0, "mle iteration 60 .* starts from random weights"),
-        ({**REFERENCE, "sha256": "b" * 64}, 0.0, "score the store again"),
+        ({**REFERENCE, "digest": "b" * 64}, 0.0, "score the store again"),
         (dict(REFERENCE), 0.1, "--hidden-dropout 0.1 makes"),
     ],
 )
 def test_gate_names_why_it_does_not_apply(start: dict, dropout: float, reason: str) -> None:
-    gate = StepZeroGate("best", 12, 5.0, REFERENCE, start, hidden_dropout=dropout)
-    assert gate.reason is not None
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(gate.reason)
-
-
-def test_identity_is_of_the_step_that_is_loaded_wherever_it_lies(tmp_path: Path) -> None:
-    """Latest by the tracker, another by --ckpt-step; the same files elsewhere are the same."""
-    for folder in (tmp_path / "run", tmp_path / "moved" / "run"):
-        for iteration, text in ((1, "one"), (2, "two")):
-            step = folder / f"iter_{iteration:07d}"
-            step.mkdir(parents=True)
-            (step / "weights.distcp").write_text(text)
-        (folder / "latest_checkpointed_iteration.txt").write_text("2")
-    latest = checkpoint_identity(str(tmp_path / "run"))
-    assert latest is not None
-    assert (latest["name"], latest["iteration"]) == ("run", "2")
-    assert checkpoint_identity(str(tmp_path / "run"), 1) != latest
-    assert checkpoint_identity(str(tmp_path / "moved" / "run")) == latest
-    assert checkpoint_identity(str(tmp_path / "nowhere")) is None
-    assert checkpoint_identity(None) is None
+    gate = StepZeroGate("best", 12, 5.0, REFERENCE, hidden_dropout=dropout)
+    found = gate.begin(start)
+    assert found is not None
+    assert re.search(reason, found)
+    assert gate.begun and not gate.applies

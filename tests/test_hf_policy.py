@@ -144,7 +144,7 @@ def test_what_is_no_policy(tmp_path):
         with pytest.raises(ValueError, match=match):
             policy_from_args(policy_arguments(*flags), ToyTokenizer())
     (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"--policy hf:.*: cannot be loaded \(.*safetensors"):
+    with pytest.raises(ValueError, match=r"--policy hf:.*: neither .*safetensors"):
         HuggingFacePolicy(folder, ToyTokenizer())
 
 

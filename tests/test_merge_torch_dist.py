@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from harness.ranks import parse_losses, run_pretrain
 from megatron_cpo.checkpoints import combine, merge
-from megatron_cpo.checkpoints.identity import checkpoint_identity, folder_digest
+from megatron_cpo.checkpoints.identity import checkpoint_identity
 from megatron_cpo.checkpoints.merging import assembling, streaming
 from megatron_cpo.checkpoints.merging.distance import by_part, distances
 from tests.checkpoints import (
@@ -23,6 +23,7 @@ from tests.checkpoints import (
     assert_refused,
     assert_rounded_once,
     average,
+    digest_of_folder,
     read_torch_dist,
     write_pair,
 )
@@ -156,13 +157,13 @@ def test_vocabularies_padded_differently(wide_first: bool, runs: Runs, tmp_path:
 
 def test_provenance(runs: Runs, tmp_path: Path) -> None:
     """The output names its inputs as `checkpoint_identity` does, and the inputs are as before."""
-    before = [folder_digest(run) for run in (runs.mle, runs.cpo)]
+    before = [digest_of_folder(run) for run in (runs.mle, runs.cpo)]
     output = merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged")
     record = json.loads((output / "merge.json").read_text())
     assert (record["alpha"], record["dtypes"]) == (0.3, ["float32"])
     for side, run in (("mle", runs.mle), ("cpo", runs.cpo)):
         assert checkpoint_identity(str(run)).items() <= record[side].items()
-    assert [folder_digest(run) for run in (runs.mle, runs.cpo)] == before
+    assert [digest_of_folder(run) for run in (runs.mle, runs.cpo)] == before
 
 
 def test_experts(runs: Runs, tmp_path: Path) -> None:
@@ -264,4 +265,4 @@ def test_small_boxes(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     expected = merge(runs.mle, runs.cpo, 0.3, tmp_path / "expected")
     monkeypatch.setattr(streaming, "LIMIT", 56)  # bytes
     output = merge(runs.mle, runs.cpo, 0.3, tmp_path / "merged")
-    assert folder_digest(output / "release") == folder_digest(expected / "release")
+    assert digest_of_folder(output / "release") == digest_of_folder(expected / "release")

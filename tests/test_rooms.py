@@ -8,7 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megatron_cpo"
 ORDER = (
     "objective", "tree", "files", "progress", "host", "model", "groups", "records",
-    "checkpoints.identity", "checkpoints.formats", "checkpoints.merging", "checkpoints.conversion",
+    "checkpoints.folders", "checkpoints.digest", "checkpoints.defaults", "checkpoints.meaning",
+    "checkpoints.tokens", "checkpoints.formats", "checkpoints.identity", "checkpoints.merging",
+    "checkpoints.conversion",
     "checkpoints", "policies", "negatives", "work", "building", "scoring", "inspection",
     "training", "evaluation", "cli",
 )  # fmt: skip

@@ -113,8 +113,8 @@ def test_loss_at_reference() -> None:
 
 
 def test_gate_that_does_not_apply() -> None:
-    reference = {"name": "mle", "iteration": "60", "sha256": "a" * 64}
-    text = f"{StepZeroGate('best', 4, 5.0, reference, None).reason}\n{iteration_lines(1, 0)}"
+    reference = {"name": "mle", "iteration": "60", "digest": "a" * 64}
+    text = f"{StepZeroGate('best', 4, 5.0, reference).begin(None)}\n{iteration_lines(1, 0)}"
     assert "step-0 gate  does not apply: the reference log-probs are of mle" in describe(
         read_log(text.splitlines())
     )

@@ -21,6 +21,7 @@ Other weighted sums, and how far two checkpoints are apart:
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megatron_cpo.files import end_cleanly
 
@@ -45,7 +46,7 @@ def main() -> None:
     add("--iteration", type=int, metavar="N",
         help="Megatron's iteration to read (default: the latest of each input)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16", "fp16"],
-        help="what to store the weights in (default: the inputs' dtype)")  # fmt: skip
+        help="what to store the weights in (default: as the MLE, or first, side)")  # fmt: skip
     add("--verify", action="store_true",
         help="read a sample of every tensor back and check it")  # fmt: skip
     add("--allow-nan", action="store_true", help="go on where weights are NaN or infinite")
@@ -71,6 +72,7 @@ def _check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def _merge(args: argparse.Namespace) -> None:
     # These import torch, so --help comes first.
+    from megatron_cpo.checkpoints.merging.assembling import stored_dtypes
     from megatron_cpo.checkpoints.merging.merge import combine, merge, weighted_paths
     from megatron_cpo.checkpoints.merging.ranks import Alone, Ranks
 
@@ -87,7 +89,9 @@ def _merge(args: argparse.Namespace) -> None:
         merge(args.mle, args.cpo, alpha, args.output, **options)
         what = f"alpha {' '.join(map(str, args.alpha))} of {args.mle}"
     if ranks.rank == 0:
-        print(f"{args.output}: {what}{', read back and checked' if args.verify else ''}")
+        stored = " and ".join(stored_dtypes(Path(args.output)))
+        checked = ", read back and checked" if args.verify else ""
+        print(f"{args.output}: {what}, stored as {stored}{checked}")
 
 
 def _compare(args: argparse.Namespace) -> None:

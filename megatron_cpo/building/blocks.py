@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.finite import require_finite
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
@@ -40,6 +41,9 @@ class Recipe:
     similarity: BlockSimilarity
     score: Score | None
     """Reference log-probs; None leaves them NaN, to be scored later."""
+    ranker: str = "the ranking"
+    scorer: str = "the reference"
+    """What both are called in messages."""
 
 
 def in_blocks(sampler: Sampler) -> BlockSampler:
@@ -50,7 +54,11 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 
 
 def make_block(records: range, recipe: Recipe) -> list[Group]:
-    """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix."""
+    """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix.
+
+    Raises:
+        ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
+    """
     contexts = [_context(index, recipe) for index in records]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
@@ -61,10 +69,14 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
             group += negatives
             codes += [KINDS.index(kind)] * len(negatives)
     ranked = rank_candidates(candidates, recipe.similarity)
+    for context, (similarities, _) in zip(contexts, ranked, strict=True):
+        require_finite(similarities, context.index, "similarity to y_1", recipe.ranker)
     if recipe.score is None:
         logps = [no_scores(len(group)) for group in candidates]
     else:
         logps = recipe.score([context.prefix for context in contexts], candidates)
+        for context, scores in zip(contexts, logps, strict=True):
+            require_finite(scores, context.index, "log-prob", recipe.scorer)
     return [
         Group(context.prefix, group, np.array(codes, dtype=np.int32), *ranks, scores)
         for context, group, codes, ranks, scores in zip(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
-from megatron_cpo.groups.indexed import store_dtype
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.negatives.embeddings import (
     Embedder,
@@ -118,6 +118,8 @@ class Builder:
             samplers=self._samplers,
             similarity=self._similarity(),
             score=self.policy.logps if self.policy and self.scores else None,
+            ranker=model_name(self.embedder.identity) if self.embedder else self.config.ranker,
+            scorer=model_name(self.policy.identity) if self.policy else "the reference",
         )
         self.records = len(pairs)
         self._keep_retries()  # of opening the policy, before forks take the counts along
@@ -158,7 +160,7 @@ class Builder:
         records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
-            packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))
+            packed = pack_groups(groups, self.tokenizer.vocab_size, records.start)
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:

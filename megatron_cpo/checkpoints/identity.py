@@ -1,46 +1,83 @@
-"""Which checkpoint is it? What its files are called, and an identity that survives moving it."""
+"""Which checkpoint is it? An identity that survives moving it, and covers every byte of it.
 
-import hashlib
+An identity has the checkpoint's name and a `digest`. What was written before the digest covered
+every byte has `sha256` instead, over the ends of its files; it is recognised by that.
+"""
+
 from pathlib import Path
 from typing import Any
 
-_HASHED_BYTES = 1 << 16
+from megatron_cpo.checkpoints.digest import digest_of, digest_of_ends, whole_file
+from megatron_cpo.checkpoints.folders import TRACKER, checkpoint_folder
+from megatron_cpo.checkpoints.formats.torch_dist import weight_parts
+from megatron_cpo.checkpoints.formats.usable import refuse_unusable
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's file that names the latest iteration, or says `release`."""
+_BESIDE = "tokenizer"
+"""Newer Megatron keeps the run's tokenizer in an iteration's folder."""
 
 
-def checkpoint_identity(load: str | None, step: int | None = None) -> dict[str, Any] | None:
-    """What a Megatron checkpoint is, wherever it lies: its iteration and a digest of its files.
+def checkpoint_identity(
+    load: str | None, step: int | None = None, like: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """What a Megatron checkpoint is, wherever it lies: its iteration and a digest of its weights.
 
-    The digest covers each file's name and size and its first and last 64 KiB, so it is quick at any
-    size. None without a checkpoint.
+    None without a checkpoint. Every byte is read: `host.loading.on_first_rank` asks once for all.
 
     Args:
         load: Megatron's `--load`: a folder with a tracker file.
         step: Megatron's `--ckpt-step`: this iteration instead of the latest.
+        like: an identity to compare with; if it is an old one, so is the result.
     """
-    if load is None:
+    folder = checkpoint_folder(load, step)
+    if load is None or folder is None:
         return None
-    tracker = Path(load) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip() if step is None else str(step)
-    digest = folder_digest(iteration_folder(Path(load), text))
-    return {"name": Path(load).name, "iteration": text, "sha256": digest}
+    iteration = folder.name.removeprefix("iter_").lstrip("0") or "0"
+    found = {"name": Path(load).name, "iteration": iteration}
+    if like and "sha256" in like:
+        return {**found, "sha256": digest_of_ends(folder)}
+    return {**found, "digest": iteration_digest(folder)}
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over each file's name and size and its first and last 64 KiB."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(_HASHED_BYTES))
-            file.seek(max(size - _HASHED_BYTES, 0))
-            digest.update(file.read(_HASHED_BYTES))
-    return digest.hexdigest()
+def iteration_digest(folder: Path) -> str:
+    """Of the weights of one iteration, without training state where the format tells them apart."""
+    if (folder / ".metadata").exists():
+        return digest_of(weight_parts(folder))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return digest_of(
+        whole_file(path, folder)
+        for path in files
+        if not any(part == _BESIDE or part[0] == "." for part in path.relative_to(folder).parts)
+    )
+
+
+def same_checkpoint(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of the same weights, in terms that both have."""
+    name = "digest" if "digest" in one else "sha256"
+    return name in other and bool(one[name] == other[name])
+
+
+def short_digest(identity: dict[str, Any]) -> str:
+    """Enough of it for a message."""
+    return str(identity.get("digest") or identity.get("sha256", ""))[:12]
+
+
+def require_folder(args: Any) -> Path:
+    """The folder of the iteration that Megatron will load from `args.load`; quick.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folder = checkpoint_folder(args.load, args.ckpt_step)
+    if folder is not None:
+        return folder
+    refuse_unusable(Path(args.load))
+    advice = "; give the folder that --save wrote"
+    if (Path(args.load) / "config.json").exists():
+        advice = (
+            ": it is a Hugging Face model; convert it with tools/convert_checkpoint.py, or give "
+            f"--policy hf:{args.load} in place of --load"
+        )
+    raise ValueError(f"--load {args.load}: no Megatron checkpoint there (no {TRACKER}){advice}")
 
 
 def require_checkpoint(args: Any) -> dict[str, Any]:
@@ -49,24 +86,7 @@ def require_checkpoint(args: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
+    require_folder(args)
     identity = checkpoint_identity(args.load, args.ckpt_step)
-    if identity is None:
-        raise ValueError(
-            f"--load {args.load}: no Megatron checkpoint there (no "
-            "latest_checkpointed_iteration.txt); give the folder that --save wrote"
-        )
+    assert identity is not None
     return identity
-
-
-def iteration_folder(path: Path, iteration: str) -> Path:
-    """Where Megatron has an iteration, or `release`, in a folder that it saved to."""
-    return path / ("release" if iteration == "release" else f"iter_{int(iteration):07d}")
-
-
-def check_sizes(pieces: list[tuple[Path, int]]) -> None:
-    """ValueError for a file that is missing or ends before the byte named with it."""
-    for path, end in pieces:
-        if not path.exists():
-            raise ValueError(f"{path} is missing: the checkpoint is not whole")
-        if (size := path.stat().st_size) < end:
-            raise ValueError(f"{path} is truncated: {size} bytes of at least {end}")

@@ -46,6 +46,11 @@ class Group:
     reference_logps: NDArray[np.float32]
     """[K] log pi_ref(y_k | x), nats, summed over the tokens of y_k; NaN until scored."""
 
+    @property
+    def tokens(self) -> Ints:
+        """The ids of all its sequences, end to end."""
+        return np.concatenate([self.prefix, *self.candidates])
+
 
 class GroupReader:
     """Reads a store; groups by index, memory mapped.
@@ -106,6 +111,24 @@ class GroupReader:
         starts = self._values.index.sequence_pointers[last] // np.dtype(np.float32).itemsize
         values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
         return values[starts].astype(np.int32), values[starts + 1].astype(np.int32)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the stored tokens."""
+        return self._tokens.index.dtype
+
+    def locate(self, which: str, place: int) -> tuple[int, int, int]:
+        """Where a number of PREFIX.bin (`which` "") or PREFIX.values.bin (".values") belongs.
+
+        Returns:
+            The group, which of its sequences, and the place in that.
+        """
+        dataset = self._values if which else self._tokens
+        size = np.dtype(dataset.index.dtype).itemsize
+        pointers, documents = dataset.index.sequence_pointers, dataset.document_indices
+        sequence = int(np.searchsorted(pointers, place * size, side="right")) - 1
+        group = int(np.searchsorted(documents, sequence, side="right")) - 1
+        return group, sequence - int(documents[group]), place - int(pointers[sequence]) // size
 
     def candidate_counts(self) -> NDArray[np.int64]:
         """K of every group, [groups]."""

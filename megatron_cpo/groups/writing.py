@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.files import aside, asides, sync, write_json, write_whole
+from megatron_cpo.groups.finite import model_name, require_finite
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
@@ -48,7 +49,7 @@ class GroupWriter:
 
     def __init__(self, path_prefix: str, manifest: dict[str, Any], vocab_size: int) -> None:
         self._prefix, self._manifest = path_prefix, dict(manifest)
-        self.dtype = store_dtype(vocab_size)
+        self.dtype, self._vocab_size = store_dtype(vocab_size), vocab_size
         self._writing = _fresh_folder(path_prefix)
         self._tokens = IndexedWriter(f"{self._writing}/store", self.dtype)
         self._values = IndexedWriter(f"{self._writing}/store.values", np.float32)
@@ -60,7 +61,7 @@ class GroupWriter:
         Raises:
             ValueError: as `pack_groups`.
         """
-        self.append(pack_groups([group], self.dtype))
+        self.append(pack_groups([group], self._vocab_size, self.totals.groups))
 
     def append(self, packed: Packed) -> None:
         """Append packed groups."""
@@ -120,7 +121,8 @@ def write_reference_logps(
         reference: identity of the checkpoint they were scored under; JSON-able.
 
     Raises:
-        ValueError: another number of groups, or of log-probs of a group; the store stays as it was.
+        ValueError: another number of groups, or of log-probs of a group, or one that is not finite;
+            the store stays as it was.
     """
     reader = GroupReader(path_prefix)
     writing = _fresh_folder(path_prefix)
@@ -139,6 +141,7 @@ def write_reference_logps(
                     f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
                     f"{len(logps)} log-probs were given"
                 )
+            require_finite(logps, index, "log-prob", model_name(reference))
             rows = [group.kinds, group.similarities, group.ranks, logps]
             rows.append(np.array([tokens[index], queries[index]]))
             writer.add(np.concatenate(rows), [len(row) for row in rows])

@@ -4,12 +4,14 @@ Branches look at names and signatures, never at version numbers: a checkout betw
 the number of one and the code of the other.
 """
 
+import argparse
 import copy
 import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
 TESTED = "0.18 and 0.19"
@@ -76,6 +78,34 @@ def _unsupported(path: str, reason: str) -> ImportError:
         f"megatron_cpo needs {name} and cannot use that of {host()}: {reason}. It is tested with "
         f"{TESTED}: install megatron-core[training]>=0.18,<0.20, or use a checkout of one of these"
     )
+
+
+@functools.cache  # it takes a tenth of a second
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's own parser, without anybody's flags but its own."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return add_megatron_arguments(parser)
+
+
+def parsed_flags(words: Sequence[str]) -> dict[str, Any]:
+    """What Megatron's parser makes of flags, its defaults included; others are passed over."""
+    return vars(megatron_parser().parse_known_args(words)[0])
+
+
+def flag_of(name: str, value: Any) -> tuple[str, bool]:
+    """The flag of an argument of Megatron, and whether it has to be given for the argument to have
+    a value: `("--swiglu", False)` for `swiglu` to be False."""
+    for action in megatron_parser()._actions:
+        if action.dest == name and action.option_strings:
+            flag = action.option_strings[0]
+            if action.nargs == 0:
+                return flag, value == action.const
+            if isinstance(value, str | list):
+                value = shlex.quote(str(value))
+            return (f"{flag} {value}", True) if value is not None else (flag, False)
+    return f"--{name.replace('_', '-')} {value}", True
 
 
 def skip_compiled_helpers() -> None:

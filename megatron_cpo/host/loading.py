@@ -51,6 +51,22 @@ def start_megatron() -> None:
         initialize_megatron()
 
 
+def on_first_rank[T](decide: Callable[[], T]) -> T:
+    """What rank 0 finds once all ranks are here, told to all of them; errors are raised on all."""
+    torch.distributed.barrier()
+    answer: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            answer = [decide()]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    found: T = answer[0]
+    return found
+
+
 def load_model(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:
     """The model of Megatron's flags with the weights of `args.load`, in evaluation mode.
 

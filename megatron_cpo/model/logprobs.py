@@ -97,7 +97,7 @@ def query_logps(
     sequence_parallel: bool = False,
     workspace: Workspace | None = None,
 ) -> Tensor:
-    """Log-probs of the queries' targets, [Q] float32, in nats.
+    """Log-probs of the queries' targets, [Q] float32, in nats; -inf outside the vocabulary.
 
     Args:
         hidden_states: [S, B, H] of the last layer (after the final norm); [S / tp, B, H] when
@@ -162,6 +162,8 @@ class _QueryLogProbs(torch.autograd.Function):
             at = queries.rows[wanted] - chunk.start
             column, here = shard.locate(queries.targets[wanted])
             target = torch.where(here, logits[at, column], 0.0)
+            # No rank has it, and so nobody would notice: its probability is 0, as of padding rows.
+            target.masked_fill_(queries.targets[wanted] >= vocab_size, float("-inf"))
             largest[chunk], sums = softmax.forward(logits)
             highest = shard.reduce_max(largest[chunk].clone())
             to_highest = (largest[chunk] - highest).exp_()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.finite import REMEDY, model_name
 from megatron_cpo.negatives.from_records import Context
 from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.tree import Ints
@@ -50,7 +51,10 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        for context, continuations in zip(block, drawn, strict=True):
+            _require_tokens(policy, context, continuations)
+        return drawn
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
@@ -117,7 +121,19 @@ def _replace(
     rngs: Sequence[np.random.Generator],
 ) -> list[NDArray[np.int32]]:
     prefixes, truths = [c.prefix for c in block], [c.truth for c in block]
-    return policy.replacements(prefixes, truths, places, tries, rngs)
+    drawn = policy.replacements(prefixes, truths, places, tries, rngs)
+    for context, copies in zip(block, drawn, strict=True):
+        _require_tokens(policy, context, [copies.ravel()])
+    return drawn
+
+
+def _require_tokens(policy: Policy, context: Context, drawn: Sequence[Ints]) -> None:
+    """ValueError where the policy had no finite logits to draw from."""
+    if any((tokens < 0).any() for tokens in drawn):
+        raise ValueError(
+            f"group {context.index}: the logits of {model_name(policy.identity)} are NaN or "
+            f"infinite, so nothing can be drawn from it; {REMEDY}"
+        )
 
 
 def _unlike(truth: Ints, tries: NDArray[np.int32]) -> list[Ints]:

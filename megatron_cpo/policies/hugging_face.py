@@ -6,6 +6,7 @@ cache is copied to the samples, and finished rows are dropped from it.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_cpo.checkpoints.identity import folder_digest
+from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
@@ -22,6 +23,9 @@ from megatron_cpo.policies.decoding import Session, sample_in_batches
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_tokenizer
 from megatron_cpo.tree import Ints
+
+_NO_LM = ("Classification", "QuestionAnswering", "RewardModel", "MaskedLM")
+"""How architectures are called whose head predicts no next token."""
 
 
 class HuggingFacePolicy:
@@ -44,34 +48,32 @@ class HuggingFacePolicy:
     def __init__(self, path: str, tokenizer: Any, batch: int = 256, dtype: str = "float32") -> None:
         from transformers import AutoModelForCausalLM
 
-        if not (Path(path) / "config.json").is_file():
-            raise ValueError(
-                f"--policy hf:{path}: no config.json there; give the folder of a Hugging Face "
-                "causal LM, as save_pretrained writes it"
-            )
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype), local_files_only=True
+            self._files = open_model(Path(path))
+        except ValueError as error:
+            raise ValueError(f"--policy hf:{error}") from error  # which begins with the path
+        try:
+            self._model, loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise ValueError(f"--policy hf:{path}: cannot be loaded ({error})") from error
+        _require_whole(f"--policy hf:{path}", self._model, loaded)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device).eval()
         self._vocab_size, self._eod = int(tokenizer.vocab_size), int(tokenizer.eod)
         check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
         self._head_alone = self._applies_head_alone()
-        self._name, self._sha256, self._dtype = Path(path).name, folder_digest(Path(path)), dtype
+        self._dtype = dtype
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Name of the folder, digest of its files, and dtype of the weights."""
-        return {
-            "backend": "hugging face",
-            "name": self._name,
-            "sha256": self._sha256,
-            "dtype": self._dtype,
-        }
+        """Name of the folder, digest of its weights and configuration, and dtype it computes in."""
+        return {"backend": "hugging face", **self._files.identity(), "dtype": self._dtype}
 
     @property
     def positions(self) -> int | None:
@@ -212,6 +214,20 @@ class HuggingFacePolicy:
         head = self._model.get_output_embeddings()
         plain = head(self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         return bool(torch.equal(plain, self._model(input_ids=ids, use_cache=False).logits))
+
+
+def _require_whole(flag: str, model: Any, loaded: dict[str, Any]) -> None:
+    """ValueError where transformers made up weights that the folder has not, at random."""
+    missing = sorted(loaded["missing_keys"])
+    made = [*missing, *sorted(str(found[0]) for found in loaded["mismatched_keys"])]
+    kinds = model.config.architectures or []
+    other = [kind for kind in kinds if kind.endswith(_NO_LM)]
+    if made or other:
+        what = f"{len(made)} tensors are missing or misshapen, such as {made[0]}" if made else ""
+        raise ValueError(
+            f"{flag}: it is no {type(model).__name__}: {what or f'it was saved as {other[0]}'}; "
+            "give the folder of a whole causal LM, as save_pretrained writes it"
+        )
 
 
 class _HuggingFaceSession:

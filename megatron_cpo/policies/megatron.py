@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from megatron_cpo.checkpoints.identity import require_checkpoint
+from megatron_cpo.checkpoints.arguments import check_model
+from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import Group, no_scores
-from megatron_cpo.host.loading import load_model, start_megatron
+from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
 from megatron_cpo.model.logprobs import CHUNK_LOGITS
@@ -32,7 +33,6 @@ from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
 from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.policies.same_tokenizer import check_checkpoint
 from megatron_cpo.tree import Ints, build_tree
 
 
@@ -73,15 +73,16 @@ class MegatronPolicy:
         """The policy of Megatron's parsed and validated arguments; see `host.loading.score_args`.
 
         Raises:
-            ValueError: no checkpoint at `--load`, one with another vocabulary, or a layout that
-                cannot grow sequences.
+            ValueError: no checkpoint at `--load`, one of another model or vocabulary, or a layout
+                that cannot grow sequences.
         """
         _check_layout(args)
-        identity = require_checkpoint(args)
-        check_checkpoint(args.load, args.ckpt_step, tokenizer)
+        require_folder(args)
+        check_model(args, tokenizer.vocab_size)
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()
+        identity = on_first_rank(lambda: require_checkpoint(args))
         return MegatronPolicy(
             load_model(args, attach_tree_attention),
             {"backend": "megatron", **identity, "dtype": str(args.params_dtype).split(".")[-1]},

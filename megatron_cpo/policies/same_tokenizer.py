@@ -56,34 +56,6 @@ def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
         )
 
 
-def check_checkpoint(load: str, step: int | None, tokenizer: Any) -> None:
-    """Refuse a Megatron checkpoint whose vocabulary has not as many tokens as the build's.
-
-    A torch_dist checkpoint says how many rows its vocabulary has and how they were padded, and,
-    for tokenizers without a file, the number of tokens. Others say nothing we could compare.
-
-    Raises:
-        ValueError: they differ; shows both values.
-    """
-    from megatron_cpo.checkpoints.formats.opening import open_checkpoint
-
-    try:
-        checkpoint = open_checkpoint(Path(load), step)
-    except ValueError:  # another format: Megatron's own loader knows it, or says why not
-        return
-    size = tokenizer.vocab_size
-    fewest, most = checkpoint.padding or (0, size)
-    known = checkpoint.vocabulary
-    if "vocab_size" in known and not any(isinstance(value, Path) for value in known.values()):
-        fewest = most = known["vocab_size"]
-    if not fewest <= size <= most:
-        raise ValueError(
-            f"--load {load}: its vocabulary has {most} tokens"
-            f"{f', {most - fewest} of them perhaps padding' if fewest < most else ''}, the build's "
-            f"tokenizer {size}; build with the model's own tokenizer"
-        )
-
-
 def _load(path: str) -> Any:
     """The tokenizer in a model's folder, or None if there is none."""
     from transformers import AutoTokenizer

@@ -5,15 +5,14 @@ finished lie in the work folder PREFIX.score until all are there; rank 0 decides
 writes the store.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from megatron_cpo.checkpoints.identity import require_checkpoint
+from megatron_cpo.checkpoints.arguments import check_model
+from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.host.loading import load_model, start_megatron
+from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
@@ -43,15 +42,18 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model: what `load_model` gave for these arguments, if it is loaded already.
 
     Raises:
-        ValueError: no checkpoint there, a store of another tokenizer, a group's tree is longer
-            than a row, or another reference or row length has begun to score this store.
+        ValueError: no checkpoint there, or of another model than the flags say; a store of another
+            tokenizer, a group's tree is longer than a row, or another reference or row length has
+            begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
     from megatron.training import get_tokenizer, print_rank_0
 
-    reference = reference_identity(args)
+    require_folder(args)
     if model is None:
+        check_model(args, get_tokenizer().vocab_size)
         start_megatron()
+    reference = on_first_rank(lambda: reference_identity(args))
     work = ScoreFolder(path_prefix)
 
     def is_scored() -> bool:
@@ -63,13 +65,14 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         begun = work.begin(reference, **shape)
         return work.missing(STAGE, range(len(blocks))) if begun else []
 
-    described = f"{reference['name']} iteration {reference['iteration']}"
+    described = model_name(reference)
     # The last rank may be putting the store together, so rank 0 looks once all are here.
-    if _on_first_rank(is_scored):
+    if on_first_rank(is_scored):
         print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
-    config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
+    tokens = get_tokenizer().vocab_size
+    config = RowConfig(args.seq_length, reader.manifest["k"], vocab_size=tokens)
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:
         raise ValueError(
@@ -80,31 +83,15 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     if model is None:
         model = load_model(args, attach_tree_attention)
     with explained(work.path):  # not before the model is there: wrong flags claim no folder
-        for block, logps in scored_blocks(rows, set(_on_first_rank(begin)), model, args):
-            work.write_block(block, logps)
-        missing = _on_first_rank(lambda: work.finish(blocks))
+        for block, logps in scored_blocks(rows, set(on_first_rank(begin)), model, args):
+            work.write_block(block, blocks[block], logps, described)
+        missing = on_first_rank(lambda: work.finish(blocks))
     if missing:
         raise ValueError(
             f"{work.path}: {len(missing)} of {len(blocks)} blocks are not there, the first is "
             f"{missing[0]}; see that all ranks share this folder, and run the same command again"
         )
     print_rank_0(f"scored {len(reader)} groups under {described}")
-
-
-def _on_first_rank[T](decide: Callable[[], T]) -> T:
-    """What rank 0 finds once all ranks are here, told to all of them; errors are raised on all."""
-    torch.distributed.barrier()
-    answer: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer = [decide()]
-        except (ValueError, OSError) as error:
-            answer = [error]
-    torch.distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    found: T = answer[0]
-    return found
 
 
 def reference_identity(args: Any) -> dict[str, Any]:

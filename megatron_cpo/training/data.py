@@ -109,12 +109,16 @@ class CPODatasets:
         rows: int | None,
         mixed: bool = False,
     ) -> Any:
+        from megatron.training import get_tokenizer
+
         config = RowConfig(
             row_tokens=args.seq_length,
             k=self.config.k,
             lm_prefix=self.config.mle_tokens == "sequence",
             seed=args.seed,
             cache=args.data_cache_path,
+            vocab_size=get_tokenizer().vocab_size,
+            scored=True,
         )
         if not mixed or rows is None:
             return GroupDataset(reader, config, rows, span)

@@ -17,6 +17,7 @@ that is larger. At beta 5 and K = 12, groups of 1,000 nats may miss by 6e-4 (bes
 
 from typing import Any
 
+from megatron_cpo.checkpoints.identity import same_checkpoint, short_digest
 from megatron_cpo.objective import sensitivity_at_reference
 
 TOLERANCE = 1e-4
@@ -34,7 +35,6 @@ class StepZeroGate:
         k: candidates of a group.
         beta: inverse temperature of the rewards.
         reference: identity of the checkpoint the store was scored under.
-        start: identity of the checkpoint training starts from; None: random weights.
         tolerance: nats by which the loss may always differ.
         hidden_dropout: with it the policy is not its reference even at step 0.
     """
@@ -45,15 +45,31 @@ class StepZeroGate:
         k: int,
         beta: float,
         reference: dict[str, Any],
-        start: dict[str, Any] | None,
         tolerance: float = TOLERANCE,
         hidden_dropout: float = 0.0,
     ) -> None:
         self.objective, self.k, self.tolerance = objective, k, tolerance
+        self.reference, self._hidden_dropout = reference, hidden_dropout
         self.sensitivity = beta * sensitivity_at_reference(objective, k)
         """By how much the loss may change when each log-prob does by 1."""
-        self.reason = _why_not(reference, start, hidden_dropout)
-        """Why the gate does not apply to this run; None when it does."""
+        self.begun = False
+        self.reason: str | None = None
+        """Why the gate does not apply to this run; None when it does, once it has begun."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the first loss has a verdict."""
+        return self.begun and self.reason is None
+
+    def begin(self, start: dict[str, Any] | None) -> str | None:
+        """Look at where training starts; returns why the gate does not apply, if it does not.
+
+        Args:
+            start: identity of the checkpoint training starts from, in terms of the reference's;
+                None: random weights.
+        """
+        self.begun, self.reason = True, _why_not(self.reference, start, self._hidden_dropout)
+        return self.reason
 
     def verdict(self, found: float, expected: float, spacing: float) -> str:
         """The log line for the first loss.
@@ -82,7 +98,7 @@ class StepZeroGate:
 def _why_not(
     reference: dict[str, Any], start: dict[str, Any] | None, hidden_dropout: float
 ) -> str | None:
-    if start is None or start["sha256"] != reference["sha256"]:
+    if start is None or not same_checkpoint(start, reference):
         return (
             f"step-0 gate: does not apply: the reference log-probs are of {_describe(reference)}, "
             f"training starts from {_describe(start)}. Right for a resumed run; else score the "
@@ -101,4 +117,4 @@ def _describe(identity: dict[str, Any] | None) -> str:
         return "random weights"
     # A Hugging Face reference has no iteration.
     iteration = f" iteration {identity['iteration']}" if "iteration" in identity else ""
-    return f"{identity['name']}{iteration} ({identity['sha256'][:12]})"
+    return f"{identity['name']}{iteration} ({short_digest(identity)})"

@@ -77,11 +77,17 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is not None:
         from megatron.training import get_tokenizer
 
+        from megatron_cpo.checkpoints.arguments import check_model
+        from megatron_cpo.groups.damage import check_contents
         from megatron_cpo.groups.store import GroupReader
         from megatron_cpo.training.data import check_store
 
+        tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
-            check_store(GroupReader(path), config, get_tokenizer(), parsed.max_position_embeddings)
+            reader = GroupReader(path)
+            check_store(reader, config, tokenizer, parsed.max_position_embeddings)
+            check_contents(reader, tokenizer.vocab_size, parsed.rank, parsed.world_size)
+        check_model(parsed, tokenizer.vocab_size)
     return parsed
 
 
@@ -143,36 +149,49 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     """Replace, by name, what `pretrain` was called with; returns the gate of the step."""
     from megatron.training import get_tokenizer
 
-    from megatron_cpo.checkpoints.identity import checkpoint_identity
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
+    from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
+    from megatron_cpo.training.start import (
+        check_reference,
+        check_start,
+        start_identity,
+        store_digest,
+    )
     from megatron_cpo.training.step import CPOStep
 
-    start = checkpoint_identity(args.load, args.ckpt_step)
-    start = start or checkpoint_identity(args.pretrained_checkpoint)
     manifest = read_manifest(config.data_path)
+    check_start(args, config, manifest)
+    args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(
         config.objective,
         config.k,
         config.beta,
         manifest["reference"],
-        start,
         tolerance,
         args.hidden_dropout,
     )
+
+    def prepare(chunks: list[Any]) -> list[Any]:
+        """Runs while the model is built: ranks are there to be told what one of them has read."""
+        if not gate.begun:
+            start = on_first_rank(lambda: start_identity(args, gate.reference))
+            check_reference(args, config, gate.reference, start)
+            if (reason := gate.begin(start)) and args.rank == 0:
+                print(reason, flush=True)
+        return attach_tree_attention(chunks)
+
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
-    arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
+    arguments.update(compat.hook_pretrain(arguments, prepare))
     if args.rank == 0:
         print(
             "megatron_cpo: CPO data, step and tree attention in place of the script's; "
             f"{compat.host()}",
             flush=True,
         )
-        if gate.reason is not None:
-            print(gate.reason, flush=True)
     return gate

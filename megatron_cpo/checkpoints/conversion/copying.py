@@ -17,7 +17,7 @@ from megatron_cpo.checkpoints.formats.stored import (
     Shape,
     StoredTensor,
     boxes,
-    read_box,
+    read_new,
     write_box,
 )
 
@@ -49,17 +49,6 @@ def unstack(tensors: dict[str, StoredTensor]) -> dict[Key, StoredTensor]:
         for layer, parts in pieces.items():
             found[name, layer] = StoredTensor(tensor.dtype, tensor.shape[1:], tuple(parts))
     return found
-
-
-def same_values(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same, bit for bit."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with Files() as files:
-        return all(
-            torch.equal(*(_read(files, tensor, box).view(torch.uint8) for tensor in (one, other)))
-            for box in boxes(one.shape, LIMIT)
-        )
 
 
 class Copy:
@@ -112,7 +101,7 @@ class Copy:
         there, here = self._megatron[move.key], self._hugging_face[move.hugging_face]
         ends = (there, _shifted(box, move.row)), (here, _shifted(box, move.hf_row))
         source, target = reversed(ends) if self._to_megatron else ends
-        values = _read(self._sources, *source)
+        values = read_new(self._sources, *source)
         write_box(self._targets, *target, values)
         return 2 * values.nbytes
 
@@ -122,21 +111,15 @@ class Copy:
         parts = _columns(there.shape, box)
         with self._panels:
             if self._to_megatron:
-                values = move.permutation.to_megatron(_read(self._sources, here, box))
+                values = move.permutation.to_megatron(read_new(self._sources, here, box))
                 for part, rows in parts:
                     write_box(self._targets, there, part, values[rows])
             else:
-                pieces = [_read(self._sources, there, part) for part, _ in parts]
+                pieces = [read_new(self._sources, there, part) for part, _ in parts]
                 values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 values = move.permutation.to_hugging_face(values)
                 write_box(self._targets, here, box, values)
             return 2 * values.nbytes
-
-
-def _read(files: Files, tensor: StoredTensor, box: Box) -> torch.Tensor:
-    nbytes = torch.Size(box[1]).numel() * tensor.dtype.itemsize
-    buffers = torch.empty(2, nbytes, dtype=torch.uint8)  # untouched, the second costs nothing
-    return read_box(files, tensor, box, *buffers)
 
 
 def _shifted(box: Box, rows: int) -> Box:

@@ -1,12 +1,9 @@
 """Does a checkpoint hold what its configuration says? Every way not to has its message."""
 
-import re
 from pathlib import Path
 
 import torch
 
-from megatron_cpo.checkpoints.conversion.copying import same_values
-from megatron_cpo.checkpoints.conversion.families import FAMILIES
 from megatron_cpo.checkpoints.conversion.families.model import Model
 from megatron_cpo.checkpoints.conversion.families.moves import (
     Key,
@@ -14,6 +11,8 @@ from megatron_cpo.checkpoints.conversion.families.moves import (
     hugging_face_shapes,
     megatron_shapes,
 )
+from megatron_cpo.checkpoints.formats.hugging_face import check_tied
+from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
 from megatron_cpo.checkpoints.formats.stored import Shape, StoredTensor
 
 _ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -29,19 +28,13 @@ def weights_of(
         ValueError: some are missing, of another shape than its configuration says, unknown, or of
             dtypes that cannot be one tensor of Megatron's.
     """
-    family, named = FAMILIES[model.family], {}
-    for name, tensor in tensors.items():
-        # A base model, such as the original GPT-2, has no prefix.
-        prefix = "" if name.startswith((family.PREFIX, "lm_head.")) else family.PREFIX
-        if not re.fullmatch(family.IGNORED, name):
-            named[prefix + name] = tensor
-    if model.tied and (head := named.pop("lm_head.weight", None)):
-        embedding = next(m.hugging_face for m in moves if m.megatron == _ROWS[0])
-        if embedding in named and not same_values(head, named[embedding]):
-            raise ValueError(
-                f"{folder}: config.json ties the output layer to the embedding, but lm_head.weight "
-                f"is not {embedding}; set tie_word_embeddings to false there"
-            )
+    names = weight_names(model.family, tensors)
+    embedding, head = embedding_and_head(names)
+    if model.tied and head:
+        if embedding:
+            check_tied(folder, tensors, names[head], names[embedding])
+        del names[head]
+    named = {shared: tensors[name] for shared, name in names.items()}
     _check_shapes(folder, named, hugging_face_shapes(moves), "config.json makes it")
     dtypes: dict[str, torch.dtype] = {}
     for move in moves:

@@ -1,16 +1,22 @@
 """Hugging Face models: safetensors, in one file or in shards with an index."""
 
-import hashlib
 import json
 import math
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_cpo.checkpoints.formats.stored import Piece, StoredTensor
-from megatron_cpo.checkpoints.identity import check_sizes, folder_digest
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
+from megatron_cpo.checkpoints.folders import check_sizes, read_json
+from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
+from megatron_cpo.checkpoints.formats.stored import Piece, StoredTensor, same_values
+from megatron_cpo.checkpoints.formats.usable import refuse_tensors, refuse_unusable
+from megatron_cpo.checkpoints.meaning import architecture_of_config
+from megatron_cpo.checkpoints.tokens import vocabulary_of_folder
 
 _DTYPES = {
     "F64": torch.float64,
@@ -27,13 +33,10 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ONE_FILE = "model.safetensors"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 """Suffixes of what lies beside the weights and goes into the output."""
-_ARCHITECTURE = (
-    "model_type hidden_size n_embd num_hidden_layers n_layer num_attention_heads n_head "
-    "num_key_value_heads head_dim intermediate_size n_inner hidden_act activation_function "
-    "rope_theta rope_scaling tie_word_embeddings num_local_experts"
-).split()
 
 
 class HuggingFaceCheckpoint:
@@ -43,25 +46,32 @@ class HuggingFaceCheckpoint:
     padding: tuple[int, int] | None = None
 
     def __init__(self, folder: Path) -> None:
+        refuse_unusable(folder)
         self.folder = folder
-        self._index = _read_index(folder)
+        self._index_name, self._index = _read_index(folder)
         self._headers: dict[str, bytes] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for name in _shards(folder, self._index):
             self._headers[name] = _read_header(folder / name)
+            _refuse_codes(folder, self._headers[name])
             for key, found in tensors_of(folder / name, self._headers[name]).items():
                 if key in self.tensors:
                     raise ValueError(f"{folder} holds {key} in two files, {name} is the second")
                 self.tensors[key] = found
         if missing := sorted(set(self._index.get("weight_map", ())) - set(self.tensors)):
             raise ValueError(f"{folder}: the index lists {missing[0]}, which no shard holds")
+        if not self.tensors:
+            raise ValueError(f"{folder} holds no weights: its *.safetensors are empty")
         config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-        self.architecture = {name: config[name] for name in _ARCHITECTURE if name in config}
-        self.vocabulary = _vocabulary(folder, config)
+        self.architecture = architecture_of_config(config)
+        self.weights = weight_names(config.get("model_type"), self.tensors)
+        self.embedding, self.head = embedding_and_head(self.weights)
+        self.vocabulary = vocabulary_of_folder(folder)
+        self.token_count = config.get("vocab_size")
 
     def identity(self) -> dict[str, Any]:
-        """Its name and a digest of its files."""
-        return {"name": self.folder.name, "sha256": folder_digest(self.folder)}
+        """Its name and a digest of its weights and its configuration."""
+        return {"name": self.folder.name, "digest": model_digest(self.folder, self._headers)}
 
     def prepare(self, output: Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor]:
         """Shards of the same names and order of tensors, complete but for the values."""
@@ -87,8 +97,7 @@ class HuggingFaceCheckpoint:
             )
             metadata = self._index.get("metadata", {}) | {"total_size": total}
             index = self._index | {"metadata": metadata}
-            name = next(self.folder.glob("*.safetensors.index.json")).name
-            (output / name).write_text(json.dumps(index, indent=2) + "\n")
+            (output / self._index_name).write_text(json.dumps(index, indent=2) + "\n")
         for path in sorted(self.folder.iterdir()):
             skipped = path.name.endswith(".index.json") or path.name == "config.json"
             if path.is_file() and path.suffix in COPIED and not skipped:
@@ -106,34 +115,72 @@ class HuggingFaceCheckpoint:
         (output / "config.json").write_text(text)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def model_digest(folder: Path, files: Iterable[str]) -> str:
+    """Of a model's weights, in these files, and of what says how to use them."""
+    names = [*files, *(["config.json"] if (folder / "config.json").exists() else [])]
+    return digest_of(whole_file(folder / name, folder) for name in names)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """The index of a sharded model, or nothing."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise ValueError(f"{folder} holds several models: {indices[0].name}, {indices[1].name}")
-    return read_json(indices[0]) if indices else {}
+def check_tied(
+    folder: Path, tensors: dict[str, StoredTensor], head: str, embedding: str | None
+) -> None:
+    """ValueError if the output layer that is stored is not the embedding, though both are one."""
+    if embedding is None or not same_values(tensors[head], tensors[embedding]):
+        raise ValueError(
+            f"{folder}: config.json ties the output layer to the embedding, but {head} is not "
+            f"{embedding}; set tie_word_embeddings to false there if both are meant, or remove "
+            f"{head}"
+        )
+
+
+def _read_index(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The index of a sharded model and its name, or nothing; as transformers chooses."""
+    indices = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    if not indices or (folder / _ONE_FILE).exists():
+        return "", {}
+    name = f"{_ONE_FILE}.index.json"
+    if name not in indices:
+        if len(indices) > 1:
+            raise ValueError(f"{folder} holds several models: {', '.join(indices)}")
+        [name] = indices
+    return name, read_json(folder / name)
 
 
 def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
-    if not index:
-        return sorted(path.name for path in folder.glob("*.safetensors"))
-    names = sorted(set(index["weight_map"].values()))
-    check_sizes([(folder / name, 8) for name in names])
+    if index:
+        names = sorted(set(index["weight_map"].values()))
+        check_sizes([(folder / name, 8) for name in names])
+        return names
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    names = [name for name in names if not name.startswith("consolidated")] or names
+    if _ONE_FILE in names:
+        return [_ONE_FILE]
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if len(names) > 1 and (len(shards) < len(names) or len({m[1] + m[3] for m in shards}) > 1):
+        raise ValueError(
+            f"{folder} holds several models: {', '.join(names)}; transformers reads {_ONE_FILE}, "
+            "or the shards that its index names"
+        )
+    for stem, count in {(match[1], match[3]) for match in shards}:
+        wanted = [f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))]
+        check_sizes([(folder / name, 8) for name in wanted])
     return names
+
+
+def _refuse_codes(folder: Path, header: bytes) -> None:
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    refuse_tensors(folder, {n: (e["dtype"], len(e["shape"])) for n, e in entries.items()})
 
 
 def _read_header(path: Path) -> bytes:
     """The JSON header of a safetensors file, which follows its length; then come the values."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        if first == b"version ":
+            raise ValueError(f"{path} is a pointer of git-lfs and not the file: run git lfs pull")
+        length = int.from_bytes(first, "little")
         if size < 8 + length:
             raise ValueError(f"{path} is truncated: {size} bytes, its header alone has {length}")
         header = file.read(length)
@@ -173,24 +220,3 @@ def _with_dtypes(header: bytes, dtypes: dict[str, torch.dtype]) -> bytes:
         changed[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(changed, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
-
-
-def _vocabulary(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Size and tokens, but no settings of a tokenizer: each version of the library has its own."""
-    found: dict[str, Any] = {}
-    if "vocab_size" in config:
-        found["vocab_size"] = config["vocab_size"]
-    for name in ("tokenizer.model", "merges.txt"):
-        if (path := folder / name).exists():
-            found[name] = path
-    for name in ("tokenizer.json", "vocab.json"):
-        if (path := folder / name).exists():
-            tokens: Any = read_json(path)
-            if name == "tokenizer.json":
-                model = tokens.get("model", {})
-                merges = model.get("merges", [])  # "a b" or ["a", "b"], as the version likes
-                joined = [m if isinstance(m, str) else " ".join(m) for m in merges]
-                tokens = [model.get("vocab", {}), joined]
-            text = json.dumps(tokens, sort_keys=True)
-            found[name] = hashlib.sha256(text.encode()).hexdigest()
-    return found

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpo.checkpoints.folders import TRACKER
 from megatron_cpo.checkpoints.formats.archive import frame
 from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
-from megatron_cpo.checkpoints.identity import TRACKER
 
 LAYERS = "decoder.layers."
 """What tensors that are stacks of layers are called."""

@@ -13,10 +13,15 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_cpo.checkpoints.formats.hugging_face import HuggingFaceCheckpoint, read_json
+from megatron_cpo.checkpoints.folders import check_sizes, read_json
+from megatron_cpo.checkpoints.formats.hugging_face import (
+    NAMES,
+    HuggingFaceCheckpoint,
+    model_digest,
+)
 from megatron_cpo.checkpoints.formats.stored import Piece, StoredTensor
 from megatron_cpo.checkpoints.formats.unpickling import StorageView, unpickle
-from megatron_cpo.checkpoints.identity import check_sizes, folder_digest
+from megatron_cpo.checkpoints.formats.usable import refuse_tensors, refuse_unusable
 
 _PATTERN = "pytorch_model*.bin"
 
@@ -32,6 +37,7 @@ class PickledModel:
     format = HuggingFaceCheckpoint.format
 
     def __init__(self, folder: Path) -> None:
+        refuse_unusable(folder)
         self.folder = folder
         index = folder / "pytorch_model.bin.index.json"
         names = {path.name for path in folder.glob(_PATTERN)}
@@ -41,10 +47,13 @@ class PickledModel:
         self.tensors: dict[str, StoredTensor] = {}
         for name in sorted(names):
             self.tensors |= _tensors_of(folder / name)
+        self._files = sorted(names)
+        dtypes = {n: (NAMES[t.dtype], len(t.shape)) for n, t in self.tensors.items()}
+        refuse_tensors(folder, dtypes)
 
     def identity(self) -> dict[str, Any]:
-        """Its name and a digest of its files."""
-        return {"name": self.folder.name, "sha256": folder_digest(self.folder)}
+        """Its name and a digest of its weights and its configuration."""
+        return {"name": self.folder.name, "digest": model_digest(self.folder, self._files)}
 
 
 def _tensors_of(path: Path) -> dict[str, StoredTensor]:

@@ -22,6 +22,8 @@ import torch
 Shape = tuple[int, ...]
 Box = tuple[Shape, Shape]
 """Offsets and sizes."""
+_COMPARED = 1 << 20
+"""Elements of a box that is compared."""
 _OPEN = 100
 """Files kept open. A large checkpoint has thousands, a process may usually open 1024."""
 
@@ -181,6 +183,27 @@ def read_box(
             files.read(piece.path, start, _bytes(part))
             target.copy_(part)
     return values
+
+
+def read_new(files: Files, tensor: StoredTensor, box: Box) -> torch.Tensor:
+    """A box's values, in memory of their own."""
+    nbytes = math.prod(box[1]) * tensor.dtype.itemsize
+    buffers = torch.empty(2, nbytes, dtype=torch.uint8)  # untouched, the second costs nothing
+    return read_box(files, tensor, box, *buffers)
+
+
+def same_values(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same: bit for bit, or the same numbers in two dtypes."""
+    if one.shape != other.shape:
+        return False
+    with Files() as files:
+        for box in boxes(one.shape, _COMPARED):
+            values = [read_new(files, tensor, box) for tensor in (one, other)]
+            kind = torch.uint8 if one.dtype == other.dtype else None
+            first, second = (v.reshape(-1).view(kind) if kind else v.double() for v in values)
+            if not torch.equal(first, second):
+                return False
+    return True
 
 
 def write_box(files: Files, tensor: StoredTensor, box: Box, values: torch.Tensor) -> None:

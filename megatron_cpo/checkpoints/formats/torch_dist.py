@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_cpo.checkpoints.digest import Part, digest_of
+from megatron_cpo.checkpoints.folders import TRACKER, check_sizes, iteration_folder
 from megatron_cpo.checkpoints.formats.archive import frame, values_start
+from megatron_cpo.checkpoints.formats.hugging_face import NAMES
 from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
 from megatron_cpo.checkpoints.formats.unpickling import unpickle, unpickle_archive
-from megatron_cpo.checkpoints.identity import TRACKER, check_sizes, folder_digest, iteration_folder
+from megatron_cpo.checkpoints.formats.usable import refuse_tensors
+from megatron_cpo.checkpoints.meaning import architecture_of_arguments
+from megatron_cpo.checkpoints.tokens import Vocabulary, vocabulary_of_files
 
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|(.*\.)?(rng|rerun_state_machine)_state/")
 """Entries that a merged checkpoint leaves out."""
 _COMMON = MetadataIndex("common_state/shard_0_1")
-_ARCHITECTURE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
-    "position_embedding_type rotary_base rotary_percent normalization swiglu squared_relu "
-    "untie_embeddings_and_output_weights num_experts moe_router_topk"
-).split()
-_TOKENIZER = ["tokenizer_type", "vocab_size"]
-_TOKENIZER_FILES = ["tokenizer_model", "vocab_file", "merge_file"]
+_TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
 class TorchDistCheckpoint:
@@ -51,6 +51,9 @@ class TorchDistCheckpoint:
     """
 
     format = "torch_dist"
+    embedding: str | None = None
+    head: str | None = None
+    """Megatron stores an output layer only where it is not the embedding."""
 
     def __init__(self, path: Path, iteration: int | None = None) -> None:
         self.name = path.name
@@ -65,11 +68,12 @@ class TorchDistCheckpoint:
         ends = {(i.relative_path, i.offset + i.length) for i in self._stored.values()}
         check_sizes([(self.folder / name, end) for name, end in sorted(ends)])
         self.tensors = self._locate_tensors()
-        self.args = args = self._args()
+        self.weights = {name: name for name in self.tensors}
+        self.args = args = _arguments(self.folder, self._stored)
         """Megatron's arguments of the run that wrote it, by destination."""
-        self.architecture = {name: args[name] for name in _ARCHITECTURE if name in args}
-        known = {name: args[name] for name in _TOKENIZER + _TOKENIZER_FILES if args.get(name)}
-        self.vocabulary = {k: Path(v) if k in _TOKENIZER_FILES else v for k, v in known.items()}
+        self.architecture = architecture_of_arguments(args)
+        self.vocabulary = self._vocabulary()
+        self.token_count = None if self.vocabulary.source else args.get("vocab_size")
         self.padding = None
         if rows := args.get("padded_vocab_size"):
             multiple = args["make_vocab_size_divisible_by"] * args["tensor_model_parallel_size"]
@@ -77,8 +81,8 @@ class TorchDistCheckpoint:
 
     def identity(self) -> dict[str, Any]:
         """What `checkpoint_identity` says of it where it is the latest iteration."""
-        digest = folder_digest(self.folder)
-        return {"name": self.name, "iteration": self.iteration, "sha256": digest}
+        digest = digest_of(_parts(self.folder, self._stored))
+        return {"name": self.name, "iteration": self.iteration, "digest": digest}
 
     def prepare(self, output: Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor]:
         """The same files without training state, complete but for the values."""
@@ -171,20 +175,71 @@ class TorchDistCheckpoint:
                     entry.properties.dtype, tuple(entry.size), tuple(cover)
                 )
         if not tensors:
-            raise ValueError(f"{self.folder} holds no model weights")
+            raise ValueError(
+                f"{self.folder} holds no model weights, but training state alone; save the model, "
+                "too"
+            )
+        dtypes = {n: (NAMES.get(t.dtype, str(t.dtype)), len(t.shape)) for n, t in tensors.items()}
+        refuse_tensors(self.folder, dtypes)
         return tensors
 
-    def _args(self) -> dict[str, Any]:
-        """Megatron's arguments of the run that wrote it; empty if they were not saved."""
-        if (self.folder / "common.pt").exists():
-            common = unpickle_archive((self.folder / "common.pt").read_bytes())
-        elif info := self._stored.get(_COMMON):
-            with open(self.folder / info.relative_path, "rb") as file:
-                file.seek(info.offset)
-                [common] = unpickle_archive(file.read(info.length))
-        else:
-            raise ValueError(f"{self.folder} has no common state, which Megatron needs to load it")
-        return vars(common["args"]) if "args" in common else {}
+    def _vocabulary(self) -> Vocabulary:
+        """Of the run's tokenizer, if its files are where it had them or beside the checkpoint."""
+        kind = self.args.get("tokenizer_type")
+        named = [Path(self.args[n]) for n in _TOKENIZER_FILES if self.args.get(n)]
+        if not named or kind == "NullTokenizer":
+            return Vocabulary()
+        found = [self._moved(path) for path in named]
+        known = vocabulary_of_files(*(path for path in found if path))
+        known.source = f"{kind} {' '.join(path.name for path in named)}"
+        return known
+
+    def _moved(self, path: Path) -> Path | None:
+        beside = (path, self.folder.parent / path.name, self.folder / "tokenizer" / path.name)
+        return next((place for place in beside if place.exists()), None)
+
+
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """Megatron's arguments of the run that wrote an iteration's folder; no weight is looked at."""
+    return _arguments(folder, _read_metadata(folder).storage_data)
+
+
+def _arguments(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
+    """Megatron's arguments, by destination; empty if they were not saved."""
+    if (folder / "common.pt").exists():
+        common = unpickle_archive((folder / "common.pt").read_bytes())
+    elif info := stored.get(_COMMON):
+        with open(folder / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            [common] = unpickle_archive(file.read(info.length))
+    else:
+        raise ValueError(f"{folder} has no common state, which Megatron needs to load it")
+    return vars(common["args"]) if "args" in common else {}
+
+
+def weight_parts(folder: Path) -> list[Part]:
+    """The bytes of one iteration's weights, and of what it says of them, without training state.
+
+    Of any format with torch's `.metadata`.
+    """
+    stored = _unpickled_metadata(folder).storage_data
+    found = {index: info for index, info in stored.items() if not _TRAINING_STATE.match(index.fqn)}
+    return _parts(folder, found)
+
+
+def _parts(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> list[Part]:
+    parts = [
+        Part(
+            f"{i.fqn} {tuple(i.offset or ())}",
+            folder / info.relative_path,
+            info.offset,
+            info.length,
+        )
+        for i, info in stored.items()
+    ]
+    common = folder / "common.pt"
+    size = common.stat().st_size if common.exists() else 0
+    return parts + ([Part(common.name, common, 0, size)] if size else [])
 
 
 def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:
@@ -213,6 +268,10 @@ def _read_metadata(folder: Path) -> Metadata:
     backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else None
     if backend != "torch_dist":
         raise ValueError(f"{config} says {backend!r}; only torch_dist checkpoints can be merged")
+    return _unpickled_metadata(folder)
+
+
+def _unpickled_metadata(folder: Path) -> Metadata:
     try:
         with open(folder / ".metadata", "rb") as file:
             metadata = unpickle(file)

@@ -1,7 +1,7 @@
 """From checkpoints to linear combinations of them that appear whole or not at all, on all ranks."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +76,11 @@ def assemble(
     try:
         opened = [open_checkpoint(path, options.iteration) for path in inputs.values()]
         matches = match_checkpoints(opened)
-        dtypes = {}
+        dtypes: dict[str, torch.dtype] = {}
         for match in matches:
             ours = match.tensors[0].dtype
-            dtypes[match.name] = dtype if dtype and ours.is_floating_point else ours
+            cast = ours.is_floating_point and not match.copied
+            dtypes[match.name] = dtype if dtype and cast else ours
         size = sum(m.tensors[0].numel * dtypes[m.name].itemsize for m in matches)
         size *= len(combinations)
         ranks.meet()  # an input that only one rank cannot read leaves no folder
@@ -119,14 +120,31 @@ def assemble(
         raise
 
 
+def stored_dtypes(folder: Path) -> list[str]:
+    """The floating-point dtypes in which a merge stored its weights, by torch's names."""
+    if not (folder / PROVENANCE).exists():  # several alphas, each in a folder of its own
+        folder = next(path.parent for path in sorted(folder.glob(f"*/{PROVENANCE}")))
+    record = json.loads((folder / PROVENANCE).read_text())
+    return [name for name in record["dtypes"] if "float" in name]
+
+
 def _identities(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    return [c.identity() | {"folder": str(c.folder.resolve())} for c in checkpoints]
+    return [
+        c.identity()
+        | {"folder": str(c.folder.resolve())}
+        | {"dtypes": _names(c.tensors[name].dtype for name in c.weights.values())}
+        for c in checkpoints
+    ]
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    return sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
 
 
 def _write_provenance(folder: Path, record: dict[str, Any], dtypes: dict[str, torch.dtype]) -> None:
     record = {
         "made_by": f"megatron_cpo {__version__}, torch {torch.__version__}",
-        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}),
+        "dtypes": _names(dtypes.values()),
         **record,
     }
     (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")

@@ -28,7 +28,7 @@ class Averager:
     def average(
         self, boxes: Sequence[torch.Tensor], sums: Sequence[tuple[Sequence[float], torch.dtype]]
     ) -> list[tuple[torch.Tensor, bool]]:
-        """Weighted sums of a box of every input, all of one shape and dtype.
+        """Weighted sums of a box of every input, all of one shape, each of a dtype of its own.
 
         Args:
             sums: the weights, one per input, and the dtype of each result. An input whose weight is

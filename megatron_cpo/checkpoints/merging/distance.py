@@ -72,13 +72,18 @@ def distances(
 ) -> dict[tuple[str, str], Distance]:
     """Distances by (part, tensor): part is "layer 3", or "" for a tensor outside the layers.
 
-    Padded vocabulary rows that only one has, and tensors that hold no weights, are left out.
+    In float64 whatever the dtypes are, and these may differ. Padded vocabulary rows that only one
+    has, and tensors that hold no weights, are left out.
 
     Raises:
         ValueError: the checkpoints cannot be read or do not fit each other.
     """
     opened = [open_checkpoint(Path(path), iteration) for path in (a, b)]
-    matches = [m for m in match_checkpoints(opened) if m.tensors[0].dtype.is_floating_point]
+    matches = [
+        match
+        for match in match_checkpoints(opened)
+        if match.tensors[0].dtype.is_floating_point and not match.copied
+    ]
     found: dict[tuple[str, str], Distance] = {}
     memory = local()
 
@@ -112,7 +117,8 @@ def distances(
                     for key, distance in zip(keys, measured, strict=True):
                         part = found.setdefault(key, Distance())
                         part += distance
-                        bar.update(2 * distance.values * match.tensors[0].dtype.itemsize)
+                        size = sum(tensor.dtype.itemsize for tensor in match.tensors)
+                        bar.update(distance.values * size)
     finally:
         torch.set_num_threads(threads)
     return found

@@ -44,8 +44,9 @@ def merge(
         alpha: the share of the MLE model, in [0, 1]. Several: one pass over the inputs writes one
             checkpoint per value, `output/alpha-0.3` and so on, even for a sequence of one.
         output: a folder that does not exist. It appears when it is complete.
-        options: the fields of `assembling.MergeOptions`: `iteration`, `dtype`, `allow_nan`,
-            `verify`, `progress` and `ranks`.
+        options: the fields of `assembling.MergeOptions`: `iteration`, `dtype` (by default each
+            tensor has the dtype of the MLE side; the inputs' may differ), `allow_nan`, `verify`,
+            `progress` and `ranks`.
 
     Raises:
         ValueError: the inputs cannot be read or do not fit each other, or the arguments are wrong.

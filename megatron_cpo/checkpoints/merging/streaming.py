@@ -16,6 +16,7 @@ from megatron_cpo.checkpoints.formats.stored import (
     StoredTensor,
     boxes,
     read_box,
+    read_new,
     write_box,
 )
 from megatron_cpo.checkpoints.merging.averaging import Averager, all_finite
@@ -94,7 +95,8 @@ class Stream:
         for match in self._matches:
             ours = match.tensors[0]
             job = self._average if ours.dtype.is_floating_point else self._compare
-            limit = LIMIT // ours.dtype.itemsize
+            job = self._copy if match.copied else job
+            limit = LIMIT // max(tensor.dtype.itemsize for tensor in match.tensors)
             for box in boxes(match.shape, limit):
                 yield job, match, box
             if match.rows is not None:
@@ -107,8 +109,8 @@ class Stream:
         written, finite = 0, self._allow_nan
         targets = [output[match.name] for output in self._outputs]
         plain = [  # untouched: NaNs have bits to keep, too
-            combination.copied if target.dtype == inputs[0].dtype else None
-            for combination, target in zip(self._combinations, targets, strict=True)
+            copied if copied is not None and target.dtype == inputs[copied].dtype else None
+            for copied, target in zip((c.copied for c in self._combinations), targets, strict=True)
         ]
         summed = [
             (combination.weights, target.dtype)
@@ -157,7 +159,10 @@ class Stream:
         too_large = exact.abs()[exact.isfinite() & ~result.isfinite()]
         if len(too_large):
             kind, most = str(result.dtype).removeprefix("torch."), float(too_large.max())
-            raise ValueError(f"{match.name} at {combination.label}: {most:g} does not fit {kind}")
+            raise ValueError(
+                f"{match.name} at {combination.label}: {most:g} does not fit {kind}; "
+                "--dtype bf16 or fp32 has room for it"
+            )
 
     def _compare(self, match: Match, box: Box) -> int:
         inputs = self._read(match, box)
@@ -216,9 +221,9 @@ def verify_output(
             if not found:
                 continue
             box = found[int(torch.randint(len(found), (), generator=generator))]
-            inputs = [_read_new(files, one, box) for one in match.tensors]
-            stored = _read_new(files, tensor, box)
-            if not tensor.dtype.is_floating_point:
+            inputs = [read_new(files, one, box) for one in match.tensors]
+            stored = read_new(files, tensor, box)
+            if match.copied or not tensor.dtype.is_floating_point:
                 right = torch.equal(stored, inputs[0])
             else:
                 exact = torch.zeros(box[1], dtype=torch.float64)
@@ -233,9 +238,3 @@ def verify_output(
                 right = not bool((off & exact.isfinite()).any())
             if not right:
                 raise ValueError(f"{match.name} was not written as it should be, at {box[0]}")
-
-
-def _read_new(files: Files, tensor: StoredTensor, box: Box) -> torch.Tensor:
-    """A box in memory of its own."""
-    values, scratch = torch.empty(2, math.prod(box[1]) * tensor.dtype.itemsize, dtype=torch.uint8)
-    return read_box(files, tensor, box, values, scratch)

@@ -1,7 +1,7 @@
 """Architectures that exist on both sides, Megatron's and Hugging Face's.
 
 A family is a module with `read_config` (a `config.json` to a `Model`), `write_config` (the way
-back), `moves` (where each value goes) and `IGNORED` (Hugging Face tensors that are no weights).
+back) and `moves` (where each value goes). Its tensors' names are in `formats/names.py`.
 """
 
 from types import ModuleType

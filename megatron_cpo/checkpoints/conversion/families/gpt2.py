@@ -15,18 +15,15 @@ from megatron_cpo.checkpoints.conversion.families.moves import (
     transpose,
     vocabulary_moves,
 )
-
-PREFIX = "transformer."
-"""Of all tensors but the head."""
-IGNORED = r".*\.attn\.(masked_)?bias"
-"""Causal masks that old versions saved."""
+from megatron_cpo.checkpoints.defaults import completed
+from megatron_cpo.checkpoints.meaning import activation
 
 _PLAIN: dict[str, Any] = {
     "add_cross_attention": False,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
 }
-_ERF = {"gelu_new": False, "gelu_pytorch_tanh": False, "gelu": True}
+_ERF = {"gelu_tanh": False, "gelu": True}
 """Activations: is it the erf form of GELU?"""
 
 
@@ -36,11 +33,12 @@ def read_config(config: dict[str, Any]) -> Model:
     Raises:
         ValueError: Megatron cannot run one of its settings.
     """
+    config = completed(config)
     refuse_others(config, _PLAIN)
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in _ERF:
+    function = activation(config["activation_function"])
+    if function not in _ERF:
         raise ValueError(
-            f"config.json has activation_function {activation!r}; Megatron runs {', '.join(_ERF)}"
+            f"config.json has activation_function {function!r}; Megatron runs gelu_new and gelu"
         )
     hidden, heads = config["n_embd"], config["n_head"]
     if hidden % heads:
@@ -49,17 +47,17 @@ def read_config(config: dict[str, Any]) -> Model:
         family="gpt2",
         num_layers=config["n_layer"],
         hidden_size=hidden,
-        ffn_hidden_size=config.get("n_inner") or 4 * hidden,
+        ffn_hidden_size=config["n_inner"],
         num_attention_heads=heads,
         num_query_groups=heads,
         kv_channels=hidden // heads,
-        max_position_embeddings=config.get("n_positions", 1024),
+        max_position_embeddings=config["n_positions"],
         vocab_size=config["vocab_size"],
-        layernorm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-        tied=config.get("tie_word_embeddings", True),
-        erf_gelu=_ERF[activation],
-        hidden_dropout=config.get("resid_pdrop", 0.1),
-        attention_dropout=config.get("attn_pdrop", 0.1),
+        layernorm_epsilon=config["layer_norm_epsilon"],
+        tied=config["tie_word_embeddings"],
+        erf_gelu=_ERF[function],
+        hidden_dropout=config["resid_pdrop"],
+        attention_dropout=config["attn_pdrop"],
     )
 
 

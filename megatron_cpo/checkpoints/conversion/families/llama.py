@@ -10,27 +10,15 @@ from typing import Any
 
 from megatron_cpo.checkpoints.conversion.families.model import Model, refuse_others, whole
 from megatron_cpo.checkpoints.conversion.families.moves import Move, vocabulary_moves
-
-PREFIX = "model."
-"""Of all tensors but the head."""
-IGNORED = r".*\.rotary_emb\.inv_freq"
-"""Tables that old versions saved."""
+from megatron_cpo.checkpoints.defaults import completed
+from megatron_cpo.checkpoints.meaning import LLAMA3, activation, rope_of_config
 
 _PLAIN: dict[str, Any] = {
     "attention_bias": False,
     "hidden_act": "silu",
     "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
     "sliding_window": None,
 }
-_LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The one scaling that Megatron's GPTModel computes: the factor of --rope-scaling-factor is never
-passed on, and the other three are in the code."""
 
 
 def read_config(config: dict[str, Any]) -> Model:
@@ -39,17 +27,17 @@ def read_config(config: dict[str, Any]) -> Model:
     Raises:
         ValueError: Megatron cannot run one of its settings.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    config = completed(config)
+    config["hidden_act"] = activation(config["hidden_act"])
     refuse_others(config, _PLAIN)
+    rope = rope_of_config(config)
     refuse_others(rope, {"partial_rotary_factor": 1.0})
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise ValueError(
             f"config.json has {heads} heads (num_attention_heads) in {groups} query groups "
             "(num_key_value_heads), which do not share them evenly"
         )
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     return Model(
         family="llama",
         num_layers=config["num_hidden_layers"],
@@ -57,28 +45,28 @@ def read_config(config: dict[str, Any]) -> Model:
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=groups,
-        kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        kv_channels=config["head_dim"],
+        max_position_embeddings=config["max_position_embeddings"],
         vocab_size=config["vocab_size"],
-        layernorm_epsilon=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-        rotary_base=whole("rope_theta", base, "--rotary-base"),
-        attention_dropout=config.get("attention_dropout", 0.0),
+        layernorm_epsilon=config["rms_norm_eps"],
+        tied=config["tie_word_embeddings"],
+        rotary_base=whole("rope_theta", rope["rope_theta"], "--rotary-base"),
+        attention_dropout=config["attention_dropout"],
         **_scaling(rope),
     )
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope["rope_type"]
     if kind == "linear":
         flag = "--rotary-seq-len-interpolation-factor"
         return {"rope_interpolation": whole("linear rope_scaling factor", rope["factor"], flag)}
     if kind == "llama3":
-        found = {name: rope.get(name) for name in _LLAMA3}
-        if found != _LLAMA3:
+        found = {name: rope.get(name) for name in LLAMA3}
+        if found != LLAMA3:
             raise ValueError(
                 f"config.json has llama3 RoPE scaling with {found}; Megatron's --use-rope-scaling "
-                f"is fixed to {_LLAMA3}"
+                f"is fixed to {LLAMA3}"
             )
         return {"rope_llama3": True}
     if kind != "default":
@@ -92,7 +80,7 @@ def write_config(model: Model) -> dict[str, Any]:
     """`config.json` of a model, in words that every version of transformers reads."""
     scaling: dict[str, Any] | None = None
     if model.rope_llama3:
-        scaling = {"rope_type": "llama3", **_LLAMA3}
+        scaling = {"rope_type": "llama3", **LLAMA3}
     elif model.rope_interpolation != 1:
         scaling = {"rope_type": "linear", "factor": float(model.rope_interpolation)}
     return {

@@ -6,6 +6,8 @@ A family adds what Hugging Face calls it (`gpt2.py`, `llama.py`).
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_cpo.checkpoints.meaning import PLAIN_ARGUMENTS
+
 MULTIPLE = 1024
 """The vocabulary's rows in a written checkpoint are a multiple of this: 8 TP ranks of 128."""
 
@@ -61,34 +63,6 @@ _FAMILY: dict[str, dict[str, Any]] = {
     },
 }
 """The arguments that tell the families apart."""
-_PLAIN: dict[str, Any] = {
-    "activation_func_clamp_value": None,
-    "apply_residual_connection_post_layernorm": False,
-    "attention_output_gate": False,
-    "experimental_attention_variant": None,
-    "glu_linear_offset": 0.0,
-    "heterogeneous_layers_config_path": None,
-    "hybrid_layer_pattern": None,
-    "layernorm_zero_centered_gamma": False,
-    "linear_attention_freq": None,
-    "mtp_num_layers": None,
-    "multi_latent_attention": False,
-    "no_rope_freq": None,
-    "num_experts": None,
-    "qk_l2_norm": False,
-    "qk_layernorm": False,
-    "quick_geglu": False,
-    # 0.19 divides by 8 whatever the flag says: it never passes it on.
-    "rope_scaling_factor": 8.0,
-    "rotary_interleaved": False,
-    "rotary_percent": 1.0,
-    "softmax_type": "vanilla",
-    "spec": None,
-    "squared_relu": False,
-    "use_mup": False,
-    "window_size": None,
-}
-"""Arguments of Megatron that change the function, with the one value that both families have."""
 _FLAGS = {
     "add_bias_linear": "--disable-bias-linear",
     "bias_gelu_fusion": "--no-bias-gelu-fusion",
@@ -155,7 +129,7 @@ def model_of_arguments(args: dict[str, Any], vocab_size: int) -> Model:
     if family is None:
         known = "; ".join(f"{name}: {settings}" for name, settings in _FAMILY.items())
         raise ValueError(f"the run's arguments {found} are of no family that converts ({known})")
-    for name, plain in _PLAIN.items():
+    for name, plain in PLAIN_ARGUMENTS.items():
         if args.get(name, plain) != plain:
             raise ValueError(
                 f"the run's {name} is {args[name]!r}; the {family} family has {plain!r}, so a "

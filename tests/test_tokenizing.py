@@ -14,12 +14,12 @@ from megatron_cpo.records.pair_files import write_lm_dataset, write_pairs_resume
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.reading import BadRecord, Dropped
 from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
 from megatron_cpo.records.tokenizing import (
     Encoder,
     Pair,
     chat_renderer,
     tokenizer_identity,
-    train_sentencepiece,
 )
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 
@@ -307,23 +307,6 @@ def test_mle_dataset_leaves_nothing_behind_on_failure(tmp_path, tokenizer):
 def test_flags_out_of_range(flags, match):
     with pytest.raises(ValueError, match=match):
         Source(**{"inputs": ("x",), **flags})
-
-
-def test_trained_tokenizer_keeps_text_and_is_reproducible(tmp_path, tokenizer):
-    for text in ("def f(x):\n\treturn  x", "naïve 漢字", "a\n\nb"):
-        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
-    train_sentencepiece(Source((DOLLY,)), str(tmp_path / "again.model"), 1000)
-    assert (tmp_path / "again.model").read_bytes() == Path(tokenizer.path).read_bytes()
-    with pytest.raises(ValueError, match=r"--vocab-size 100000: SentencePiece cannot make"):
-        train_sentencepiece(Source((DOLLY,)), str(tmp_path / "x.model"), 100_000)
-    with pytest.raises(ValueError, match=r"no such file"):
-        train_sentencepiece(Source(("missing.jsonl",)), str(tmp_path / "x.model"), 1000)
-    lines = Path(DOLLY).read_bytes().splitlines()
-    path = write_jsonl(tmp_path / "bad.jsonl", *lines, b"oops")
-    refusing = Source((path,), on_bad_record="refuse")
-    with pytest.raises(ValueError, match=r"bad\.jsonl:401: not JSON; correct"):
-        train_sentencepiece(refusing, str(tmp_path / "x.model"), 1000)
-    assert sorted(os.listdir(tmp_path)) == ["again.model", "bad.jsonl"]
 
 
 def test_identity_depends_on_content_not_on_the_path(tmp_path, tokenizer):

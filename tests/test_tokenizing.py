@@ -21,6 +21,7 @@ from megatron_cpo.records.tokenizing import (
     chat_renderer,
     tokenizer_identity,
 )
+from tests.stored_records import parquet, save_to_disk
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 
 EOD = ToyTokenizer.eod
@@ -163,7 +164,7 @@ def test_a_progress_bar_is_told_of_every_byte(tmp_path):
         assert min(told) >= 0
 
 
-@pytest.mark.parametrize("kind", ["texts", "packed", "datasets"])
+@pytest.mark.parametrize("kind", ["texts", "packed", "array", "tables", "datasets"])
 def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
     """Texts of several pieces, bad records, two inputs: the bytes and counts of one go."""
     monkeypatch.setattr(pair_files, "NOTE_LINES", 3)
@@ -173,6 +174,14 @@ def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
         for path in paths:
             Path(path + ".gz").write_bytes(gzip.compress(Path(path).read_bytes()))
         paths = [path + ".gz" for path in paths]
+    if kind == "array":
+        for path in paths:
+            Path(path).write_text(json.dumps(lines, indent=1))
+    if kind == "tables":
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        paths = [parquet(tmp_path / "a", lines), save_to_disk(tmp_path / "b", lines)]
+        paths = [str(path) for path in paths]
     if kind == "datasets":
         documents = [[[*[1] * (i % 7), EOD]] for i in range(20)]
         paths = [indexed(tmp_path / name, *documents) for name in "ab"]

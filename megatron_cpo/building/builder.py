@@ -199,6 +199,7 @@ class Builder:
             "eod": self.eod,
             "source": source.describe(),
             "format": source.shape,
+            "fields": dict(source.names) or None,
             "prompt_template": source.template,
             "prefix_fraction": source.prefix_fraction,
             "max_length": source.max_length,

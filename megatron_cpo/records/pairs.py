@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpo.records.inputs import indexed_prefix
 from megatron_cpo.records.lines import Advance
 from megatron_cpo.records.reading import BadRecord, Dropped, read_records
-from megatron_cpo.records.source import Source, indexed_prefix
+from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
 
@@ -57,10 +58,7 @@ def read_pairs(
         usable += 1
         yield pair
     if not usable:
-        raise ValueError(
-            f"--input {' '.join(source.inputs)}: no usable record (dropped: {dropped.describe()}); "
-            "raise --max-length, or give other data"
-        )
+        raise dropped.nothing_usable(source.inputs)
 
 
 def _pairs_of_records(
@@ -73,7 +71,14 @@ def _pairs_of_records(
 ) -> Iterator[tuple[Pair, str]]:
     render = chat_renderer(tokenizer)
     for record in read_records(
-        source.inputs, dropped, source.shape, source.template, render, advance, skip
+        source.inputs,
+        dropped,
+        source.shape,
+        source.template,
+        render,
+        advance,
+        skip,
+        source.columns,
     ):
         if record.prefix is None:
             text = encoder.text(record.continuation)

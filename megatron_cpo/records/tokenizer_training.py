@@ -94,7 +94,10 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Tra
 
 
 def _texts(source: Source, dropped: Dropped) -> Iterator[str]:
-    for record in read_records(source.inputs, dropped, source.shape, source.template):
+    records = read_records(
+        source.inputs, dropped, source.shape, source.template, columns=source.columns
+    )
+    for record in records:
         yield from filter(None, (record.prefix, record.continuation, *record.rejected))
 
 

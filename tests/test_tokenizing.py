@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_cpo.records import pair_files
 from megatron_cpo.records.pair_files import write_lm_dataset, write_pairs_resumed
@@ -42,7 +43,8 @@ def indexed(path, *documents):
 
     builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
     for document in documents:
-        builder.add_document(np.concatenate(document), [len(s) for s in document])
+        tokens = np.concatenate([*document, []]).astype(np.int32)
+        builder.add_document(torch.from_numpy(tokens), [len(s) for s in document])
     builder.finalize(f"{path}.idx")
     return str(path)
 
@@ -142,6 +144,56 @@ def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):
     assert dropped.first == {"fewer than 2 tokens to split": f"{path}:document 3"}
     whole = Source((path + ".bin",), prefix_fraction=0.2)  # a suffix is fine; no limit, no cut
     assert len(next(read_pairs(whole, ToyTokenizer(), Dropped())).continuation) == 11
+
+
+@pytest.mark.parametrize(
+    ("documents", "places"),
+    [
+        ([[], [[1, 2, 3]], [[4, 5]]], [0]),
+        ([[[1, 2, 3]], [], [[4, 5]]], [1]),
+        ([[[1, 2, 3]], [[4, 5]], []], [2]),
+        ([[], [], [[1, 2, 3]], [], [[4, 5]], [], []], [0, 1, 3, 5, 6]),
+        ([[[]], [[1, 2, 3]], [[], []], [[4, 5]], [[]]], [0, 2, 4]),  # of empty sequences
+        ([[[], [1, 2, 3]], [[4], [], [5], []]], []),
+        ([[[EOD]], [[1, 2, 3]], [[4, 5, EOD]], [[EOD, EOD]], [[7]]], [0, 3, 4]),
+    ],
+)
+def test_empty_documents_are_counted_wherever_they_lie(tmp_path, documents, places):
+    path, dropped = indexed(tmp_path / "d", *documents), Dropped()
+    source, told = Source((path,), prefix_fraction=0.2), []
+
+    def advance(units, read):
+        told.append((units, read))
+
+    pairs = list(read_pairs(source, ToyTokenizer(), dropped, advance=advance))
+    assert [listed(pair) for pair in pairs] == [[[1], [2, 3, EOD]], [[4], [5, EOD]]]
+    assert dropped.counts == ({"fewer than 2 tokens to split": len(places)} if places else {})
+    assert [int(place.rpartition(" ")[2]) for place in dropped.first.values()] == places[:1]
+    assert [units for units, _ in told] == [1] * len(documents)
+    assert sum(read for _, read in told) == source.stored_bytes()
+
+
+@pytest.mark.parametrize("documents", [[[]], [[], []], [[[]], [[EOD]]], [[[], []]]])
+def test_a_dataset_of_nothing(tmp_path, documents):
+    path = indexed(tmp_path / "d", *documents)
+    match = rf"dropped: {len(documents)} fewer than 2 tokens to split .*; give texts of at least"
+    with pytest.raises(ValueError, match=match):
+        list(read_pairs(Source((path,)), ToyTokenizer(), Dropped()))
+
+
+def test_a_dataset_that_is_damaged(tmp_path):
+    path = indexed(tmp_path / "d", [[1, 2, 3]], [[4, 5]])
+    index, data = (Path(path + suffix).read_bytes() for suffix in (".idx", ".bin"))
+    for suffix, content, match in (
+        (".bin", data[:-2], r"d\.bin has 8 bytes, its index says 10: it is cut off; copy"),
+        (".idx", index[:-9], r"d\.idx is not the whole index of a Megatron indexed dataset"),
+        (".idx", b"TNTIDX" + index[6:], r"not the whole index .*bad header"),
+    ):
+        Path(path + ".bin").write_bytes(data)
+        Path(path + ".idx").write_bytes(index)
+        Path(path + suffix).write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            list(read_pairs(Source((path,)), ToyTokenizer(), Dropped()))
 
 
 def test_a_progress_bar_is_told_of_every_byte(tmp_path):

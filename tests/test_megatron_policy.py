@@ -257,7 +257,10 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(flags, known):
     rows = "512 tokens, 127 of them perhaps padding"
     for size in (384, 513):
         [message] = run_ranks(refusal, 1, flags, size, known)
-        assert f"has {'500 tokens' if known else rows}, the build's tokenizer {size};" in message
+        assert (
+            f"has {'500 tokens' if known else rows}, the build's tokenizer has {size} tokens;"
+            in message
+        )
     [message] = run_ranks(refusal, 1, flags, 499, known)
     assert (message is not None) == known
 

@@ -29,6 +29,7 @@ from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.work.executors import take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
 from megatron_cpo.work.job import block_records
@@ -53,6 +54,7 @@ class Builder:
         self.arguments = (config, tokenizer, use)
         self.size = config.block_records
         self.eod = Encoder(tokenizer).eod
+        self._dtype = store_dtype(vocabulary_size(tokenizer))
         self._samplers: dict[str, BlockSampler] = {
             kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
         }
@@ -158,7 +160,7 @@ class Builder:
         records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
-            packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))
+            packed = pack_groups(groups, self._dtype)
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:

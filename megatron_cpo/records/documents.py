@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.records.lines import Advance
+from megatron_cpo.records.vocabulary import describe_size, vocabulary_size
 from megatron_cpo.tree import Ints
 
 
@@ -24,6 +25,7 @@ def read_documents(
     Raises:
         ValueError: a dataset is damaged, or has ids that the tokenizer does not have.
     """
+    size = vocabulary_size(tokenizer)
     for prefix in prefixes:
         dataset = _open(prefix)
         bounds = dataset.document_indices
@@ -35,7 +37,7 @@ def read_documents(
                 skip -= 1
             else:
                 where = f"{prefix}:document {document}"
-                yield _whole(sequences, where, tokenizer, eod), where
+                yield _whole(sequences, where, tokenizer, size, eod), where
             advance(1, sum(sequence.nbytes for sequence in sequences))
 
 
@@ -60,13 +62,13 @@ def _open(prefix: str) -> Any:
     return IndexedDataset(prefix, mmap=stored > 0)  # nothing cannot be mapped
 
 
-def _whole(sequences: Sequence[Ints], where: str, tokenizer: Any, eod: int) -> Ints:
+def _whole(sequences: Sequence[Ints], where: str, tokenizer: Any, size: int, eod: int) -> Ints:
     """A document as tokens that end in one EOD."""
     tokens = np.concatenate([*sequences, []]).astype(np.int32)
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < size:
         raise ValueError(
             f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
-            f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
+            f"--tokenizer-type has {describe_size(tokenizer)}: pass the one the dataset "
             "was made with"
         )
     while len(tokens) and tokens[-1] == eod:

@@ -144,10 +144,12 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.model.attach import attach_tree_attention
+    from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
     from megatron_cpo.training.step import CPOStep
 
+    check_rows(args.padded_vocab_size, get_tokenizer())
     start = checkpoint_identity(args.load, args.ckpt_step)
     start = start or checkpoint_identity(args.pretrained_checkpoint)
     manifest = read_manifest(config.data_path)
@@ -164,7 +166,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
-    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
+    arguments["forward_step_func"] = CPOStep(config, vocabulary_size(get_tokenizer()), kinds, gate)
     arguments.update(compat.hook_pretrain(arguments, attach_tree_attention))
     if args.rank == 0:
         print(

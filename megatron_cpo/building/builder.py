@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
+from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.indexed import store_dtype
 from megatron_cpo.groups.packed import pack_groups
@@ -161,6 +161,8 @@ class Builder:
         groups = make_block(records, self._recipe)
         if self._writer:
             packed = pack_groups(groups, self._dtype)
+            packed.totals.cut = {name: n for name, n in self._recipe.cut.items() if n}
+            packed.totals.ended = count_ended(groups, self.eod, packed.totals.cut)
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:

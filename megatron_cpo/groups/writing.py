@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from megatron_cpo.files import write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.lengths import Lengths
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
 from megatron_cpo.groups.store import FILES, FORMAT_VERSION, VALUE_ROWS, Group, GroupReader, sha256
 
@@ -38,7 +39,7 @@ class GroupWriter:
         aside = _fresh_folder(path_prefix)
         self._tokens = IndexedWriter(f"{aside}/store", self.dtype)
         self._values = IndexedWriter(f"{aside}/store.values", np.float32)
-        self.totals = Totals()
+        self.totals, self._candidate_lengths = Totals(), Lengths()
 
     def add(self, group: Group) -> None:
         """Append one group.
@@ -54,6 +55,7 @@ class GroupWriter:
         rows = np.full(len(packed.sequences), len(VALUE_ROWS), dtype=np.int32)
         self._values.add(packed.values, packed.value_lengths, rows)
         self.totals.add(packed.totals)
+        self._candidate_lengths.add(packed)
 
     def close(self) -> None:
         """Finish the files and put them into place, the manifest last.
@@ -80,6 +82,9 @@ class GroupWriter:
             },
             "duplicates": totals.duplicates,
             "mean_similarity": _means(totals.similarity, totals.kinds),
+            "candidate_tokens": self._candidate_lengths.describe(),
+            "ended_share": {kind: n / totals.kinds[kind] for kind, n in totals.ended.items()},
+            "cut": totals.cut,
         }
         if manifest["reference"] is not None:
             logps = _means(totals.reference_logp, totals.kinds)

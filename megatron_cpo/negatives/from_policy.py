@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.negatives.from_records import Context
+from megatron_cpo.negatives.from_records import Context, cut_at
 from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.tree import Ints
 
@@ -50,7 +50,11 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        for context, limit, samples in zip(block, limits, drawn, strict=True):
+            flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"
+            context.cut[cut_at("an", flag)] += sum(len(tokens) == limit for tokens in samples)
+        return drawn
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]

@@ -75,7 +75,8 @@ class Policy(Protocol):
 
         Args:
             limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
-                reaches it is cut there, with EOD as its last token.
+                reaches it is cut there, with EOD as its last token: an EOD that is drawn comes
+                before.
             rngs: one generator a prefix.
         """
 

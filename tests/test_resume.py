@@ -23,7 +23,7 @@ from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.records import pair_files
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import train_sentencepiece
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
 from megatron_cpo.work.job import Run, parse_shard
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 

@@ -23,6 +23,7 @@ from megatron_cpo.groups.writing import GroupWriter, finish_publishing
 from megatron_cpo.negatives.from_records import check_batch_negatives
 from megatron_cpo.progress import progress
 from megatron_cpo.records.pair_files import write_pairs_resumed
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.folder import explained
 from megatron_cpo.work.job import Run, blocks_of
@@ -129,7 +130,7 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
         reference = builder.policy.identity if builder.scores and builder.policy else None
         manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
-        writer = GroupWriter(config.output_prefix, manifest, builder.tokenizer.vocab_size)
+        writer = GroupWriter(config.output_prefix, manifest, vocabulary_size(builder.tokenizer))
         try:
             for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))

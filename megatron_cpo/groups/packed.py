@@ -44,6 +44,11 @@ class Totals:
     """Sum of the similarities by kind."""
     reference_logp: dict[str, float] = field(default_factory=dict)
     """Sum of the reference log-probs by kind, nats; NaN where some were not scored."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """Candidates by kind that came to their end by themselves; counted by who draws them."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """Candidates that were cut, with an end put there, by `kind flag`: who draws them says at
+    which flag's limit."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""

@@ -21,6 +21,7 @@ from megatron_cpo.files import aside, asides, sync, write_json, write_whole
 from megatron_cpo.groups.finite import model_name, require_finite
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.lengths import Lengths
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
 from megatron_cpo.groups.store import (
     FILES,
@@ -53,7 +54,7 @@ class GroupWriter:
         self._writing = _fresh_folder(path_prefix)
         self._tokens = IndexedWriter(f"{self._writing}/store", self.dtype)
         self._values = IndexedWriter(f"{self._writing}/store.values", np.float32)
-        self.totals = Totals()
+        self.totals, self._candidate_lengths = Totals(), Lengths()
 
     def add(self, group: Group) -> None:
         """Append one group.
@@ -69,6 +70,7 @@ class GroupWriter:
         rows = np.full(len(packed.sequences), len(VALUE_ROWS), dtype=np.int32)
         self._values.add(packed.values, packed.value_lengths, rows)
         self.totals.add(packed.totals)
+        self._candidate_lengths.add(packed)
 
     def close(self) -> None:
         """Finish the files and put them into place, the manifest last.
@@ -95,6 +97,9 @@ class GroupWriter:
             },
             "duplicates": totals.duplicates,
             "mean_similarity": _means(totals.similarity, totals.kinds),
+            "candidate_tokens": self._candidate_lengths.describe(),
+            "ended_share": {kind: n / totals.kinds[kind] for kind, n in totals.ended.items()},
+            "cut": totals.cut,
         }
         if manifest["reference"] is not None:
             logps = _means(totals.reference_logp, totals.kinds)

@@ -22,6 +22,7 @@ from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import Session, sample_in_batches
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_tokenizer
+from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
 from megatron_cpo.tree import Ints
 
 _NO_LM = ("Classification", "QuestionAnswering", "RewardModel", "MaskedLM")
@@ -64,7 +65,8 @@ class HuggingFacePolicy:
         _require_whole(f"--policy hf:{path}", self._model, loaded)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device).eval()
-        self._vocab_size, self._eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+        self._vocab_size, self._eod = vocabulary_size(tokenizer), int(tokenizer.eod)
+        self._unused = torch.from_numpy(unused_ids(tokenizer)).long().to(self._device)
         check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
         self._head_alone = self._applies_head_alone()
@@ -94,7 +96,7 @@ class HuggingFacePolicy:
 
         def open_session(batch: list[Ints], copies: int) -> Session:
             return _HuggingFaceSession(
-                self._model, self._device, self._mask, batch, copies, sampling
+                self._model, self._device, self._drawable, batch, copies, sampling
             )
 
         return sample_in_batches(
@@ -123,7 +125,9 @@ class HuggingFacePolicy:
         for i, rows, logits in self._logits(sequences, before):
             at = where[i][rows]
             numbers = torch.from_numpy(uniforms[i][:, :, at]).flatten(0, 1).t()
-            drawn = draw(logits, numbers.to(logits.device).contiguous()).cpu().numpy()
+            drawn = (
+                draw(self._drawable(logits), numbers.to(logits.device).contiguous()).cpu().numpy()
+            )
             drawn = drawn.T.reshape(tries, -1, len(at))
             result[i][:, :, at] = np.where(places[i][:, at], drawn, result[i][:, :, at])
         return result
@@ -191,6 +195,11 @@ class HuggingFacePolicy:
     def _mask(self, logits: Tensor) -> Tensor:
         """Float32 logits without the entries that only pad the vocabulary."""
         return logits[:, : self._vocab_size].float()
+
+    def _drawable(self, logits: Tensor) -> Tensor:
+        """The same without those of ids that no token has."""
+        masked = self._mask(logits)
+        return masked.index_fill(1, self._unused, -torch.inf) if len(self._unused) else masked
 
     def _right_padded(self, sequences: Sequence[Ints]) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of like length: indices of the sequences, and their ids [rows, longest]."""

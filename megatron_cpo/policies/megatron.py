@@ -29,10 +29,11 @@ from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
 from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.stages import Head, StagedModel
-from megatron_cpo.model.vocabulary import VocabShard
+from megatron_cpo.model.vocabulary import NO_IDS, VocabShard
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
 from megatron_cpo.tree import Ints, build_tree
 
 
@@ -42,11 +43,12 @@ class MegatronPolicy:
     Args:
         chunks: a model with tree attention in place, in evaluation mode (`host.loading`).
         identity: of its checkpoint.
-        vocab_size: the tokenizer's, without padding rows.
+        vocab_size: the tokenizer's `vocabulary_size`, without padding rows.
         eod: the tokenizer's.
         positions: most tokens of a sequence.
         row_tokens: tokens of a row of chains or trees; a longer one has a row of its own.
         batch: most samples that grow at a time.
+        unused: ids below `vocab_size` that no token has, and that are not drawn.
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
@@ -61,11 +63,12 @@ class MegatronPolicy:
         positions: int,
         row_tokens: int,
         batch: int = 256,
+        unused: Ints = NO_IDS,
     ) -> None:
         self.chunks, self.identity = chunks, identity
         self.positions: int | None = positions
         self._eod, self._batch = eod, batch
-        self._model = StagedModel(chunks, vocab_size, positions, row_tokens)
+        self._model = StagedModel(chunks, vocab_size, positions, row_tokens, unused)
         self._forward = RowForward(vocab_size)
 
     @staticmethod
@@ -78,7 +81,7 @@ class MegatronPolicy:
         """
         _check_layout(args)
         require_folder(args)
-        check_model(args, tokenizer.vocab_size)
+        check_model(args, vocabulary_size(tokenizer))
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()
@@ -86,11 +89,12 @@ class MegatronPolicy:
         return MegatronPolicy(
             load_model(args, attach_tree_attention),
             {"backend": "megatron", **identity, "dtype": str(args.params_dtype).split(".")[-1]},
-            int(tokenizer.vocab_size),
+            vocabulary_size(tokenizer),
             int(tokenizer.eod),
             args.max_position_embeddings,
             args.seq_length,
             batch,
+            unused_ids(tokenizer),
         )
 
     @torch.no_grad()
@@ -243,7 +247,7 @@ class _MegatronSession:
         """Logits at these positions of a row, or at all."""
 
         def head(hidden: Tensor, shard: VocabShard) -> Tensor:
-            return shard.logits(hidden if positions is None else hidden[positions])
+            return shard.drawable(hidden if positions is None else hidden[positions])
 
         return head
 
@@ -269,7 +273,7 @@ def _draws(positions: Tensor, uniforms: Tensor) -> Head:
         step = max(CHUNK_LOGITS // len(shard.weight), 1)
         numbers = uniforms.to(hidden.device)
         drawn = [
-            draw(shard.logits(hidden[some]), some_numbers, shard.first, shard.group)
+            draw(shard.drawable(hidden[some]), some_numbers, shard.first, shard.group)
             for some, some_numbers in zip(positions.split(step), numbers.split(step), strict=True)
         ]
         return torch.cat(drawn)

@@ -80,14 +80,15 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron_cpo.checkpoints.arguments import check_model
         from megatron_cpo.groups.damage import check_contents
         from megatron_cpo.groups.store import GroupReader
+        from megatron_cpo.records.vocabulary import vocabulary_size
         from megatron_cpo.training.data import check_store
 
         tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
             reader = GroupReader(path)
             check_store(reader, config, tokenizer, parsed.max_position_embeddings)
-            check_contents(reader, tokenizer.vocab_size, parsed.rank, parsed.world_size)
-        check_model(parsed, tokenizer.vocab_size)
+            check_contents(reader, vocabulary_size(tokenizer), parsed.rank, parsed.world_size)
+        check_model(parsed, vocabulary_size(tokenizer))
     return parsed
 
 
@@ -153,6 +154,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.model.attach import attach_tree_attention
+    from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.start import (
         check_reference,
@@ -162,6 +164,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     )
     from megatron_cpo.training.step import CPOStep
 
+    check_rows(args.padded_vocab_size, get_tokenizer())
     manifest = read_manifest(config.data_path)
     check_start(args, config, manifest)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
@@ -186,7 +189,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
 
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
-    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
+    arguments["forward_step_func"] = CPOStep(config, vocabulary_size(get_tokenizer()), kinds, gate)
     arguments.update(compat.hook_pretrain(arguments, prepare))
     if args.rank == 0:
         print(

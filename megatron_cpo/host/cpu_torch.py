@@ -150,12 +150,12 @@ _QUERIES: dict[str, Any] = {
 
 
 def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of the one generator that there is."""
+    """The state of the CPU's generator, the only one."""
     return torch.default_generator.get_state()
 
 
 def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Of the one generator that there is."""
+    """Set the state of the CPU's generator, the only one."""
     torch.default_generator.set_state(new_state)
 
 

@@ -63,7 +63,7 @@ def same_values(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 class Copy:
-    """Copies every move.
+    """Copies the values of all moves.
 
     Args:
         megatron: the tensors of that side, layers one by one.
@@ -84,7 +84,7 @@ class Copy:
         self._panels = Semaphore(_PANELS)
 
     def run(self, progress: bool) -> None:
-        """Do it and flush it; the first error ends it and is raised."""
+        """Copy and flush all values; the first error ends it and is raised."""
         total = sum(
             2
             * torch.Size(move.sizes).numel()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_cpo.model.attention import TreeAttention, TreeMaskCache, tree_mask
-from megatron_cpo.model.logprobs import Queries, Workspace, query_logps
+from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
 from megatron_cpo.tree import build_tree
 
 pytestmark = [

@@ -49,7 +49,7 @@ def _install_twice() -> dict[str, bool]:
     twice = {name: getattr(module, name) for name, module in names.items()}
     return {
         "replaced": all(once[name] is not before[name] for name in names),
-        "twice is once": once == twice,
+        "a second call changes nothing": once == twice,
         "keeps __wrapped__": all(once[name].__wrapped__ is before[name] for name in names),
         "keeps the name": all(once[name].__name__ == name for name in names),
         "where it was imported": megatron.training.pretrain is once["pretrain"],

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from harness.ranks import run_ranks
-from megatron_cpo.model.logprobs import Queries, Workspace, query_logps
+from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
 
 S, B, H, ROWS, VOCAB = 12, 3, 8, 32, 27  # ROWS of the output layer, the last 5 of them padding
 

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from harness.ranks import run_ranks, run_script
 from harness.stores import write_store
-from megatron_cpo.model import logprobs
-from megatron_cpo.model.logprobs import Queries, Workspace, query_logps
+from megatron_cpo.model import logprobs, workspace
+from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
 from tests.runs import CPO, MODEL
 
 
@@ -75,22 +76,22 @@ def test_memory_does_not_grow_with_the_vocabulary_times_the_queries(kept_chunks:
     positions = torch.arange(rows // 2).expand(2, -1).contiguous()
     targets = torch.randint(vocab, (2, rows // 2), generator=generator)
     queries = Queries.of(positions, targets, "cpu")
-    workspace = Workspace(chunk, kept_chunks * chunk)
+    bounds = Workspace(chunk, kept_chunks * chunk)
     chunk_bytes, input_bytes = 4 * chunk, 4 * (weight.numel() + hidden.numel())
-    logprobs._SPARE.clear()  # what other tests left would not be counted
+    workspace._SPARE.clear()  # what other tests left would not be counted
     with Memory() as memory, torch.no_grad():
-        query_logps(hidden, weight, queries, vocab, workspace=workspace)
+        query_logps(hidden, weight, queries, vocab, workspace=bounds)
     assert memory.peak <= chunk_bytes + input_bytes
-    logprobs._SPARE.clear()
+    workspace._SPARE.clear()
     with Memory() as memory:
-        logps = query_logps(hidden, weight, queries, vocab, workspace=workspace)
+        logps = query_logps(hidden, weight, queries, vocab, workspace=bounds)
         logps.sum().backward()
     assert len(logps) == rows
     assert memory.largest <= max(chunk_bytes, input_bytes)
     bound = (kept_chunks + 1) * chunk_bytes + 4 * input_bytes
     assert kept_chunks * chunk_bytes < memory.peak <= bound < 0.04 * 4 * rows * vocab
     # Kept for the next micro-batch is the workspace, no more.
-    assert 4 * sum(map(len, logprobs._SPARE)) <= (kept_chunks + 1) * chunk_bytes
+    assert 4 * sum(map(len, workspace._SPARE)) <= (kept_chunks + 1) * chunk_bytes
 
 
 def _most_waiting(argv: list[str]) -> tuple[int, int]:

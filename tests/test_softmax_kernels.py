@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_cpo.model import logprobs
-from megatron_cpo.model.logprobs import Queries, Workspace, query_logps
+from megatron_cpo.model.logprobs import Queries, query_logps
 from megatron_cpo.model.softmax import Chunk
 from megatron_cpo.model.vocabulary import VocabShard
+from megatron_cpo.model.workspace import Workspace
 
 pytest.importorskip("triton")
 

@@ -30,7 +30,7 @@ def adapt() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Megatron has it."""
+    """Whether Megatron finds Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)

@@ -75,10 +75,8 @@ class PrefixMemory:
         self._layers: dict[Any, _Layer] = {}
         self._buckets: list[_Bucket] = []
         self._own = -1  # own tokens before this forward; -1 while prefixes are read
-        nothing = torch.empty(0, dtype=torch.long)
-        self._in_slots = nothing  # [n] the live sample in each slot
-        self._by_sample = nothing  # [n] the slot of each live sample
-        self._in_buckets = nothing  # [n] each live sample's place in the buckets, end to end
+        # [n] the sample in each slot, the slot of each sample, its place in buckets end to end.
+        self._in_slots = self._by_sample = self._in_buckets = torch.empty(0, dtype=torch.long)
         self.row_tokens: int | None = None
         """Tokens of the row that is read next; None: all of it, no padding behind them."""
 
@@ -154,12 +152,8 @@ class PrefixMemory:
             queries = padded[bucket.samples].permute(0, 2, 1, 3, 4).reshape(rows * heads, -1, width)
             padding = bucket.padding.repeat_interleave(heads, dim=0)
             part = _attend(queries, keys.flatten(0, 1), values.flatten(0, 1), scale, padding)
-            parts.append(
-                [
-                    t.reshape(rows, heads, most, group, -1).transpose(1, 2).flatten(0, 1)
-                    for t in part
-                ]
-            )
+            by_row = [t.reshape(rows, heads, most, group, -1) for t in part]
+            parts.append([t.transpose(1, 2).flatten(0, 1) for t in by_row])
         together = (torch.cat(tensors)[self._in_buckets] for tensors in zip(*parts, strict=True))
         return tuple(together)  # type: ignore[return-value]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.groups.kinds import NEEDS_POLICY
-from megatron_cpo.model.logprobs import CHUNK_LOGITS
+from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import Session, sample_in_batches
 from megatron_cpo.policies.policy import Sampling

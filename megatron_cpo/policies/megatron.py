@@ -26,10 +26,10 @@ from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
-from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.stages import Head, StagedModel
 from megatron_cpo.model.vocabulary import NO_IDS, VocabShard
+from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
 from megatron_cpo.policies.policy import Sampling

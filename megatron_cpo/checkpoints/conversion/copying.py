@@ -52,7 +52,7 @@ def unstack(tensors: dict[str, StoredTensor]) -> dict[Key, StoredTensor]:
 
 
 class Copy:
-    """Copies every move.
+    """Copies the values of all moves.
 
     Args:
         megatron: the tensors of that side, layers one by one.
@@ -73,7 +73,7 @@ class Copy:
         self._panels = Semaphore(_PANELS)
 
     def run(self, progress: bool) -> None:
-        """Do it and flush it; the first error ends it and is raised."""
+        """Copy and flush all values; the first error ends it and is raised."""
         total = sum(
             2
             * torch.Size(move.sizes).numel()

@@ -71,7 +71,7 @@ class Stream:
         self._memory = local()
 
     def run(self, progress: bool, check: Callable[[], None] = lambda: None) -> None:
-        """Do it and flush it; the first error ends it and is raised. `check` is called often."""
+        """Write and flush all boxes; the first error ends it. `check` is called often."""
         jobs = (partial(job, match, box) for job, match, box in self._jobs())
         with self._sources, self._targets:
             total = self._total() // self._parts

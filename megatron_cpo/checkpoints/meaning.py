@@ -236,7 +236,7 @@ def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
         say("kv_channels", args.get("kv_channels") or args["hidden_size"] // heads)
     for name, plain in PLAIN_ARGUMENTS.items():
         if not name.startswith(("rope", "rotary", "window")):
-            say(name, args.get(name, plain))
+            say(name, plain if args.get(name) is None else args[name])
     say("gated", gated or bool(args.get("quick_geglu")), "swiglu")
     say("tied", not args.get("untie_embeddings_and_output_weights"), _UNTIE)
     window = args.get("window_size")  # how far to the left, beside the token itself

@@ -267,10 +267,10 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints import conversion, copying\n"
+        "from megatron_cpo.checkpoints.conversion import convert, copying\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
         "copying.write_box = kill\n"
-        "conversion.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
+        "convert.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
     )
     done = run_python("-c", code, models.hugging_face("llama"), tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
@@ -286,7 +286,7 @@ def test_sigterm_cleans_up(models: Models, tmp_path: Path) -> None:
     """A scheduler that ends the tool leaves nothing behind."""
     code = (
         "import os, runpy, time\n"
-        "from megatron_cpo.checkpoints import copying\n"
+        "from megatron_cpo.checkpoints.conversion import copying\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "copying.write_box = wait\n"
         f"runpy.run_path({str(ROOT / 'tools/convert_checkpoint.py')!r}, run_name='__main__')\n"

@@ -235,31 +235,10 @@ def test_what_is_no_checkpoint(flags, tmp_path):
         run_ranks(load, 1, [*flags, "--num-experts", "4"])
 
 
-def refusal(flags, size, known):
-    """What the checkpoint has to say to a tokenizer of another size."""
-    from types import SimpleNamespace
-
-    from megatron_cpo.checkpoints.formats import torch_dist
-    from megatron_cpo.policies.same_tokenizer import check_checkpoint
-
-    if not known:  # a checkpoint of a tokenizer with a file knows its rows alone
-        torch_dist._TOKENIZER.remove("vocab_size")
-    try:
-        check_checkpoint(flags[-1], None, SimpleNamespace(vocab_size=size))
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_a_checkpoint_of_another_vocabulary_is_refused(flags, known):
-    """Its 500 tokens are 512 rows, in steps of 128: it may have 385 to 512."""
-    rows = "512 tokens, 127 of them perhaps padding"
-    for size in (384, 513):
-        [message] = run_ranks(refusal, 1, flags, size, known)
-        assert f"has {'500 tokens' if known else rows}, the build's tokenizer {size};" in message
-    [message] = run_ranks(refusal, 1, flags, 499, known)
-    assert (message is not None) == known
+def test_another_model_than_the_checkpoints_is_refused(flags):
+    """On each rank, before the ranks meet."""
+    with pytest.raises(ValueError, match=r"layernorm_epsilon is 1e-05 there and 0\.5 here: pass"):
+        run_ranks(load, 2, [*flags, *"--norm-epsilon 0.5 --tensor-model-parallel-size 2".split()])
 
 
 def both_backends(folder):

@@ -66,6 +66,7 @@ def test_two_groups_by_hand() -> None:
         "reference_logps": [[-3, -5, -4, 0], [-6, 0, 0, 0], [0] * 4],
         "ranks": [[0, 1, 2, 0], [0] * 4, [0] * 4],
         "kinds": [[0, 4, 2, 0], [0] * 4, [0] * 4],
+        "group_indices": [-1] * 3,
     }
 
 

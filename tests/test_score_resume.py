@@ -142,7 +142,7 @@ def test_what_would_be_mixed_is_refused(reference, unscored, tmp_path):
     change_weight(Path(other))
     digest = '"[0-9a-f]{64}"'
     for flags, message in [
-        (["--norm-epsilon", "1e-3"], r"epsilon 1e-05, this command has 0\.001"),
+        (["--rotary-percent", "0.5"], r"rotary_percent 1\.0, this command has 0\.5"),
         (["--seq-length", "256"], "row_tokens 128, this command has 256"),
         (["--load", other], f"reference digest {digest}, this command has {digest}"),
     ]:
@@ -151,7 +151,7 @@ def test_what_would_be_mixed_is_refused(reference, unscored, tmp_path):
         ):
             run_pretrain([*argv, *flags], 1, script=TOOL)
     assert sorted((tmp_path / "store" / "groups.score" / "logps").glob("*.npz")) == done
-    with pytest.raises(Exception, match=r"built with the tokenizer .*500.*, --tokenizer-model is"):
+    with pytest.raises(Exception, match=r"has 500 tokens, this run's tokenizer 490; use the model"):
         run_pretrain([*argv, "--vocab-size", "490"], 1, script=TOOL)
     write_store(tmp_path / "new" / "groups", GROUPS, K, seed=2, longest=16, scored=False)
     copy_of(str(tmp_path / "new" / "groups"), tmp_path / "store")
@@ -173,7 +173,7 @@ def all_blocks_of(store):
     assert work.begin(REFERENCE)
     for block, groups in enumerate(BLOCKS):
         logps = np.arange(groups.start * K, groups.stop * K, dtype=np.float32)
-        work.write_block(block, np.split(logps, len(groups)))
+        work.write_block(block, groups, np.split(logps, len(groups)), "any")
     return work
 
 

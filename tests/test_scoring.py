@@ -115,6 +115,16 @@ def test_row_too_short_for_a_group_is_refused(tmp_path: Path, reference: str) ->
         score(tmp_path, reference, 1, "--seq-length 40")
 
 
+@pytest.mark.parametrize("flags", ["", "--use-checkpoint-args"])
+def test_another_model_than_the_checkpoints_is_refused(
+    tmp_path: Path, reference: str, flags: str
+) -> None:
+    """Before the ranks meet; --use-checkpoint-args keeps the epsilon of the command line."""
+    flags += " --norm-epsilon 1e-2 --tensor-model-parallel-size 2"
+    with pytest.raises(Exception, match=r"layernorm_epsilon is 1e-05 there and 0\.01 here"):
+        score(tmp_path, reference, 2, flags)
+
+
 def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no Megatron checkpoint there"):
         score(tmp_path, str(tmp_path / "nowhere"), 1, "")

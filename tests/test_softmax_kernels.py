@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_cpo.model import logprobs
-from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.logprobs import Queries, Workspace, query_logps
 from megatron_cpo.model.softmax import Chunk
 from megatron_cpo.model.vocabulary import VocabShard
 
@@ -114,7 +114,7 @@ def test_the_whole_head(monkeypatch: pytest.MonkeyPatch, kept_logits: int, expan
     for softmax in (logprobs.Softmax(), FusedSoftmax()):
         monkeypatch.setattr(logprobs, "_softmax", lambda _, softmax=softmax: softmax)
         logps = query_logps(
-            hidden, weight, queries, VOCAB, chunk_logits=3 * COLUMNS, kept_logits=kept_logits
+            hidden, weight, queries, VOCAB, workspace=Workspace(3 * COLUMNS, kept_logits)
         )
         results.append([logps, *torch.autograd.grad(logps, (hidden, weight), upstream)])
     for plain, fused in zip(*results, strict=True):

@@ -7,14 +7,16 @@ ranks, shards or a cluster, killed and resumed at will.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.finite import require_finite
+from megatron_cpo.groups.kinds import KINDS, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.negatives.from_policy import BlockSampler
@@ -40,6 +42,11 @@ class Recipe:
     similarity: BlockSimilarity
     score: Score | None
     """Reference log-probs; None leaves them NaN, to be scored later."""
+    ranker: str = "the ranking"
+    scorer: str = "the reference"
+    """What both are called in messages."""
+    cut: Counter[str] = field(default_factory=Counter)
+    """Candidates of the last block that were cut, see `Context.cut`."""
 
 
 def in_blocks(sampler: Sampler) -> BlockSampler:
@@ -50,7 +57,12 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 
 
 def make_block(records: range, recipe: Recipe) -> list[Group]:
-    """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix."""
+    """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix.
+
+    Raises:
+        ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
+    """
+    recipe.cut.clear()
     contexts = [_context(index, recipe) for index in records]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
@@ -61,10 +73,14 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
             group += negatives
             codes += [KINDS.index(kind)] * len(negatives)
     ranked = rank_candidates(candidates, recipe.similarity)
+    for context, (similarities, _) in zip(contexts, ranked, strict=True):
+        require_finite(similarities, context.index, "similarity to y_1", recipe.ranker)
     if recipe.score is None:
         logps = [no_scores(len(group)) for group in candidates]
     else:
         logps = recipe.score([context.prefix for context in contexts], candidates)
+        for context, scores in zip(contexts, logps, strict=True):
+            require_finite(scores, context.index, "log-prob", recipe.scorer)
     return [
         Group(context.prefix, group, np.array(codes, dtype=np.int32), *ranks, scores)
         for context, group, codes, ranks, scores in zip(
@@ -77,7 +93,22 @@ def _context(index: int, recipe: Recipe) -> Context:
     prefix = recipe.pairs.prefix(index)
     room = recipe.max_length - len(prefix) if recipe.max_length else None
     truth = recipe.pairs.continuation(index)
-    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room)
+    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room, recipe.cut)
+
+
+def count_ended(groups: Sequence[Group], eod: int, cut: Mapping[str, int]) -> dict[str, int]:
+    """Candidates by kind that end by themselves: in an EOD, and not because they were cut.
+
+    Kinds that are cut on purpose are left out.
+    """
+    found: Counter[str] = Counter()
+    for group in groups:
+        for code, tokens in zip(group.kinds.tolist(), group.candidates, strict=True):
+            if not REGISTRY[KINDS[code]].cut_short:
+                found[KINDS[code]] += int(tokens[-1] == eod)
+    for name, count in cut.items():
+        found[name.split()[0]] -= count
+    return dict(found)
 
 
 def pack_to_bytes(packed: Packed) -> bytes:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
+from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
-from megatron_cpo.groups.indexed import store_dtype
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.negatives.embeddings import (
     Embedder,
@@ -29,6 +29,7 @@ from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.work.executors import take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
 from megatron_cpo.work.job import block_records
@@ -118,6 +119,8 @@ class Builder:
             samplers=self._samplers,
             similarity=self._similarity(),
             score=self.policy.logps if self.policy and self.scores else None,
+            ranker=model_name(self.embedder.identity) if self.embedder else self.config.ranker,
+            scorer=model_name(self.policy.identity) if self.policy else "the reference",
         )
         self.records = len(pairs)
         self._keep_retries()  # of opening the policy, before forks take the counts along
@@ -158,7 +161,9 @@ class Builder:
         records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
-            packed = pack_groups(groups, store_dtype(self.tokenizer.vocab_size))
+            packed = pack_groups(groups, vocabulary_size(self.tokenizer), records.start)
+            packed.totals.cut = {name: n for name, n in self._recipe.cut.items() if n}
+            packed.totals.ended = count_ended(groups, self.eod, packed.totals.cut)
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
@@ -199,6 +204,7 @@ class Builder:
             "eod": self.eod,
             "source": source.describe(),
             "format": source.shape,
+            "fields": dict(source.names) or None,
             "prompt_template": source.template,
             "prefix_fraction": source.prefix_fraction,
             "max_length": source.max_length,

@@ -22,8 +22,6 @@ class Setting:
     """Compared with ==, across spellings."""
     source: str
     """What `config.json` or Megatron's arguments call it."""
-    flag: str = ""
-    """The flag that sets it in a Megatron run; "" for a `config.json`."""
 
 
 Architecture = dict[str, Setting]
@@ -41,6 +39,7 @@ PLAIN_ARGUMENTS: dict[str, Any] = {
     "attention_output_gate": False,
     "experimental_attention_variant": None,
     "glu_linear_offset": 0.0,
+    "heterogeneous_layers_config_encoded_json": None,
     "heterogeneous_layers_config_path": None,
     "hybrid_layer_pattern": None,
     "layernorm_zero_centered_gamma": False,
@@ -65,11 +64,19 @@ PLAIN_ARGUMENTS: dict[str, Any] = {
 """Arguments of Megatron that change the function, with what they are where nobody asks for more,
 and in a run of a version that did not have them yet."""
 _EXPERTS: dict[str, Any] = {
-    "moe_router_topk": 2,
-    "moe_router_score_function": "softmax",
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_router_group_topk": None,
+    "moe_router_num_groups": None,
     "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_topk": 2,
     "moe_router_topk_scaling_factor": None,
-    "moe_layer_freq": 1,
+    "moe_shared_expert_gate": False,
+    "moe_shared_expert_glu_interleave_size": None,
+    "moe_shared_expert_intermediate_size": None,
 }
 """The same, where there are experts."""
 _WORDS = {
@@ -117,14 +124,12 @@ _ACTIVATIONS = {
     ),
 }
 """Other names of one function."""
-_FLAGS = {
-    "layernorm_epsilon": "--norm-epsilon",
-    "add_bias_linear": "--disable-bias-linear",
-    "add_qkv_bias": "--add-qkv-bias",
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-    "bias_gelu_fusion": "--no-bias-gelu-fusion",
+OLD_NAMES = {
+    "norm_epsilon": "layernorm_epsilon",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "hybrid_override_pattern": "hybrid_layer_pattern",
 }
-"""Flags that are not named after their argument."""
+"""Arguments that older versions of Megatron called otherwise."""
 
 
 def architecture_of_config(config: dict[str, Any]) -> Architecture:
@@ -212,38 +217,48 @@ def _rope_of_config(config: dict[str, Any]) -> Architecture:
 
 
 def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
-    """What the parsed and validated arguments of a Megatron run say, by destination; {} of {}."""
+    """What the parsed arguments of a Megatron run say, by destination; {} of {}."""
     if not args:
         return {}
+    args = _with_new_names(args)
     found: Architecture = {}
 
     def say(name: str, value: Any, source: str | None = None) -> None:
-        source = source or name
-        flag = _FLAGS.get(source, "--" + source.replace("_", "-"))
-        found[name] = Setting(value, source, flag)
+        if isinstance(value, tuple):
+            value = list(value)
+        found[name] = Setting(value, source or name)
 
-    heads = args.get("num_attention_heads")
-    grouped, gated = args.get("group_query_attention"), bool(args.get("swiglu"))
+    heads, hidden = args.get("num_attention_heads"), args.get("hidden_size")
+    gated, biases = bool(args.get("swiglu")), args.get("add_bias_linear")
     for name in (
-        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"),
-        *("layernorm_epsilon", "normalization", "add_bias_linear", "add_qkv_bias"),
-        _KIND,
+        *("hidden_size", "ffn_hidden_size", "num_attention_heads"),
+        *("layernorm_epsilon", "normalization", "add_bias_linear", _KIND),
     ):
         if args.get(name) is not None:
             say(name, args[name])
-    if heads:
-        say("num_query_groups", args.get("num_query_groups") if grouped else heads)
-        say("kv_channels", args.get("kv_channels") or args["hidden_size"] // heads)
+    found |= _layers_of_arguments(args)
+    if args.get("add_qkv_bias") is not None or biases:
+        say("add_qkv_bias", bool(args.get("add_qkv_bias") or biases))
+    grouped, groups = args.get("group_query_attention"), "num_query_groups"
+    if heads and (
+        grouped is not None or groups not in args
+    ):  # alone, the default of 1 says nothing
+        say(groups, args.get(groups) if grouped else heads)
+    if width := args.get("kv_channels") or (heads and hidden and hidden // heads):
+        say("kv_channels", width)
     for name, plain in PLAIN_ARGUMENTS.items():
-        if not name.startswith(("rope", "rotary", "window")):
+        if not name.startswith(("rope", "rotary", "window", "hybrid", "no_rope")):
             say(name, plain if args.get(name) is None else args[name])
-    say("gated", gated or bool(args.get("quick_geglu")), "swiglu")
-    say("tied", not args.get("untie_embeddings_and_output_weights"), _UNTIE)
+    quick = bool(args.get("quick_geglu"))
+    say("gated", gated or quick, "quick_geglu" if quick else "swiglu")
+    say("tied", not args.get(_UNTIE), _UNTIE)
     window = args.get("window_size")  # how far to the left, beside the token itself
     say("window", window and window[0] + 1, "window_size")
+    if window:
+        say("window_attn_skip_freq", args.get("window_attn_skip_freq"))
     if gated:
         say("activation", "silu", "swiglu")
-    elif not args.get("squared_relu") and not args.get("quick_geglu"):
+    elif not args.get("squared_relu") and not quick:
         # Only the fused kernel is tanh-GELU; without the fusion Megatron calls F.gelu, the erf
         # form. --openai-gelu is parsed and never read.
         fused = args.get("bias_gelu_fusion", True) and args.get("add_bias_linear", True)
@@ -251,6 +266,8 @@ def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
     if args.get("num_experts"):
         for name, plain in _EXPERTS.items():
             say(name, args.get(name, plain))
+        if width := args.get("moe_ffn_hidden_size") or args.get("ffn_hidden_size"):
+            say("moe_ffn_hidden_size", width)
     if args.get(_KIND) == "learned_absolute":
         say("max_position_embeddings", args.get("max_position_embeddings"))
     elif args.get(_KIND) not in (None, "none"):
@@ -258,7 +275,37 @@ def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
             say(name, args.get(name, plain))
         say("rotary_interleaved", args.get("rotary_interleaved", False))
         say("rope_scaling", *_scaling_of_arguments(args))
+        none = args.get("no_rope_freq")
+        if isinstance(none, int) and args.get("num_layers"):
+            none = [int((layer + 1) % none == 0) for layer in range(args["num_layers"])]
+        say("no_rope_freq", none)
     return found
+
+
+def _with_new_names(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as the newest version calls them."""
+    found = dict(args)
+    for old, name in OLD_NAMES.items():
+        if found.get(name) is None and found.get(old) is not None:
+            found[name] = found[old]
+    if found.get("use_rotary_position_embeddings"):
+        found[_KIND] = "rope"
+    return found
+
+
+def _layers_of_arguments(args: dict[str, Any]) -> Architecture:
+    """Which layers there are, as in a hybrid model's pattern; a hybrid can load a GPT's."""
+    if pattern := args.get("hybrid_layer_pattern"):
+        kinds = str(pattern).partition("/")[0].replace("|", "")
+        return {"layers": Setting(kinds, "hybrid_layer_pattern")}
+    if (layers := args.get("num_layers")) is None:
+        return {}
+    experts, source = [bool(args.get("num_experts"))] * layers, "num_layers"
+    if any(experts) and (freq := args.get("moe_layer_freq", 1)) != 1:
+        given = freq if isinstance(freq, list) else [n % freq == 0 for n in range(layers)]
+        experts, source = [bool(expert) for expert in given], "moe_layer_freq"
+    kinds = "".join("*E" if expert else "*-" for expert in experts)
+    return {"num_layers": Setting(layers, "num_layers"), "layers": Setting(kinds, source)}
 
 
 def _scaling_of_arguments(args: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -6,6 +6,7 @@ in order from `consumed_train_samples`; that order is already shuffled by the pl
 resumed run continue exactly.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +14,13 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.finite import require_finite, require_tokens
 from megatron_cpo.groups.plan import Plan, cached_pack
 from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
 from megatron_cpo.groups.store import GroupReader
+
+MIXING = 5
+"""Beside the seed, in the generator that mixes rows: another number is another order of a run."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class RowConfig:
     """Of the packing plan."""
     cache: str | None = None
     """Folder for the packing plan, `--data-cache-path`."""
+    vocab_size: int | None = None
+    """The tokenizer's: a row with an id beyond is refused. None: nobody looks."""
+    scored: bool = False
+    """The reference log-probs are wanted: a row without is refused."""
 
 
 class GroupDataset(torch.utils.data.Dataset[Row]):
@@ -74,6 +83,12 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
             candidates=config.k,
         )
 
+    def padded_to(self, shape: RowShape) -> "GroupDataset":
+        """The same rows at another shape, no smaller than this one in any of its sizes."""
+        rows = copy.copy(self)
+        rows.shape = shape
+        return rows
+
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -82,8 +97,18 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
         return self.plan[row] + self.first
 
     def __getitem__(self, row: int) -> Row:
-        groups = [self.reader[int(i)] for i in self.group_indices(row)]
-        return group_row(groups, self.shape, self.config.lm_prefix)
+        indices = self.group_indices(row).tolist()
+        groups = [self.reader[index] for index in indices]
+        made = group_row(groups, self.shape, self.config.lm_prefix)
+        made["group_indices"][: len(indices)] = indices
+        path, size = self.reader.path_prefix, self.config.vocab_size
+        if size is not None and not _are_tokens(made, size):
+            for index, group in zip(indices, groups, strict=True):
+                require_tokens(group.tokens, size, f"group {index} of {path}")
+        if self.config.scored and not np.isfinite(made["reference_logps"]).all():
+            for index, group in zip(indices, groups, strict=True):
+                require_finite(group.reference_logps, index, "log-prob", f"the reference of {path}")
+        return made
 
 
 class MixedDataset(torch.utils.data.Dataset[Row]):
@@ -108,13 +133,13 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         fraction: float,
         rows: int,
     ) -> None:
-        self.groups, self.documents = groups, documents
         self._samples = groups.shape.tokens // document_tokens
         lm_tokens = self._samples * document_tokens
+        # All rows of a run are padded alike.
         self.shape = replace(groups.shape, queries=max(groups.shape.queries, lm_tokens))
-        groups.shape = self.shape  # all rows of a run are padded alike
+        self.groups, self.documents = groups.padded_to(self.shape), documents
         bounds = np.floor(np.arange(int(rows * fraction) + 2) / fraction).astype(np.int64)
-        rng = np.random.default_rng([groups.config.seed, len("mixed")])
+        rng = np.random.default_rng([groups.config.seed, MIXING])
         places = bounds[:-1] + np.floor(rng.random(len(bounds) - 1) * np.diff(bounds)).astype(int)
         is_group = np.zeros(rows, dtype=bool)
         is_group[places[places < rows]] = True
@@ -135,7 +160,20 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         if self.groups_per_row[row]:
             return self.groups[group_rows]
         first = (row - group_rows) * self._samples
-        return documents_row([self.documents[first + i] for i in range(self._samples)], self.shape)
+        samples = [self.documents[first + i] for i in range(self._samples)]
+        made, size = documents_row(samples, self.shape), self.groups.config.vocab_size
+        if size is not None and not _are_tokens(made, size):
+            for index, sample in enumerate(samples, first):
+                for ids in (sample["tokens"], sample["labels"]):
+                    require_tokens(np.asarray(ids), size, f"sample {index} of --data-path")
+        return made
+
+
+def _are_tokens(row: Row, vocab_size: int) -> bool:
+    """Whether all ids of a row are of the vocabulary; a target of -1 is padding."""
+    tokens, targets = row["tokens"], row["query_targets"]
+    largest = max(int(tokens.max()), int(targets.max(initial=0)))
+    return largest < vocab_size and int(tokens.min()) >= 0 and int(targets.min(initial=0)) >= -1
 
 
 class BatchTotals(torch.utils.data.Dataset[Row]):

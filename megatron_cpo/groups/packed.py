@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.finite import require_finite, require_tokens
+from megatron_cpo.groups.indexed import store_dtype
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import VALUE_ROWS, Group
 from megatron_cpo.tree import build_tree
@@ -42,6 +44,11 @@ class Totals:
     """Sum of the similarities by kind."""
     reference_logp: dict[str, float] = field(default_factory=dict)
     """Sum of the reference log-probs by kind, nats; NaN where some were not scored."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """Candidates by kind that came to their end by themselves; counted by who draws them."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """Candidates that were cut, with an end put there, by `kind flag`: who draws them says at
+    which flag's limit."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""
@@ -78,22 +85,29 @@ class Packed:
         return rows.ravel()
 
 
-def pack_groups(groups: Sequence[Group], dtype: Any) -> Packed:
+def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Packed:
     """Pack groups; their trees are built for their sizes.
 
     Args:
-        dtype: integer type of the store's tokens.
+        vocab_size: of the tokenizer; decides the integer type of the store's tokens.
+        first: place of the first group in the store, for messages.
 
     Raises:
-        ValueError: a value row does not have one entry per candidate, or there is no candidate.
+        ValueError: a value row does not have one entry per candidate, or there is no candidate; a
+            token is outside the vocabulary; a similarity, or one of several log-probs, is not
+            finite.
     """
     tokens, lengths, values, totals = [], [], [], Totals(groups=len(groups))
     kinds: Counter[str] = Counter()
-    for group in groups:
+    for index, group in enumerate(groups, first):
         k, sequences = len(group.candidates), [group.prefix, *group.candidates]
         for name in VALUE_ROWS[:-1]:
             if len(getattr(group, name)) != k or k == 0:
                 raise ValueError(f"group has {k} candidates but {len(getattr(group, name))} {name}")
+        require_finite(group.similarities, index, "similarity to y_1", "the ranking")
+        if not np.isnan(group.reference_logps).all():  # all NaN: not scored yet
+            require_finite(group.reference_logps, index, "log-prob", "the reference")
+        require_tokens(group.tokens, vocab_size, f"group {index}")
         tree = build_tree(group.prefix, group.candidates)
         tokens += sequences
         lengths += [len(sequence) for sequence in sequences]
@@ -118,7 +132,7 @@ def pack_groups(groups: Sequence[Group], dtype: Any) -> Packed:
             totals.reference_logp[kind] = totals.reference_logp.get(kind, 0.0) + logp
     totals.kinds = dict(kinds)
     return Packed(
-        tokens=np.concatenate(tokens).astype(dtype),
+        tokens=np.concatenate(tokens).astype(store_dtype(vocab_size)),
         lengths=np.array(lengths, dtype=np.int32),
         sequences=np.array([1 + len(group.candidates) for group in groups], dtype=np.int32),
         values=np.concatenate(values).astype(np.float32),

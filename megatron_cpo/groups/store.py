@@ -46,6 +46,11 @@ class Group:
     reference_logps: NDArray[np.float32]
     """[K] log pi_ref(y_k | x), nats, summed over the tokens of y_k; NaN until scored."""
 
+    @property
+    def tokens(self) -> Ints:
+        """The ids of all its sequences, end to end."""
+        return np.concatenate([self.prefix, *self.candidates])
+
 
 class GroupReader:
     """Reads a store; groups by index, memory mapped.
@@ -60,15 +65,7 @@ class GroupReader:
 
         self.path_prefix = path_prefix
         self.manifest = read_manifest(path_prefix)
-        for suffix, expected in self.manifest["files"].items():
-            path = Path(path_prefix + suffix)
-            found = path.stat().st_size if path.exists() else None
-            if found != expected["bytes"]:
-                raise ValueError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
-                    f"says {expected['bytes']} bytes: the file is truncated or from another "
-                    "build; copy it again or rebuild with tools/build_negatives.py"
-                )
+        check_sizes(path_prefix, self.manifest)
         self._tokens = IndexedDataset(path_prefix)
         self._values = IndexedDataset(path_prefix + ".values")
         if len(self) != self.manifest["groups"]:
@@ -115,6 +112,24 @@ class GroupReader:
         values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
         return values[starts].astype(np.int32), values[starts + 1].astype(np.int32)
 
+    @property
+    def dtype(self) -> Any:
+        """Of the stored tokens."""
+        return self._tokens.index.dtype
+
+    def locate(self, which: str, place: int) -> tuple[int, int, int]:
+        """Where a number of PREFIX.bin (`which` "") or PREFIX.values.bin (".values") belongs.
+
+        Returns:
+            The group, which of its sequences, and the place in that.
+        """
+        dataset = self._values if which else self._tokens
+        size = np.dtype(dataset.index.dtype).itemsize
+        pointers, documents = dataset.index.sequence_pointers, dataset.document_indices
+        sequence = int(np.searchsorted(pointers, place * size, side="right")) - 1
+        group = int(np.searchsorted(documents, sequence, side="right")) - 1
+        return group, sequence - int(documents[group]), place - int(pointers[sequence]) // size
+
     def candidate_counts(self) -> NDArray[np.int64]:
         """K of every group, [groups]."""
         return np.diff(self._tokens.document_indices) - 1
@@ -156,6 +171,23 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
             f"this release reads {FORMAT_VERSION}: rebuild the store"
         )
     return dict(manifest)
+
+
+def check_sizes(path_prefix: str, manifest: dict[str, Any]) -> None:
+    """Refuse files that are not those of a manifest, by their sizes.
+
+    Raises:
+        ValueError: one is missing, or has another size.
+    """
+    for suffix, expected in manifest["files"].items():
+        path = Path(path_prefix + suffix)
+        found = path.stat().st_size if path.exists() else None
+        if found != expected["bytes"]:
+            raise ValueError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
+                f"says {expected['bytes']} bytes: the file is truncated or from another "
+                "build; copy it again or rebuild with tools/build_negatives.py"
+            )
 
 
 def sha256(path: str) -> str:

@@ -1,15 +1,17 @@
-"""All knowledge of Megatron versions: what we bind to, by name, and what to say without it.
+"""What differs between Megatron versions: what we bind to, by name, and how a model is built.
 
 Branches look at names and signatures, never at version numbers: a checkout between two releases has
 the number of one and the code of the other.
 """
 
+import argparse
 import copy
 import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from typing import Any
 
 TESTED = "0.18 and 0.19"
@@ -78,11 +80,39 @@ def _unsupported(path: str, reason: str) -> ImportError:
     )
 
 
+@functools.cache  # it takes a tenth of a second
+def megatron_parser() -> argparse.ArgumentParser:
+    """Megatron's own parser, without anybody's flags but its own."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return add_megatron_arguments(parser)
+
+
+def parsed_flags(words: Sequence[str]) -> dict[str, Any]:
+    """What Megatron's parser makes of flags, its defaults included; others are passed over."""
+    return vars(megatron_parser().parse_known_args(words)[0])
+
+
+def flag_of(name: str, value: Any) -> tuple[str, bool]:
+    """The flag of an argument of Megatron, and whether it has to be given for the argument to have
+    a value: `("--swiglu", False)` for `swiglu` to be False."""
+    for action in megatron_parser()._actions:
+        if action.dest == name and action.option_strings:
+            flag = action.option_strings[0]
+            if action.nargs == 0:
+                return flag, value == action.const
+            if isinstance(value, str | list):
+                value = shlex.quote(str(value))
+            return (f"{flag} {value}", True) if value is not None else (flag, False)
+    return f"--{name.replace('_', '-')} {value}", True
+
+
 def skip_compiled_helpers() -> None:
     """Let Megatron use the dataset helper that its wheel ships instead of compiling it.
 
     `compile_helpers` runs make, the wheel has no Makefile, and a failure exits the process; on GPUs
-    as well. A checkout whose helper is not compiled yet still compiles. Twice is once.
+    as well. A checkout whose helper is not compiled yet still compiles.
     """
     from megatron.core.datasets import utils
 
@@ -104,7 +134,7 @@ def hooked(provider: Callable, hook: Callable[[list[Any]], list[Any]]) -> Callab
 
 
 def _allow_context_parallelism() -> None:
-    """Let a model of local modules be built under context parallelism; twice is once.
+    """Let a model of local modules be built under context parallelism, from now on.
 
     `DotProductAttention` refuses it when it is built, which is before tree attention takes its
     place. It refuses when it is called instead.

@@ -58,7 +58,7 @@ CUDA_FLAGS: dict[str, str] = {
 """Megatron switches that are off by default and cannot be turned on without CUDA."""
 
 
-@functools.cache  # twice is once
+@functools.cache  # a second call changes nothing
 def enable() -> None:
     """Run Megatron on this machine's CPU from now on; raises ValueError where there is CUDA.
 

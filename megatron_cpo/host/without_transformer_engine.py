@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-@functools.cache  # twice is once
+@functools.cache  # a second call changes nothing
 def adapt() -> None:
     """Change Megatron for the whole process, unless it finds Transformer Engine."""
     if have_transformer_engine():

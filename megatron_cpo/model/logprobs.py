@@ -4,7 +4,8 @@ Logits exist for the positions that have a query, never for all tokens, and a ch
 time. Backward needs them again: chunks are kept while they fit `KEPT_LOGITS`, and computed again
 beyond. So the workspace is at most `KEPT_LOGITS` and a chunk of float32 numbers (on a GPU
 `GPU_KEPT_LOGITS`, a chunk, and its gradient in the weight's dtype), whatever the vocabulary and the
-number of queries, and nothing is computed twice that fits it.
+number of queries, and nothing is computed twice that fits it. That is for each micro-batch that
+waits for its backward: one at a time on the stage with the head, in all of Megatron's schedules.
 
 Everything after the matrix product is float32. Rows that only pad the vocabulary are masked:
 Megatron pads it to a multiple that depends on the tensor-parallel size, and its own loss lets those
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.model.context import to_device
+from megatron_cpo.model.context_parallel import to_device
 from megatron_cpo.model.softmax import Chunk, Softmax
 from megatron_cpo.model.vocabulary import VocabShard
 
@@ -34,6 +35,17 @@ KEPT_LOGITS = 2**27
 """Logits that may wait for backward on a rank (512 MiB): 2,668 positions at vocabulary 50,257."""
 GPU_KEPT_LOGITS = 2**29
 """The same on a GPU (2 GiB), two thirds of the float32 logits of 16,384 MLE tokens."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bounds on the head's memory, in logits of a rank; None: as the device likes it."""
+
+    chunk: int | None = None
+    """Logits of a chunk."""
+    kept: int | None = None
+    """Logits that are kept for backward; 0 computes all of them again. Where no gradient is wanted
+    none are kept."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,9 @@ def query_logps(
     vocab_size: int,
     tp_group: Any = None,
     sequence_parallel: bool = False,
-    chunk_logits: int | None = None,
-    kept_logits: int | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
-    """Log-probs of the queries' targets, [Q] float32, in nats.
+    """Log-probs of the queries' targets, [Q] float32, in nats; -inf outside the vocabulary.
 
     Args:
         hidden_states: [S, B, H] of the last layer (after the final norm); [S / tp, B, H] when
@@ -95,9 +106,7 @@ def query_logps(
         queries: what is wanted; the same on all tensor-parallel ranks.
         vocab_size: the tokenizer's, without padding rows.
         tp_group: tensor-parallel group; None or of size 1: no reduction.
-        chunk_logits: bound on the logits of a chunk; None: as the device likes it.
-        kept_logits: bound on the logits that are kept for backward; 0 computes all of them again;
-            None: as the device likes it. Where no gradient is wanted none are kept.
+        workspace: bounds on memory; None: as the device likes it.
 
     Gradients: to `hidden_states` reduced over the tensor-parallel group (scattered back when
     sequence parallel), to `output_weight` in its dtype, rounded once from a float32 sum.
@@ -113,14 +122,15 @@ def query_logps(
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
     hidden = hidden_states.flatten(0, 1).index_select(0, queries.positions)
-    if chunk_logits is None:
-        chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
-    if kept_logits is None:
-        kept_logits = GPU_KEPT_LOGITS if hidden.is_cuda else KEPT_LOGITS
+    chunk, kept = (workspace.chunk, workspace.kept) if workspace else (None, None)
+    if chunk is None:
+        chunk = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
+    if kept is None:
+        kept = GPU_KEPT_LOGITS if hidden.is_cuda else KEPT_LOGITS
     if not (torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)):
-        kept_logits = 0
+        kept = 0
     result: Tensor = _QueryLogProbs.apply(
-        hidden, output_weight, queries, vocab_size, tp_group, chunk_logits, kept_logits
+        hidden, output_weight, queries, vocab_size, tp_group, chunk, kept
     )
     return result
 
@@ -152,6 +162,8 @@ class _QueryLogProbs(torch.autograd.Function):
             at = queries.rows[wanted] - chunk.start
             column, here = shard.locate(queries.targets[wanted])
             target = torch.where(here, logits[at, column], 0.0)
+            # No rank has it, and so nobody would notice: its probability is 0, as of padding rows.
+            target.masked_fill_(queries.targets[wanted] >= vocab_size, float("-inf"))
             largest[chunk], sums = softmax.forward(logits)
             highest = shard.reduce_max(largest[chunk].clone())
             to_highest = (largest[chunk] - highest).exp_()

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.negatives.from_records import Context
+from megatron_cpo.groups.finite import REMEDY, model_name
+from megatron_cpo.negatives.from_records import Context, cut_at
 from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.tree import Ints
 
@@ -50,7 +51,16 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        for context, limit, samples in zip(block, limits, drawn, strict=True):
+            _require_tokens(policy, context, samples)
+            flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"
+            cut = sum(_was_cut(tokens, limit, context.eod) for tokens in samples)
+            context.cut[cut_at("an", flag)] += cut
+        return [
+            [_ended(tokens, context.eod) for tokens in samples]
+            for context, samples in zip(block, drawn, strict=True)
+        ]
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
@@ -82,6 +92,15 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
     if positions is not None:
         limit = min(limit, positions - len(context.prefix))
     return max(limit, 1)
+
+
+def _was_cut(tokens: Ints, limit: int, eod: int) -> bool:
+    """Whether a sample did not come to its end; see `Policy.sample`."""
+    return len(tokens) >= limit or tokens[-1:] != [eod]
+
+
+def _ended(tokens: Ints, eod: int) -> Ints:
+    return tokens if tokens[-1:] == [eod] else np.append(tokens, np.int32(eod))
 
 
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -117,7 +136,19 @@ def _replace(
     rngs: Sequence[np.random.Generator],
 ) -> list[NDArray[np.int32]]:
     prefixes, truths = [c.prefix for c in block], [c.truth for c in block]
-    return policy.replacements(prefixes, truths, places, tries, rngs)
+    drawn = policy.replacements(prefixes, truths, places, tries, rngs)
+    for context, copies in zip(block, drawn, strict=True):
+        _require_tokens(policy, context, [copies.ravel()])
+    return drawn
+
+
+def _require_tokens(policy: Policy, context: Context, drawn: Sequence[Ints]) -> None:
+    """ValueError where the policy had no finite logits to draw from."""
+    if any((tokens < 0).any() for tokens in drawn):
+        raise ValueError(
+            f"group {context.index}: the logits of {model_name(policy.identity)} are NaN or "
+            f"infinite, so nothing can be drawn from it; {REMEDY}"
+        )
 
 
 def _unlike(truth: Ints, tries: NDArray[np.int32]) -> list[Ints]:

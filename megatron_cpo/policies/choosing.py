@@ -5,6 +5,8 @@ what else is drawn at the same time, on a cache, or on the device's generator. U
 parallelism each rank holds the logits of its part of the vocabulary; only the k best of each part,
 or one sum of each part, travel, and all ranks come to the same token.
 
+Where a row's logits are NaN or infinite there is nothing to draw: its token is -1, on all ranks.
+
 Legend: R rows, V vocabulary entries of this rank, M numbers a row.
 """
 
@@ -19,7 +21,7 @@ from megatron_cpo.policies.policy import Sampling
 def choose(
     logits: Tensor, uniforms: Tensor, sampling: Sampling, first: int = 0, group: Any = None
 ) -> Tensor:
-    """One token a row, [R] int64, by temperature, top-k and top-p in this order.
+    """One token a row, [R] int64, by temperature, top-k and top-p in this order; -1 for no token.
 
     Args:
         logits: [R, V] float32, minus infinity at entries that are no token.
@@ -38,7 +40,8 @@ def choose(
     ids, by_id = ids.sort(dim=1)
     cumulative = probs.gather(1, by_id).cumsum(1)
     at = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(1, keepdim=True)
-    return ids.gather(1, at.clamp(max=ids.shape[1] - 1))[:, 0]
+    chosen = ids.gather(1, at.clamp(max=ids.shape[1] - 1))[:, 0]
+    return torch.where(values[:, 0].isfinite(), chosen, -1)  # NaN sorts above all numbers
 
 
 def best(logits: Tensor, k: int, first: int = 0, group: Any = None) -> tuple[Tensor, Tensor]:
@@ -57,7 +60,10 @@ def best(logits: Tensor, k: int, first: int = 0, group: Any = None) -> tuple[Ten
 
 
 def draw(logits: Tensor, uniforms: Tensor, first: int = 0, group: Any = None) -> Tensor:
-    """M tokens a row from the whole softmax, [R, M] int64; `uniforms` is [R, M] float64."""
+    """M tokens a row from the whole softmax, [R, M] int64; `uniforms` is [R, M] float64.
+
+    -1 for no token, as `choose`.
+    """
     largest = logits.amax(1, keepdim=True)
     if group is not None:
         largest = _gather(largest, group).amax(1)
@@ -66,7 +72,7 @@ def draw(logits: Tensor, uniforms: Tensor, first: int = 0, group: Any = None) ->
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     if group is None:
         at = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-        return first + torch.minimum(at, last)
+        return torch.where(largest.isfinite(), first + torch.minimum(at, last), -1)
     # The parts' sums say in which part a number falls; there it is looked up, and one sum over the
     # ranks tells the others.
     edges = _gather(cumulative[:, -1], group).cumsum(1)
@@ -76,7 +82,7 @@ def draw(logits: Tensor, uniforms: Tensor, first: int = 0, group: Any = None) ->
     at = torch.searchsorted(cumulative, (target - below).clamp(min=0.0), right=True)
     tokens = torch.where(part == rank, first + torch.minimum(at, last), 0)
     torch.distributed.all_reduce(tokens, group=group)
-    return tokens
+    return torch.where(largest.isfinite(), tokens, -1)
 
 
 def _gather(tensor: Tensor, group: Any) -> Tensor:

@@ -18,7 +18,7 @@ class Session(Protocol):
     """A batch of growing rows: first `count` a prefix, in the order of the prefixes."""
 
     def choose(self, uniforms: NDArray[np.float64]) -> NDArray[np.int64]:
-        """The next token of each row, by one number in [0, 1) each."""
+        """The next token of each row, by one number in [0, 1) each; -1: its logits are none."""
 
     def advance(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
         """Keep these rows alone (indices into the present ones, increasing) and append a token to
@@ -73,7 +73,7 @@ def _grow(
         chosen = session.choose(numbers[live, step])
         tokens[live, step] = chosen
         lengths[live] = step + 1 + (chosen != eod)  # EOD follows what it is not
-        goes_on = np.flatnonzero((chosen != eod) & (step + 2 < limit[live]))
+        goes_on = np.flatnonzero((chosen != eod) & (chosen >= 0) & (step + 2 < limit[live]))
         live, step = live[goes_on], step + 1
         if len(live):
             session.advance(goes_on, chosen[goes_on])

@@ -5,6 +5,7 @@ use the generators they are given and nothing else, so a group's negatives depen
 kind) and on the policy, never on which worker drew them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,8 +30,10 @@ class Sampling:
     """Most tokens of a continuation, EOD included."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature {self.temperature}: needs a number above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--temperature {self.temperature}: needs a number above 0, and finite"
+            )
         if self.top_k < 0:
             raise ValueError(f"--top-k {self.top_k}: needs a number above 0, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -45,6 +48,9 @@ class Policy(Protocol):
     Every method takes a block of records at once and may batch it as it likes; the block, not the
     batch, is what its results may depend on. A policy that is spread over ranks is called on all
     of them with the same arguments, and gives all of them the same results.
+
+    A token of -1, and NaN among log-probs or embeddings, say that the model's numbers are not
+    finite; who asked refuses them, with the record at hand.
     """
 
     @property
@@ -75,7 +81,9 @@ class Policy(Protocol):
 
         Args:
             limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
-                reaches it is cut there, with EOD as its last token.
+                reaches it is cut there, with EOD as its last token: an EOD that is drawn comes
+                before. One that was cut and does not reach it, as in text that was encoded again,
+                has no EOD at its end.
             rngs: one generator a prefix.
         """
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.records.tokenizing import PROBE, Encoder, vocabulary
+from megatron_cpo.records.vocabulary import describe_size, vocabulary_size
 
 
 def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
@@ -22,15 +23,15 @@ def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
     Raises:
         ValueError: they differ; shows both values.
     """
-    ours = f"--tokenizer-model has {tokenizer.vocab_size}"
+    size, ours = vocabulary_size(tokenizer), f"--tokenizer-model has {describe_size(tokenizer)}"
     advice = "build with the model's own tokenizer"
-    if rows < tokenizer.vocab_size:
-        raise ValueError(f"{flag}: {rows} tokens in its vocabulary, {ours}; {advice}")
+    if rows < size:
+        raise ValueError(f"{flag}: {rows} rows in its vocabulary, {ours}; {advice}")
     theirs = _load(path)
     if theirs is None:
         return
-    if len(theirs) != tokenizer.vocab_size:
-        raise ValueError(f"{flag}: its tokenizer has {len(theirs)} tokens, {ours}; {advice}")
+    if vocabulary_size(theirs) != size:
+        raise ValueError(f"{flag}: its tokenizer has {describe_size(theirs)}, {ours}; {advice}")
     if theirs.eos_token_id != tokenizer.eod:
         raise ValueError(
             f"{flag}: its end of sequence is id {theirs.eos_token_id} "
@@ -53,33 +54,6 @@ def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
         raise ValueError(
             f"{flag}: encodes a test text otherwise than --tokenizer-model, from token {at} on: "
             f"{found[at : at + 5]} and {expected[at : at + 5]}; {advice}"
-        )
-
-
-def check_checkpoint(load: str, step: int | None, tokenizer: Any) -> None:
-    """Refuse a Megatron checkpoint whose vocabulary has not as many tokens as the build's.
-
-    A torch_dist checkpoint says how many rows its vocabulary has and how they were padded, and,
-    for tokenizers without a file, the number of tokens. Others say nothing we could compare.
-
-    Raises:
-        ValueError: they differ; shows both values.
-    """
-    from megatron_cpo.checkpoints.formats.opening import open_checkpoint
-
-    try:
-        checkpoint = open_checkpoint(Path(load), step)
-    except ValueError:  # another format: Megatron's own loader knows it, or says why not
-        return
-    size = tokenizer.vocab_size
-    fewest, most = checkpoint.padding or (0, size)
-    if checkpoint.token_count is not None:
-        fewest = most = checkpoint.token_count
-    if not fewest <= size <= most:
-        raise ValueError(
-            f"--load {load}: its vocabulary has {most} tokens"
-            f"{f', {most - fewest} of them perhaps padding' if fewest < most else ''}, the build's "
-            f"tokenizer {size}; build with the model's own tokenizer"
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.finite import require_finite
 from megatron_cpo.groups.store import GroupReader, read_manifest
 from megatron_cpo.groups.writing import finish_publishing, write_reference_logps
 from megatron_cpo.records.tokenizing import tokenizer_identity
@@ -42,7 +43,7 @@ class ScoreFolder(WorkFolder):
         ours = tokenizer_identity(tokenizer)
         with self.locked():
             try:
-                finish_publishing(self._prefix)
+                finish_publishing(self._prefix, self.is_alone)
                 theirs = read_manifest(self._prefix)["tokenizer"]
             finally:
                 if not (self.path / "command.json").exists():
@@ -81,8 +82,16 @@ class ScoreFolder(WorkFolder):
             self.claim()
             return True
 
-    def write_block(self, block: int, logps: Sequence[NDArray[np.float32]]) -> None:
-        """Keep the log-probs of a block's groups, [K] each."""
+    def write_block(
+        self, block: int, groups: range, logps: Sequence[NDArray[np.float32]], source: str
+    ) -> None:
+        """Keep the log-probs of a block's groups, [K] each; `source` is what they were scored by.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        for group, scores in zip(groups, logps, strict=True):
+            require_finite(scores, group, "log-prob", source)
         content = BytesIO()
         np.savez(content, allow_pickle=False, logps=np.concatenate(logps))
         self.write(self.block_path(STAGE, block), content.getvalue())
@@ -103,7 +112,11 @@ class ScoreFolder(WorkFolder):
             if not self.is_scored(self.reference):
                 if missing := self.missing(STAGE, range(len(blocks))):
                     return missing
-                write_reference_logps(self._prefix, self._results(blocks), self.reference)
+                try:
+                    write_reference_logps(self._prefix, self._results(blocks), self.reference)
+                except FileNotFoundError:  # without locks: another share finished meanwhile
+                    if not self.is_scored(self.reference):
+                        raise
             self.remove()  # or another share has finished while this one waited
             return []
 

@@ -7,11 +7,14 @@ writes the store.
 
 from typing import Any
 
+from megatron_cpo.checkpoints.arguments import check_model
 from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
 from megatron_cpo.work.folder import explained
@@ -40,14 +43,16 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model: what `load_model` gave for these arguments, if it is loaded already.
 
     Raises:
-        ValueError: no checkpoint there, a store of another tokenizer, a group's tree is longer
-            than a row, or another reference or row length has begun to score this store.
+        ValueError: no checkpoint there, or of another model than the flags say; a store of another
+            tokenizer, a group's tree is longer than a row, or another reference or row length has
+            begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
     from megatron.training import get_tokenizer, print_rank_0
 
     require_folder(args)
     if model is None:
+        check_model(args, vocabulary_size(get_tokenizer()))
         start_megatron()
     reference = on_first_rank(lambda: reference_identity(args))
     work = ScoreFolder(path_prefix)
@@ -61,13 +66,14 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         begun = work.begin(reference, **shape)
         return work.missing(STAGE, range(len(blocks))) if begun else []
 
-    described = f"{reference['name']} iteration {reference['iteration']}"
+    described = model_name(reference)
     # The last rank may be putting the store together, so rank 0 looks once all are here.
     if on_first_rank(is_scored):
         print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
-    config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
+    tokens = vocabulary_size(get_tokenizer())
+    config = RowConfig(args.seq_length, reader.manifest["k"], vocab_size=tokens)
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:
         raise ValueError(
@@ -79,7 +85,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         model = load_model(args, attach_tree_attention)
     with explained(work.path):  # not before the model is there: wrong flags claim no folder
         for block, logps in scored_blocks(rows, set(on_first_rank(begin)), model, args):
-            work.write_block(block, logps)
+            work.write_block(block, blocks[block], logps, described)
         missing = on_first_rank(lambda: work.finish(blocks))
     if missing:
         raise ValueError(

@@ -10,7 +10,9 @@ import torch
 
 from megatron_cpo.building.config import PolicyUse
 from megatron_cpo.building.report import BuildReport
+from megatron_cpo.groups.finite import model_name, require_tokens
 from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.work.executors import run_stage, take_gpu
 from megatron_cpo.work.folder import explained
@@ -32,7 +34,7 @@ class Scorer:
 
     def __init__(self, path_prefix: str, tokenizer: Any, use: PolicyUse) -> None:
         self.arguments = (path_prefix, tokenizer, use)
-        self._prefix = path_prefix
+        self._prefix, self._vocab_size = path_prefix, vocabulary_size(tokenizer)
         self.work = ScoreFolder(path_prefix)
         self.work.check(tokenizer)
         take_gpu()
@@ -52,10 +54,13 @@ class Scorer:
         """The function that scores a block of groups."""
 
         def work(block: int) -> None:
-            groups = [self._reader[i] for i in block_records(block, self.size, self.records)]
+            indices = block_records(block, self.size, self.records)
+            groups = [self._reader[i] for i in indices]
+            for index, group in zip(indices, groups, strict=True):
+                require_tokens(group.tokens, self._vocab_size, f"group {index} of {self._prefix}")
             logps = self.policy.logps([g.prefix for g in groups], [g.candidates for g in groups])
             with explained(self.work.path):
-                self.work.write_block(block, logps)
+                self.work.write_block(block, indices, logps, model_name(self.policy.identity))
 
         return work
 

@@ -1,6 +1,7 @@
 """`CPOConfig`: the `--cpo-*` flags, parsed once and checked before the first collective."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -145,10 +146,11 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
             "tools/build_negatives.py --output-prefix PREFIX"
         )
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
-    _require(values["beta"] > 0, "--cpo-beta", values["beta"], "a number above 0; the paper uses 5")
+    beta = values["beta"]
+    _require(0 < beta < math.inf, "--cpo-beta", beta, "a number above 0; the paper uses 5")
     for name in ("weight", "mle_weight"):
         flag = f"--cpo-{name.replace('_', '-')}"
-        _require(values[name] >= 0, flag, values[name], "a number of at least 0")
+        _require(0 <= values[name] < math.inf, flag, values[name], "a number of at least 0")
     both = values["weight"] + values["mle_weight"]
     _require(both > 0, "--cpo-weight + --cpo-mle-weight", both, "one of the two above 0")
     if values["fraction"] < 1 and values["mle_weight"] == 0:

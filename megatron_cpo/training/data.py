@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 
 
@@ -109,12 +110,16 @@ class CPODatasets:
         rows: int | None,
         mixed: bool = False,
     ) -> Any:
+        from megatron.training import get_tokenizer
+
         config = RowConfig(
             row_tokens=args.seq_length,
             k=self.config.k,
             lm_prefix=self.config.mle_tokens == "sequence",
             seed=args.seed,
             cache=args.data_cache_path,
+            vocab_size=vocabulary_size(get_tokenizer()),
+            scored=True,
         )
         if not mixed or rows is None:
             return GroupDataset(reader, config, rows, span)

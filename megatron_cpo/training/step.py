@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_cpo.groups.finite import REMEDY
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
 from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
@@ -33,7 +34,7 @@ class CPOStep:
         config: the `--cpo-*` settings.
         vocab_size: the tokenizer's, without padding rows.
         kinds: kinds of candidates to report the mean reward of; those of the store.
-        gate: while it waits for the first loss, what it needs is reported as well.
+        gate: what its verdict needs is reported as well, in the first iteration of this run.
     """
 
     def __init__(
@@ -45,6 +46,9 @@ class CPOStep:
     ) -> None:
         self.config, self.kinds, self.gate = config, kinds, gate
         self.forward = RowForward(vocab_size)
+        self._first_iteration: int | None = None
+        self._looked_at = 0
+        """Training micro-batches whose loss was looked at here and not by Megatron."""
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
         """One micro-batch through the model, and the loss function of what comes out."""
@@ -84,13 +88,13 @@ class CPOStep:
             }
             policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
-            report |= packing_metrics(batch, groups)
-            if loss.requires_grad and self.gate is not None and self.gate.waiting:
+            report |= packing_metrics(batch["padding"], groups)
+            if loss.requires_grad and self._needs_verdict(args.curr_iteration):
                 at_reference = loss_at_reference(config.objective, mask).sum()
                 report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
                 spacing = float32_spacing(reference, mask).sum()
                 report[SPACING] = torch.stack([spacing, groups + EMPTY])
-        _reject_bad_loss(args, loss)
+        self._reject_bad_loss(args, loss, policy, batch)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel
         # ranks; the sum above is already over the whole batch, so both are undone here. Gradients
@@ -106,18 +110,52 @@ class CPOStep:
             return loss * scale, tokens, report
         return loss * scale, report
 
+    def _needs_verdict(self, iteration: int) -> bool:
+        """Whether the gate applies to this run, and this is its first training iteration."""
+        if self.gate is None or not self.gate.applies:
+            return False
+        if self._first_iteration is None:
+            self._first_iteration = iteration
+        return iteration == self._first_iteration
 
-def _reject_bad_loss(args: Any, loss: Tensor) -> None:
-    """Megatron's own check for NaN and infinity in the loss, with its re-run machinery."""
-    if not args.check_for_nan_in_loss_and_grad:
-        return
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    def _reject_bad_loss(self, args: Any, loss: Tensor, policy: Tensor, batch: Batch) -> None:
+        """Refuse a loss that is NaN or infinite, by Megatron's check with its re-run machinery.
 
-    for rejected, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+        Megatron asks once a micro-batch, which waits for the device, and not at all in a run's
+        first iteration, where a model with weights that are not finite shows: that one is ours.
+        """
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+        from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+        if loss.requires_grad and self._looked_at < get_num_microbatches():
+            self._looked_at += 1
+            if not loss.isfinite():
+                raise ValueError(f"the first CPO loss is {float(loss)}: {_why_bad(policy, batch)}")
+        if not args.check_for_nan_in_loss_and_grad:
+            return
+
+        def is_bad(result: Tensor) -> bool:
+            bad = not result.isfinite()
+            if bad:
+                print(f"megatron_cpo: CPO loss {float(result)}: {_why_bad(policy, batch)}")
+            return bad
+
         get_rerun_state_machine().validate_result(
             result=loss.detach(),
-            rejection_func=rejected,
-            message=f"found {name} in the CPO loss of this rank",
+            rejection_func=is_bad,
+            message="found NaN or Inf in the CPO loss of this rank",
             tolerance=0.0,
             fatal=True,
         )
+
+
+def _why_bad(policy: Tensor, batch: Batch) -> str:
+    """What of a micro-batch is not finite, its policy's log-probs [groups, K] at hand."""
+    bad = ~policy.isfinite() & batch["candidate_mask"].flatten(0, 1)
+    groups = batch["group_indices"].flatten()[bad.any(dim=1)].tolist()
+    if groups:
+        return (
+            f"the policy's log-probs of group {', '.join(map(str, groups[:5]))} of the store are "
+            f"NaN or infinite; {REMEDY}"
+        )
+    return "the log-probs of the groups are finite; a plain token's, or their sum, is not"

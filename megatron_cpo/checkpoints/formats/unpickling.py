@@ -27,6 +27,9 @@ class Inert:
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
         return super().__new__(cls)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        return Inert()
+
     def __setstate__(self, state: Any) -> None:
         pass
 

@@ -42,7 +42,8 @@ def weights_of(
         if dtypes.setdefault(move.megatron, dtype) != dtype or not dtype.is_floating_point:
             raise ValueError(
                 f"{folder}: {move.hugging_face} is {dtype}; Megatron's {move.megatron}, of which "
-                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]})"
+                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]}); cast the "
+                "model to one (transformers: from_pretrained(FOLDER, dtype=...), save_pretrained)"
             )
     return named
 

@@ -27,7 +27,8 @@ class MergeOptions:
     iteration: int | None = None
     """Megatron's iteration to read on all sides; the latest of each by default."""
     dtype: str | torch.dtype | None = None
-    """"fp32", "bf16", "fp16" or a torch dtype to store weights in; by default the inputs'."""
+    """"fp32", "bf16", "fp16" or a torch dtype to store weights in; by default each tensor has the
+    dtype of the first side, which is the MLE's. The inputs' may differ."""
     allow_nan: bool = False
     """Go on where weights are NaN or infinite."""
     verify: bool = False
@@ -105,9 +106,10 @@ def assemble(
             ranks.meet()
             if ranks.rank == 0:
                 flush(writing)  # what makes it a checkpoint follows when all values are safe
+                identities = _identities(opened)
                 for folder, combination in zip(folders, combinations.values(), strict=True):
                     opened[0].complete(folder, dtypes)
-                    _write_provenance(folder, record(combination, _identities(opened)), dtypes)
+                    _write_provenance(folder, record(combination, identities), dtypes)
             ranks.meet()
             if options.verify:
                 for folder, combination in zip(folders, combinations.values(), strict=True):

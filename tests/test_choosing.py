@@ -1,5 +1,7 @@
 """Uniform numbers to tokens: the exact distribution, in one piece and over vocabulary shards."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -86,14 +88,20 @@ def sharded():
     settings = [Sampling(top_k=5), Sampling(top_k=0), Sampling(top_k=20, top_p=0.8)]
     group = dist.group.WORLD
     chosen = [choose(mine.expand(N, -1), GRID, s, 16 * rank, group) for s in settings]
-    return [*chosen, draw(mine, GRID[None], 16 * rank, group)[0]]
+    chosen.append(draw(mine, GRID[None], 16 * rank, group)[0])
+    broken = mine.clone()
+    if rank == 0:  # whichever rank has it, all of them know
+        broken[0, 3] = float("nan")
+    none = [choose(broken, GRID[:1], s, 16 * rank, group) for s in settings]
+    return chosen, [*none, draw(broken, GRID[None, :1], 16 * rank, group)[0]]
 
 
 def test_a_split_vocabulary_gives_the_same_tokens():
     settings = [Sampling(top_k=5), Sampling(top_k=0), Sampling(top_k=20, top_p=0.8)]
     whole = [choose(some_logits().expand(N, -1), GRID, s) for s in settings]
     whole.append(draw(some_logits(), GRID[None])[0])
-    for found in run_ranks(sharded, 2):
+    for found, none in run_ranks(sharded, 2):
+        assert [tokens.tolist() for tokens in none] == [[-1]] * 4
         for ours, expected in zip(found, whole, strict=True):
             # The sums are taken in another order: a number on an edge may fall on its other side.
             assert (ours != expected).sum() <= 1
@@ -103,6 +111,8 @@ def test_a_split_vocabulary_gives_the_same_tokens():
     ("flags", "match"),
     [
         ({"temperature": 0.0}, r"--temperature 0.0: needs a number above 0"),
+        ({"temperature": math.inf}, r"--temperature inf: needs a number above 0, and finite"),
+        ({"temperature": math.nan}, r"--temperature nan: needs a number above 0, and finite"),
         ({"top_k": -1}, r"--top-k -1: needs"),
         ({"top_p": 0.0}, r"--top-p 0.0: needs"),
         ({"top_p": 1.5}, r"--top-p 1.5: needs"),

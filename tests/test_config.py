@@ -92,6 +92,8 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
         (["--cpo-beta", "0"], r"--cpo-beta 0\.0: needs a number above 0; the paper uses 5"),
         (["--cpo-beta", "-5"], r"--cpo-beta -5\.0: needs a number above 0"),
         (["--cpo-beta", "nan"], r"--cpo-beta nan: needs a number above 0"),
+        (["--cpo-beta", "inf"], r"--cpo-beta inf: needs a number above 0"),
+        (["--cpo-weight", "inf"], r"--cpo-weight inf: needs a number of at least 0"),
         (["--cpo-weight", "-1"], r"--cpo-weight -1\.0: needs a number of at least 0"),
         (["--cpo-weight", "nan"], r"--cpo-weight nan: needs a number of at least 0"),
         (["--cpo-mle-weight", "-0.5"], r"--cpo-mle-weight -0\.5: needs a number of at least 0"),

@@ -158,6 +158,29 @@ def test_rows_that_pad_the_vocabulary_do_not_count() -> None:
     assert torch.isfinite(hidden.grad).all()
 
 
+OUTSIDE = (VOCAB - 1, VOCAB, ROWS - 1, ROWS, 4000)
+"""The last token, the first and last padding rows, and what no output layer has."""
+
+
+def outside_logps() -> Tensor:
+    """Log-probs of `OUTSIDE` at one position, by this rank's part of the output layer."""
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
+    hidden, weight = (t.detach() for t in some_inputs())
+    part = weight.chunk(group.size())[group.rank()]
+    targets = torch.tensor([OUTSIDE, *[[-1] * len(OUTSIDE)] * (B - 1)])
+    queries = Queries.of(torch.zeros_like(targets), targets, "cpu")
+    return query_logps(hidden, part, queries, VOCAB, tp_group=group)
+
+
+def test_what_no_token_has_has_no_probability() -> None:
+    """Not that of logit 0, which looks like any other; on one rank and on two."""
+    [one] = run_ranks(outside_logps, 1)
+    for found in [one, *run_ranks(outside_logps, 2)]:
+        assert torch.isfinite(found[0])
+        assert found[1:].tolist() == [-float("inf")] * 4
+
+
 def test_probabilities_of_all_targets_sum_to_one() -> None:
     """One position with a query for every token of the vocabulary, repeated targets included."""
     hidden, weight = some_inputs()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.groups.finite import REMEDY
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
 from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
@@ -156,6 +155,7 @@ def _why_bad(policy: Tensor, batch: Batch) -> str:
     if groups:
         return (
             f"the policy's log-probs of group {', '.join(map(str, groups[:5]))} of the store are "
-            f"NaN or infinite; {REMEDY}"
+            "NaN or infinite: its weights are not finite, from the start or by a learning rate "
+            "that is too high, or overflow in 16 bits"
         )
     return "the log-probs of the groups are finite; a plain token's, or their sum, is not"

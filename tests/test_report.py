@@ -12,10 +12,12 @@ from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.negatives.from_policy import policy_samplers
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
+from tests.policies import contexts, rngs
 from tests.texts import ToyTokenizer, write_jsonl
 from tests.tiny_models import save_hugging_face
 
@@ -147,3 +149,27 @@ def test_stores_of_before_are_reported_as_they_were(tmp_path):
     now = str(BuildReport(report.manifest)).splitlines()
     new = [line for line in now if not line.startswith("length: ")]
     assert [line.split() for line in old] == [line.split() for line in new]
+
+
+class Fixed:
+    """A policy that answers with these samples."""
+
+    kinds, positions = ("an",), None
+
+    def __init__(self, *samples):
+        self._samples = [np.array(tokens, dtype=np.int32) for tokens in samples]
+
+    def sample(self, prefixes, *_):
+        return [self._samples for _ in prefixes]
+
+
+def test_a_sample_without_an_end_was_cut():
+    """As a server's, whose text is encoded again in fewer tokens than were drawn."""
+    policy = Fixed([1, 2, EOD], [1, 2], [], [1, 2, 3, 4, 5, 6, 7, 8, EOD])
+    block = contexts(2)
+    drawn = policy_samplers(policy, Sampling(max_new_tokens=9))["an"](block, 4, rngs(block, "an"))
+    for samples, context in zip(drawn, block, strict=True):
+        assert [tokens.tolist() for tokens in samples] == [
+            [1, 2, EOD], [1, 2, EOD], [EOD], [1, 2, 3, 4, 5, 6, 7, 8, EOD]
+        ]  # fmt: skip
+        assert context.cut == {"an --max-new-tokens": 3}

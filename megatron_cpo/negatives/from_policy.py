@@ -53,8 +53,12 @@ def policy_samplers(
         drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
         for context, limit, samples in zip(block, limits, drawn, strict=True):
             flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"
-            context.cut[cut_at("an", flag)] += sum(len(tokens) == limit for tokens in samples)
-        return drawn
+            cut = sum(_was_cut(tokens, limit, context.eod) for tokens in samples)
+            context.cut[cut_at("an", flag)] += cut
+        return [
+            [_ended(tokens, context.eod) for tokens in samples]
+            for context, samples in zip(block, drawn, strict=True)
+        ]
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
@@ -86,6 +90,19 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
     if positions is not None:
         limit = min(limit, positions - len(context.prefix))
     return max(limit, 1)
+
+
+def _was_cut(tokens: Ints, limit: int, eod: int) -> bool:
+    """Whether a sample did not come to its end; see `Policy.sample`."""
+    return len(tokens) >= limit or not _has_end(tokens, eod)
+
+
+def _ended(tokens: Ints, eod: int) -> Ints:
+    return tokens if _has_end(tokens, eod) else np.append(tokens, np.int32(eod))
+
+
+def _has_end(tokens: Ints, eod: int) -> bool:
+    return len(tokens) > 0 and int(tokens[-1]) == eod
 
 
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:

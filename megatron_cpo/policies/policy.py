@@ -76,7 +76,8 @@ class Policy(Protocol):
         Args:
             limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
                 reaches it is cut there, with EOD as its last token: an EOD that is drawn comes
-                before.
+                before. One that was cut and does not reach it, as in text that was encoded again,
+                has no EOD at its end.
             rngs: one generator a prefix.
         """
 

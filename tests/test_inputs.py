@@ -17,6 +17,7 @@ from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.groups.store import FILES, read_manifest
 from megatron_cpo.records import lines as json_lines
+from megatron_cpo.records.columns import Columns
 from megatron_cpo.records.inputs import expand, files_of, read_fields
 from megatron_cpo.records.lines import Unreadable
 from megatron_cpo.records.reading import Dropped, read_records
@@ -88,6 +89,9 @@ def test_json_in_small_windows(tmp_path, monkeypatch, kind, chunk):
         (b"\n \n", []),
         (b'[{"a": 1},]', [{"a": 1}]),
         (b'{"a": 1}garbage\n{"a": 2}', ["not JSON", {"a": 2}]),
+        (b'{"a": ' + b"9" * 5000 + b'}\n{"a": 2}', ["not JSON", {"a": 2}]),
+        (b'{"a": ' + b"[" * 100_000 + b'\n{"a": 2}', ["not JSON", {"a": 2}]),
+        (b'{\n"a": ' + b"9" * 5000 + b'\n}\n{"a": 2}', ["not JSON", {"a": 2}]),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
@@ -168,6 +172,40 @@ def test_rows_of_tables_mean_what_their_objects_do(tmp_path):
     ) as writer:
         writer.write_batch(pyarrow.record_batch({"messages": column}))
     assert read(arrow_file)[0] == [(f"{arrow_file}:row 0", {"messages": rows[1]["messages"]})]
+
+
+def test_columns_of_other_types(tmp_path):
+    """Categories, large strings and bytes are text; numbers are not."""
+    import pyarrow.parquet
+
+    columns = {
+        "a": pyarrow.array(["x", "y"]).dictionary_encode(),
+        "b": pyarrow.array(["x", "y"], pyarrow.large_string()),
+        "c": pyarrow.array([b"x", b"\xff"]),
+        "d": pyarrow.array([1, None]),
+        "e": pyarrow.array([["x"], []], pyarrow.large_list(pyarrow.large_string())),
+        "f": pyarrow.array([{"g": "x", "h": None}, None]),
+    }
+    path = tmp_path / "r.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert [fields for _, fields in read(path)[0]] == [
+        {"a": "x", "b": "x", "c": "x", "d": 1, "e": ["x"], "f": {"g": "x"}},
+        {"a": "y", "b": "y", "c": "\udcff", "d": None, "e": [], "f": None},
+    ]
+    dropped = Dropped()
+    assert len(list(read_records([str(path)], dropped, columns=Columns((("text", "c"),))))) == 1
+    assert dropped.counts == {"not UTF-8": 1}
+
+
+@pytest.mark.parametrize("rows", [[], [{"text": "a"}][:0]])
+def test_tables_without_rows(tmp_path, rows):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array(rows, "string")}), tmp_path / "r"
+    )
+    with pytest.raises(ValueError, match=r"no usable record .dropped: none.; give data"):
+        list(read_records([str(tmp_path / "r")], Dropped()))
 
 
 @pytest.mark.parametrize("kind", ["array, indented", "zstd", "Parquet", "save_to_disk", "pattern"])
@@ -272,6 +310,7 @@ def test_folders_that_save_to_disk_did_not_write(tmp_path):
     match = r"a folder, but none that save_to_disk wrote"
     with pytest.raises(ValueError, match=match + "$"):
         files_of(str(tmp_path))
+    (tmp_path / "state.json").write_text("[]")  # of something else
     (tmp_path / "data" / "train-0.parquet").touch()
     with pytest.raises(ValueError, match=match + rf"; give its files: --input '{tmp_path}/\*/\*.p"):
         files_of(str(tmp_path))

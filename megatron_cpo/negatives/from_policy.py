@@ -96,11 +96,15 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
 
 def _was_cut(tokens: Ints, limit: int, eod: int) -> bool:
     """Whether a sample did not come to its end; see `Policy.sample`."""
-    return len(tokens) >= limit or tokens[-1:] != [eod]
+    return len(tokens) >= limit or not _has_end(tokens, eod)
 
 
 def _ended(tokens: Ints, eod: int) -> Ints:
-    return tokens if tokens[-1:] == [eod] else np.append(tokens, np.int32(eod))
+    return tokens if _has_end(tokens, eod) else np.append(tokens, np.int32(eod))
+
+
+def _has_end(tokens: Ints, eod: int) -> bool:
+    return len(tokens) > 0 and int(tokens[-1]) == eod
 
 
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_cpo.records.lines import Advance, Fields, Unreadable, read_json
 from megatron_cpo.records.opening import WANTED, kind_of
@@ -50,25 +51,31 @@ def files_of(path: str) -> list[str]:
     folder = Path(path)
     if not folder.is_dir():
         return [path]
-    splits = folder / "dataset_dict.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+    if names := _json(folder / "dataset_dict.json").get("splits"):
         raise ValueError(
             f"--input {path}: a DatasetDict with the splits {', '.join(names)}; give one of them, "
             f"such as --input {folder / names[0]}"
         )
-    state = folder / "state.json"
-    if not state.is_file():
+    state = _json(folder / "state.json")
+    if "_data_files" not in state:
         found = next((pattern for pattern in _PATTERNS if any(folder.glob(pattern))), None)
         hint = f"; give its files: --input '{folder / found}'" if found else ""
         raise ValueError(f"--input {path}: a folder, but none that save_to_disk wrote{hint}")
-    content = json.loads(state.read_text(encoding="utf-8"))
-    if content.get("_indices_data_files"):
+    if state.get("_indices_data_files"):
         raise ValueError(
             f"--input {path}: an old datasets folder, whose rows are chosen by an index; load it "
             "and save it again: datasets.load_from_disk(...).flatten_indices().save_to_disk(...)"
         )
-    return [str(folder / file["filename"]) for file in content["_data_files"]]
+    return [str(folder / file["filename"]) for file in state["_data_files"]]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; nothing if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_fields(

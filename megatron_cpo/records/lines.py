@@ -112,7 +112,7 @@ def _spans_lines(line: bytes) -> bool:
         end = _DECODER.raw_decode(text)[1]
     except json.JSONDecodeError as error:
         return _ends_too_early(error, text)
-    except RecursionError:
+    except (RecursionError, ValueError):  # nested too deeply, a number of too many digits
         return False
     return text[end:].lstrip().startswith(("{", ","))
 
@@ -160,8 +160,6 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
-            except RecursionError:
-                raise ValueError("not JSON") from None
             except json.JSONDecodeError as error:
                 if not _ends_too_early(error, self._text):
                     raise ValueError("not JSON") from error
@@ -170,6 +168,8 @@ class _Window:
                     raise ValueError(message) from error
                 if not self._more():
                     raise ValueError("not JSON") from error
+            except (RecursionError, ValueError):
+                raise ValueError("not JSON") from None
             else:
                 self.move(end)
                 return value

@@ -104,6 +104,8 @@ def _plain(value: Any, kind: Any) -> Any:
     if isinstance(value, dict):
         entries = ((field.name, _plain(value[field.name], field.type)) for field in kind)
         return {name: entry for name, entry in entries if entry is not None}
+    if isinstance(value, bytes):  # text of writers that do not say so
+        return value.decode("utf-8", "surrogateescape")
     if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_plain(entry, kind.value_type) for entry in value]
     return value

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -13,15 +14,14 @@ from safetensors.torch import save_file
 from harness.ranks import ROOT
 from megatron_cpo.checkpoints import merge
 from megatron_cpo.checkpoints.conversion import convert as conversion
-from megatron_cpo.checkpoints.conversion import copying
-from megatron_cpo.checkpoints.conversion.convert import FLAGS
+from megatron_cpo.checkpoints.conversion import copying, exporting
 from megatron_cpo.checkpoints.conversion.families import model_of_config
 from megatron_cpo.checkpoints.conversion.families.model import (
     arguments,
     difference,
     model_of_arguments,
 )
-from megatron_cpo.checkpoints.conversion.sidecar import carry_tokenizer
+from megatron_cpo.checkpoints.formats.beside import FLAGS
 from megatron_cpo.checkpoints.identity import folder_digest
 from tests.checkpoints import Trap, read_model, read_torch_dist
 from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
@@ -223,29 +223,6 @@ def test_tokenizer_of_another_model(models: Models, tmp_path: Path) -> None:
     assert (like / "config.json").read_text() == (source / "config.json").read_text()
 
 
-def test_tokenizer_that_transformers_would_misread(tmp_path: Path) -> None:
-    """A run's BPE model travels as Llama's, a Unigram model under another name and with a word."""
-    from sentencepiece import SentencePieceTrainer
-
-    text = tmp_path / "text"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
-    for kind in ("bpe", "unigram"):
-        SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(tmp_path / kind), model_type=kind, vocab_size=40,
-            hard_vocab_limit=False, minloglevel=2,
-        )  # fmt: skip
-        (tmp_path / f"{kind}-out").mkdir()
-    carry_tokenizer({"tokenizer_model": str(tmp_path / "bpe.model")}, tmp_path / "bpe-out")
-    config = json.loads((tmp_path / "bpe-out" / "tokenizer_config.json").read_text())
-    assert config == {"tokenizer_class": "LlamaTokenizer"}
-    assert (tmp_path / "bpe-out" / "tokenizer.model").exists()
-    with pytest.warns(UserWarning, match="is no BPE model, so transformers would read other"):
-        carry_tokenizer(
-            {"tokenizer_model": str(tmp_path / "unigram.model")}, tmp_path / "unigram-out"
-        )
-    assert [path.name for path in (tmp_path / "unigram-out").iterdir()] == ["sentencepiece.model"]
-
-
 # ---- whole or not at all
 
 
@@ -254,11 +231,12 @@ def test_what_makes_a_checkpoint_comes_last(
 ) -> None:
     """Until all values are on the disk there is neither metadata, nor tracker, nor config.json."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(
-        conversion,
-        "flush",
-        lambda folder: seen.append(sorted(p.name for p in folder.rglob("*") if p.is_file())),
-    )
+    for module in (conversion, exporting):
+        monkeypatch.setattr(
+            module,
+            "flush",
+            lambda folder: seen.append(sorted(p.name for p in folder.rglob("*") if p.is_file())),
+        )
     to_hugging_face(to_megatron(models.hugging_face("llama"), tmp_path / "a"), tmp_path / "b")
     assert seen == [["__0_0.distcp"], ["model.safetensors"]]
 
@@ -267,10 +245,10 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints import conversion, copying\n"
+        "from megatron_cpo.checkpoints.conversion import convert, copying\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
         "copying.write_box = kill\n"
-        "conversion.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
+        "convert.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
     )
     done = run_python("-c", code, models.hugging_face("llama"), tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
@@ -286,7 +264,7 @@ def test_sigterm_cleans_up(models: Models, tmp_path: Path) -> None:
     """A scheduler that ends the tool leaves nothing behind."""
     code = (
         "import os, runpy, time\n"
-        "from megatron_cpo.checkpoints import copying\n"
+        "from megatron_cpo.checkpoints.conversion import copying\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "copying.write_box = wait\n"
         f"runpy.run_path({str(ROOT / 'tools/convert_checkpoint.py')!r}, run_name='__main__')\n"
@@ -306,7 +284,7 @@ def test_tool(models: Models, tmp_path: Path) -> None:
     there, back, source = tmp_path / "there", tmp_path / "back", models.hugging_face("gpt2")
     to = ("--from", "hf", "--to", "megatron", "--input", source, "--output", there)
     found = run_tool(name, *to)
-    pasted = found.stdout.partition("\n\n")[2].replace("\\\n", " ").split()
+    pasted = shlex.split(found.stdout.partition("\n\n")[2].replace("\\\n", " "))
     assert pasted == flags_of(there) and "--num-layers" in pasted
     assert_one_line_error(run_tool(name, *to), name)
     done = run_tool(name, "--from", "megatron", "--to", "hf", "--input", there, "--output", back)

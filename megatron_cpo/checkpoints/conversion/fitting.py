@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_cpo.checkpoints.conversion.copying import same_values
-from megatron_cpo.checkpoints.conversion.families import FAMILIES
+from megatron_cpo.checkpoints.conversion.families import FAMILIES, model_of_config
 from megatron_cpo.checkpoints.conversion.families.model import Model
 from megatron_cpo.checkpoints.conversion.families.moves import (
     Key,
@@ -14,10 +14,30 @@ from megatron_cpo.checkpoints.conversion.families.moves import (
     hugging_face_shapes,
     megatron_shapes,
 )
+from megatron_cpo.checkpoints.formats.hugging_face import read_json
 from megatron_cpo.checkpoints.formats.stored import Shape, StoredTensor
 
 _ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron's tensors that may have more rows than there are tokens."""
+
+
+def described(folder: Path) -> Model:
+    """The model that a folder's `config.json` describes.
+
+    Raises:
+        ValueError: it is of no family that converts, or lacks a setting.
+    """
+    try:
+        return model_of_config(read_json(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def nbytes(tensors: dict[str, tuple[torch.dtype, Shape]]) -> int:
+    """Bytes of their values."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
 
 
 def weights_of(

@@ -74,6 +74,56 @@ def test_round_trip_in_shards_and_16_bits(dtype: torch.dtype, name: str, tmp_pat
     assert json.loads((back / "config.json").read_text())["dtype"] == str(dtype)[6:]
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_another_dtype(kind: str, name: str, models: Models, tmp_path: Path) -> None:
+    """Each value rounded once, in either direction; the flags and the configuration name it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
+    source = models.hugging_face(name)
+    expected = {key: values.to(dtype) for key, values in read_model(source).items()}
+    there = to_megatron(source, tmp_path / "there", dtype=kind, verify=True)
+    assert (f"--{kind}" in flags_of(there)) == (kind != "fp32")
+    later = to_hugging_face(models.megatron(name), tmp_path / "later", dtype=kind, verify=True)
+    for back in (to_hugging_face(there, tmp_path / "back"), later):
+        found = read_model(back)
+        assert found.keys() == expected.keys()
+        for key, values in expected.items():
+            assert found[key].dtype == dtype and torch.equal(found[key], values), key
+        assert json.loads((back / "config.json").read_text())["dtype"] == str(dtype)[6:]
+
+
+def test_dtype_that_mixes_and_overflows(models: Models, tmp_path: Path) -> None:
+    """Mixed dtypes become one; what float16 cannot hold is refused and not made infinite."""
+    source = shutil.copytree(models.hugging_face("llama"), tmp_path / "hf")
+    tensors = read_model(source)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].half()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(source, f"{name} is torch.float16; .* name one with --dtype", tmp_path)
+    there = to_megatron(source, tmp_path / "there", dtype="fp32", verify=True)
+    found = read_model(to_hugging_face(there, tmp_path / "back"))
+    assert torch.equal(found[name], tensors[name].float())
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = "model.norm.weight has 100000, more than torch.float16 holds"
+    assert_refused(source, message, tmp_path, dtype="fp16")
+    assert_refused(source, "--dtype int8: choose one of fp32, bf16, fp16", tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_verify_finds_what_was_not_written(
+    name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of the other sign, in either direction; nothing is left of them."""
+    sides = [(to_megatron, models.hugging_face(name)), (to_hugging_face, models.megatron(name))]
+    right = copying.write_box
+    monkeypatch.setattr(copying, "write_box", lambda *a: right(*a[:-1], -a[-1]))
+    for move, source in sides:
+        with pytest.raises(ValueError, match="was not written as it should be"):
+            move(source, tmp_path / "out", verify=True)
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_small_boxes(
     name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,6 +43,11 @@ def main() -> None:
         "for it")  # fmt: skip
     add("--vocab-size", type=int, metavar="V",
         help="to hf: the number of tokens, if neither that model nor the run says it")  # fmt: skip
+    add("--dtype", choices=["fp32", "bf16", "fp16"],
+        help="what to store the weights in (default: what they are stored in)")  # fmt: skip
+    add("--verify", action="store_true",
+        help="before the output appears, read a sample of every tensor back and "
+        "compare it")  # fmt: skip
     add("--shard-gb", type=float, default=5, metavar="GB",
         help="begin another file after so many gigabytes (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
@@ -65,6 +70,8 @@ def main() -> None:
             like=args.like,
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
+            dtype=args.dtype,
+            verify=args.verify,
             shard_bytes=args.shard_gb * 1e9,
             progress=True,
         )

@@ -26,6 +26,7 @@ from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 from megatron_cpo.checkpoints.formats.pickled import PickledModel, is_pickled
 from megatron_cpo.checkpoints.formats.stored import Shape
 from megatron_cpo.checkpoints.formats.torch_dist import TorchDistCheckpoint
+from megatron_cpo.checkpoints.merging.assembling import DTYPES
 from megatron_cpo.files import flush, whole_folder
 
 _HuggingFace = HuggingFaceCheckpoint | PickledModel
@@ -42,6 +43,8 @@ def convert(
     like: str | Path | None = None,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
     shard_bytes: float = 5e9,
     progress: bool = False,
 ) -> Path:
@@ -63,6 +66,8 @@ def convert(
         tokenizer: to Hugging Face: a folder or file with the run's tokenizer, where it is not found
             by the name that the run had for it.
         vocab_size: to Hugging Face: the number of tokens, where nothing else says it.
+        dtype: "fp32", "bf16" or "fp16" to store weights in; by default what they are stored in.
+        verify: before the output appears, read a sample of every tensor back and compare it.
         shard_bytes: bytes of weights after which another file begins.
         progress: show a bar with bytes and the time left, if standard error is a terminal.
 
@@ -77,6 +82,8 @@ def convert(
         raise ValueError(
             "--like, --tokenizer and --vocab-size are for --to hf: a Hugging Face model has them"
         )
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if shard_bytes <= 0:
         raise ValueError(f"--shard-gb {shard_bytes / 1e9:g}: must be above 0")
     source, output = Path(source), Path(output)
@@ -87,8 +94,9 @@ def convert(
     checkpoint = PickledModel(source) if is_pickled(source) else open_checkpoint(source, iteration)
     if checkpoint.format != _FORMATS[from_format]:
         raise ValueError(f"--from {from_format}: {source} is a {checkpoint.format} checkpoint")
+    stored_in = None if dtype is None else DTYPES[dtype]
     if isinstance(checkpoint, _HuggingFace):
-        _to_megatron(checkpoint, output, shard_bytes, progress)
+        _to_megatron(checkpoint, output, stored_in, verify, shard_bytes, progress)
     elif isinstance(checkpoint, TorchDistCheckpoint):
         to_hugging_face(
             checkpoint,
@@ -96,6 +104,8 @@ def convert(
             like=None if like is None else Path(like),
             tokenizer=None if tokenizer is None else Path(tokenizer),
             vocab_size=vocab_size,
+            dtype=stored_in,
+            verify=verify,
             shard_bytes=shard_bytes,
             progress=progress,
         )
@@ -103,22 +113,27 @@ def convert(
 
 
 def _to_megatron(
-    checkpoint: _HuggingFace, output: Path, shard_bytes: float, progress: bool
+    checkpoint: _HuggingFace,
+    output: Path,
+    dtype: torch.dtype | None,
+    verify: bool,
+    shard_bytes: float,
+    progress: bool,
 ) -> None:
     folder = checkpoint.folder
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json, which says what the model is")
     model = described(folder)
     moves = list(FAMILIES[model.family].moves(model))
-    sources = weights_of(folder, checkpoint.tensors, model, moves)
-    dtypes = {move.megatron: sources[move.hugging_face].dtype for move in moves}
+    sources = weights_of(folder, checkpoint.tensors, model, moves, dtype is not None)
+    dtypes = {move.megatron: dtype or sources[move.hugging_face].dtype for move in moves}
     shapes: dict[str, Shape] = {}
     for (name, layer), shape in megatron_shapes(moves).items():
         shapes[name] = shape if layer is None else (model.num_layers, *shape)
     tensors = {name: (dtypes[name], shape) for name, shape in shapes.items()}
     args = arguments(model) | _tokenizer_arguments(folder, output, model)
-    dtype = dtypes["embedding.word_embeddings.weight"]
-    args |= {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    stored_in = dtypes["embedding.word_embeddings.weight"]
+    args |= {"bf16": stored_in == torch.bfloat16, "fp16": stored_in == torch.float16}
     known_to_megatron = {
         "padded_vocab_size": model.padded_vocab_size,
         "make_vocab_size_divisible_by": MULTIPLE,
@@ -130,8 +145,11 @@ def _to_megatron(
         new = NewTorchDist(writing, shard_bytes)
         targets = unstack(new.add_tensors(tensors))
         new.add_states(args | known_to_megatron, model.num_layers)
-        Copy(moves, targets, sources, to_megatron=True).run(progress)
+        copy = Copy(moves, targets, sources, to_megatron=True)
+        copy.run(progress)
         flush(writing)  # what makes it a checkpoint follows when all values are safe
+        if verify:
+            copy.verify()
         (writing / SIDECAR).mkdir()
         copy_small_files(folder, writing / SIDECAR)
         (writing / FLAGS).write_text("\n".join(flags(args)) + "\n")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_cpo.checkpoints.conversion.copying import Copy, unstack
 from megatron_cpo.checkpoints.conversion.families import FAMILIES
 from megatron_cpo.checkpoints.conversion.families.model import (
@@ -32,6 +34,8 @@ def to_hugging_face(
     like: Path | None,
     tokenizer: Path | None,
     vocab_size: int | None,
+    dtype: torch.dtype | None,
+    verify: bool,
     shard_bytes: float,
     progress: bool,
 ) -> None:
@@ -42,12 +46,15 @@ def to_hugging_face(
     moves = [move for move in FAMILIES[model.family].moves(model) if not move.padding]
     sources = unstack(checkpoint.tensors)
     check_layers(checkpoint.folder, sources, moves)
-    dtypes = {move.hugging_face: sources[move.key].dtype for move in moves}
+    dtypes = {move.hugging_face: dtype or sources[move.key].dtype for move in moves}
     tensors = {name: (dtypes[name], shape) for name, shape in hugging_face_shapes(moves).items()}
     with whole_folder(output, nbytes(tensors)) as writing:
         targets, index = lay_out_safetensors(writing, tensors, shard_bytes)
-        Copy(moves, sources, targets, to_megatron=False).run(progress)
+        copy = Copy(moves, sources, targets, to_megatron=False)
+        copy.run(progress)
         flush(writing)  # what makes it a model follows when all values are safe
+        if verify:
+            copy.verify()
         if index is not None:
             (writing / "model.safetensors.index.json").write_text(index)
         if origin:

@@ -41,9 +41,12 @@ def nbytes(tensors: dict[str, tuple[torch.dtype, Shape]]) -> int:
 
 
 def weights_of(
-    folder: Path, tensors: dict[str, StoredTensor], model: Model, moves: list[Move]
+    folder: Path, tensors: dict[str, StoredTensor], model: Model, moves: list[Move], cast: bool
 ) -> dict[str, StoredTensor]:
     """A Hugging Face model's weights, named as today's transformers names them.
+
+    Args:
+        cast: they will be, so dtypes may be mixed.
 
     Raises:
         ValueError: some are missing, of another shape than its configuration says, unknown, or of
@@ -66,10 +69,12 @@ def weights_of(
     dtypes: dict[str, torch.dtype] = {}
     for move in moves:
         dtype = named[move.hugging_face].dtype
-        if dtypes.setdefault(move.megatron, dtype) != dtype or not dtype.is_floating_point:
+        mixed = dtypes.setdefault(move.megatron, dtype) != dtype and not cast
+        if mixed or not dtype.is_floating_point:
             raise ValueError(
                 f"{folder}: {move.hugging_face} is {dtype}; Megatron's {move.megatron}, of which "
-                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]})"
+                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]}); name one "
+                "with --dtype"
             )
     return named
 

@@ -56,7 +56,9 @@ def load(folder: Path) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever its many readers raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"transformers cannot read the tokenizer in {folder}: {reason}") from error

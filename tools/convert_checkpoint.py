@@ -90,8 +90,11 @@ def main() -> None:
     else:
         made = json.loads(Path(output, PROVENANCE).read_text())
         print(f"{output}: load it with from_pretrained({str(output)!r})")
-        for name in ("configuration", "tokenizer", "ends"):
-            print(f"  {name}: {made[name] or 'none'}")
+        named = made["tokenizer_of_run"]
+        of_run = f" (the run called it {named})" if named and made["tokenizer"] != named else ""
+        print(f"  configuration: {made['configuration']}")
+        print(f"  tokenizer: {made['tokenizer'] or 'none'}{of_run}")
+        print(f"  texts end at: {', '.join(map(str, made['ends'])) or 'not known'}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from megatron_cpo.checkpoints.conversion.provenance import write_provenance
 from megatron_cpo.checkpoints.conversion.tokenizers.choosing import (
     chat_template,
     choose_tokenizer,
+    name_of_run,
 )
 from megatron_cpo.checkpoints.conversion.tokenizers.tokenizer import Tokenizer, settle
 from megatron_cpo.checkpoints.formats.beside import copy_small_files, origins
@@ -76,6 +77,7 @@ def to_hugging_face(
             model,
             configuration=str(origin) if origin else "made from the run's arguments",
             tokenizer=found.source if found else None,
+            tokenizer_of_run=name_of_run(checkpoint.args) or None,
             ends=ends,
         )
 

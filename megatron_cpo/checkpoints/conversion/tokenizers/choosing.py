@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,10 @@ def choose_tokenizer(
     if given is not None:
         kind, paths = _files_in(given, args)
         return _read(kind, paths, args, rows)
-    candidates = []
-    if origin and has_tokenizer(origin):
-        candidates.append(("HuggingFaceTokenizer", [origin]))
-    if not (like and candidates):
-        found = run_tokenizers(checkpoint.folder, args)
-        candidates = [*((args["tokenizer_type"], paths) for paths in found), *candidates]
+    last = [("HuggingFaceTokenizer", [origin])] if origin and has_tokenizer(origin) else []
+    first = () if like and last else run_tokenizers(checkpoint.folder, args)
     rejected = []
-    for kind, paths in candidates:
+    for kind, paths in chain(((args["tokenizer_type"], paths) for paths in first), last):
         try:
             return _read(kind, paths, args, rows)
         except ValueError as error:
@@ -81,10 +78,9 @@ def _without_files(
     elif null:
         said = "the run had none (NullTokenizer)"
     elif kind in FILES:
-        named = " and ".join(str(args.get(name)) for name in FILES[kind])
         said = (
-            f"the run's {named} ({kind}) is neither there, nor below {checkpoint.folder} or a "
-            f"folder that it lies in, nor below {Path.cwd()}"
+            f"the run's {name_of_run(args)} ({kind}) is neither there, nor below "
+            f"{checkpoint.folder} or a folder that it lies in, nor below {Path.cwd()}"
         )
     elif kind:
         said = f"the run's is a {kind}, of which transformers has no counterpart"
@@ -100,6 +96,12 @@ def _without_files(
         said += " and says nowhere where a text ends: generation will go on to its limit"
     _warn(said)
     return _null(args) if null and origin is None else None
+
+
+def name_of_run(args: dict[str, Any]) -> str:
+    """What the run called its tokenizer's files."""
+    names = FILES.get(args.get("tokenizer_type", ""), ())
+    return " and ".join(str(args.get(name)) for name in names)
 
 
 def chat_template(checkpoint: TorchDistCheckpoint) -> str | None:

@@ -1,5 +1,6 @@
 """From a Megatron checkpoint to a Hugging Face model that can be used at once."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ def to_hugging_face(
 ) -> None:
     """Write the model of a checkpoint; `convert` has the arguments."""
     origin = _like(checkpoint, like, vocab_size) if like else _origin(checkpoint, vocab_size)
-    found = choose_tokenizer(checkpoint, tokenizer, origin, like is not None)
-    model = model_of_arguments(checkpoint.args, _tokens(checkpoint, origin, found, vocab_size))
+    found, missing = choose_tokenizer(checkpoint, tokenizer, origin, like is not None)
+    tokens = _tokens(checkpoint, origin, found, vocab_size, missing)
+    model = model_of_arguments(checkpoint.args, tokens)
     moves = [move for move in FAMILIES[model.family].moves(model) if not move.padding]
+    if missing:
+        warnings.warn(missing, stacklevel=2)
     sources = unstack(checkpoint.tensors)
     check_layers(checkpoint.folder, sources, moves)
     dtypes = {move.hugging_face: dtype or sources[move.key].dtype for move in moves}
@@ -117,6 +121,7 @@ def _tokens(
     origin: Path | None,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
+    missing: str | None,
 ) -> int:
     """How many of the vocabulary's rows are tokens and not padding."""
     if vocab_size is None and origin:
@@ -129,7 +134,7 @@ def _tokens(
         raise ValueError(
             f"{checkpoint.folder} does not say how many of its embedding's rows are tokens and how "
             "many are padding; give --tokenizer, or --vocab-size, or --like with a model of the "
-            "same vocabulary"
+            f"same vocabulary ({missing})"
         )
     if tokenizer and tokenizer.size > vocab_size:
         raise ValueError(

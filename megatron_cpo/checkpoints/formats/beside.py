@@ -114,8 +114,9 @@ def found(named: str, checkpoint: Path) -> Iterator[Path]:
     """
     path = Path(named)
     parts = path.parts[1:] if path.is_absolute() else path.parts
-    checkpoint = checkpoint.absolute()
-    below = [checkpoint, *checkpoint.parents, Path.cwd()]
+    as_given = Path(os.path.abspath(checkpoint))  # without the `..` of Path.absolute
+    linked = checkpoint.resolve()
+    below = [as_given, *as_given.parents, linked, *linked.parents, Path.cwd()]
     candidates = [path] if path.is_absolute() else []
     for first in range(len(parts)):
         candidates += [folder.joinpath(*parts[first:]) for folder in below]

@@ -1,7 +1,6 @@
 """Which tokenizer did a run have, and where is it now?"""
 
 import json
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -38,8 +37,8 @@ READERS: dict[str, Callable[[list[Path], dict[str, Any]], Tokenizer]] = {
 
 def choose_tokenizer(
     checkpoint: TorchDistCheckpoint, given: Path | None, origin: Path | None, like: bool
-) -> Tokenizer | None:
-    """The tokenizer of the run that wrote a checkpoint; None, and a warning, where there is none.
+) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of the run that wrote a checkpoint, if there is one, and what to warn of.
 
     Args:
         given: a folder or file to take it from.
@@ -54,13 +53,13 @@ def choose_tokenizer(
     rows = checkpoint.padding[1] if checkpoint.padding else None
     if given is not None:
         kind, paths = _files_in(given, args)
-        return _read(kind, paths, args, rows)
+        return _read(kind, paths, args, rows), None
     last = [("HuggingFaceTokenizer", [origin])] if origin and has_tokenizer(origin) else []
     first = () if like and last else run_tokenizers(checkpoint.folder, args)
     rejected = []
     for kind, paths in chain(((args["tokenizer_type"], paths) for paths in first), last):
         try:
-            return _read(kind, paths, args, rows)
+            return _read(kind, paths, args, rows), None
         except ValueError as error:
             rejected.append(str(error))
     return _without_files(checkpoint, origin, rejected)
@@ -68,8 +67,8 @@ def choose_tokenizer(
 
 def _without_files(
     checkpoint: TorchDistCheckpoint, origin: Path | None, rejected: list[str]
-) -> Tokenizer | None:
-    """What is known of the run's tokenizer; says what is not."""
+) -> tuple[Tokenizer | None, str | None]:
+    """What is known of the run's tokenizer without its files, and what is not."""
     args = checkpoint.args
     kind = args.get("tokenizer_type")
     null = kind == "NullTokenizer" and bool(args.get("vocab_size"))
@@ -87,15 +86,15 @@ def _without_files(
     else:
         said = "the checkpoint does not say which the run had"
     if origin and not rejected and null:
-        return None  # the model came without one, and its configuration says where texts end
+        return None, None  # the model came without one; its configuration says where texts end
     if origin and has_tokenizer(origin):
         said += f"; the files in {origin} are copied as they are"
     else:
         said += ", so the output has none"
     if not null and not (origin and declared_ends(origin)):
         said += " and says nowhere where a text ends: generation will go on to its limit"
-    _warn(said)
-    return _null(args) if null and origin is None else None
+    said = f"tokenizer: {said}. Give one with --tokenizer FOLDER_OR_FILE"
+    return (_null(args) if null and origin is None else None), said
 
 
 def name_of_run(args: dict[str, Any]) -> str:
@@ -111,10 +110,6 @@ def chat_template(checkpoint: TorchDistCheckpoint) -> str | None:
         if path.is_file() and (template := read_json(path).get("chat_template")):
             return str(template)
     return args.get("chat_template")
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"tokenizer: {what}. Give one with --tokenizer FOLDER_OR_FILE", stacklevel=4)
 
 
 def _read(kind: str, paths: list[Path], args: dict[str, Any], rows: int | None) -> Tokenizer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_cpo import __version__
+from megatron_cpo.checkpoints.formats.beside import carry
 from megatron_cpo.checkpoints.formats.opening import Checkpoint, open_checkpoint
 from megatron_cpo.checkpoints.merging.matching import match_checkpoints
 from megatron_cpo.checkpoints.merging.ranks import Alone
@@ -108,6 +109,7 @@ def assemble(
                 flush(writing)  # what makes it a checkpoint follows when all values are safe
                 identities = _identities(opened)
                 for folder, combination in zip(folders, combinations.values(), strict=True):
+                    carry(opened, folder, output / folder.relative_to(writing))
                     opened[0].complete(folder, dtypes)
                     _write_provenance(folder, record(combination, identities), dtypes)
             ranks.meet()

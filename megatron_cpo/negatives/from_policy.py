@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.negatives.from_records import Context
-from megatron_cpo.policies.policy import Policy, Sampling
+from megatron_cpo.policies.policy import NotDrawn, Policy, Sampling
 from megatron_cpo.tree import Ints
 
 BlockSampler = Callable[[Sequence[Context], int, Sequence[np.random.Generator]], list[list[Ints]]]
-"""(contexts of a block, count, one generator a group) -> `count` sequences per group."""
+"""(contexts of a block, count, one generator a group) -> `count` sequences per group, or none."""
 
 TRIES = 8
 """Draws of a mean-field copy before it may equal y_1."""
@@ -50,7 +50,10 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        try:
+            return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        except NotDrawn as error:
+            raise ValueError(f"record {block[error.place].index + 1} in use: {error}") from error
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]

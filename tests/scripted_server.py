@@ -70,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         lambda: {"asked": 0, "now": 0, "most": 0, "body": None, "keys": []}
     )
     began: ClassVar[Any] = {}
-    """When a case was first asked."""
+    """When a case was first asked for more than an opening."""
+    running: Any = None
+    """The notes that this request is counted in."""
 
     def do_GET(self) -> None:
         """The list of models, or notes."""
@@ -92,22 +94,26 @@ class Handler(BaseHTTPRequestHandler):
         self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         notes = self.notes[case]
         with self.lock:
-            self.began.setdefault(case, time.monotonic())
             notes["asked"] += 1
             notes["now"] += 1
-            self.number, self.now = notes["asked"], notes["now"]
+            self.number, self.now, self.running = notes["asked"], notes["now"], notes
             notes["most"] = max(notes["most"], notes["now"])
             notes["body"] = self.body
             notes["keys"].append(self.headers.get("authorization"))
-        self.waited = time.monotonic() - self.began[case]
         try:
             if path.partition("?")[0] == "v1/completions":
                 CASES.get(case, Handler.sound)(self)
             else:
                 self.answer(404, {"detail": "Not Found"})
         finally:
-            with self.lock:
-                notes["now"] -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Count this request as over: before its client can know, who may send another at once."""
+        with self.lock:
+            if self.running is not None:
+                self.running["now"] -= 1
+            self.running = None
 
     @property
     def opening(self) -> bool:
@@ -129,6 +135,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, value: Any, **headers: str) -> None:
         """Send JSON, or a text as it is."""
+        self.leave()
         page = isinstance(value, str)
         data = (value if page else json.dumps(value)).encode()
         self.send_response(status)
@@ -228,10 +235,10 @@ def one_at_a_time(handler: Handler) -> None:
 
 
 def patient(handler: Handler) -> None:
-    """Tells a client to wait a third of a second, and counts who does not."""
-    if handler.opening or handler.waited > 0.3:
+    """Tells a client to wait a third of a second, and refuses who does not."""
+    now = time.monotonic()
+    if handler.opening or now - Handler.began.setdefault("patient", now) > 0.3:
         return handler.sound()
-    Handler.began["patient"] = time.monotonic() if handler.number == 3 else Handler.began["patient"]
     return handler.answer(429, {}, retry_after="0.35")
 
 
@@ -313,7 +320,7 @@ CASES: dict[str, Callable[[Handler], None]] = {
     "hang-up": once(hang_up),
     "cut-off": once(cut_off),
     "half": once(lambda h: cut_off(h, False)),
-    "timeout": once(lambda h: time.sleep(1)),
+    "timeout": once(lambda h: None),
     "queue": one_at_a_time,
     "patient": patient,
     "slow": slow,

@@ -10,13 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.finite import require_finite
-from megatron_cpo.groups.kinds import KINDS, REGISTRY
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.negatives.from_policy import BlockSampler
@@ -59,6 +60,8 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 def make_block(records: range, recipe: Recipe) -> list[Group]:
     """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix.
 
+    A record whose prefix is too long for the policy has no group.
+
     Raises:
         ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
     """
@@ -66,12 +69,18 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
     contexts = [_context(index, recipe) for index in records]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
+    read = [True] * len(contexts)
     for kind, count in recipe.mix.items():
         rngs = [group_rng(recipe.seed, context.index, kind) for context in contexts]
         drawn = recipe.samplers[kind](contexts, count, rngs)
-        for group, codes, negatives in zip(candidates, kinds, drawn, strict=True):
-            group += negatives
-            codes += [KINDS.index(kind)] * len(negatives)
+        for place, negatives in enumerate(drawn):
+            candidates[place] += negatives
+            kinds[place] += [KINDS.index(kind)] * len(negatives)
+            read[place] &= bool(negatives) or kind not in NEEDS_POLICY
+    contexts = list(compress(contexts, read))
+    candidates, kinds = list(compress(candidates, read)), list(compress(kinds, read))
+    if not contexts:
+        return []
     ranked = rank_candidates(candidates, recipe.similarity)
     for context, (similarities, _) in zip(contexts, ranked, strict=True):
         require_finite(similarities, context.index, "similarity to y_1", recipe.ranker)

@@ -30,6 +30,8 @@ from megatron_cpo.work.job import Run, blocks_of
 
 TITLES = {"truths": ("embed y_1", "texts"), "groups": ("build groups", "candidates")}
 """Of the progress bars, and what they count."""
+UNREAD = "prefix too long for the policy"
+"""Why a record that was tokenised has no group."""
 
 
 def build_groups(
@@ -129,21 +131,33 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             return None
         dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
         reference = builder.policy.identity if builder.scores and builder.policy else None
-        manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
+        manifest = {**work.command, "reference": reference}
         writer = GroupWriter(config.output_prefix, manifest, vocabulary_size(builder.tokenizer))
         try:
             for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))
-            writer.close()
+            if unread := builder.records - writer.totals.groups:
+                dropped["counts"][UNREAD] = unread
+                _refuse_nothing(writer.totals.groups, unread)
+            writer.close(dropped=dropped["counts"])
         except BaseException as error:
             writer.abort()
             # Without locks another share may have finished, and removed the blocks, meanwhile.
             gone = isinstance(error, FileNotFoundError)
             if not (gone and Path(config.output_prefix + ".json").exists()):
                 raise
-        retries = builder.retries()
+        counts = builder.counts()
         work.remove()
-    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
+    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], counts=counts)
+
+
+def _refuse_nothing(groups: int, unread: int) -> None:
+    """Raise ValueError if all records were too long for the policy."""
+    if not groups:
+        raise ValueError(
+            f"no group to write: the prefix of each of the {unread} records is too long for the "
+            "policy; see its warnings, and give one with a longer context, or lower --max-length"
+        )
 
 
 def _read_block(builder: Builder, block: int) -> Any:

@@ -123,7 +123,7 @@ class Builder:
             scorer=model_name(self.policy.identity) if self.policy else "the reference",
         )
         self.records = len(pairs)
-        self._keep_retries()  # of opening the policy, before forks take the counts along
+        self._keep_counts()  # of opening the policy, before forks take the counts along
 
     def work_of(self, stage: str) -> Callable[[int], None]:
         """The function that finishes a block of a stage."""
@@ -134,24 +134,24 @@ class Builder:
                 try:
                     finish(block)
                 finally:
-                    self._keep_retries()
+                    self._keep_counts()
 
         return work
 
-    def retries(self) -> Counter[str]:
-        """Requests to a server that all processes of all runs of this build repeated, by reason."""
+    def counts(self) -> Counter[str]:
+        """What a server's policy counted in all processes of all runs of this build, by line."""
         total: Counter[str] = Counter()
-        for path in (self.work.path / "retries").glob("*.json"):
+        for path in (self.work.path / "counts").glob("*.json"):
             total.update(json.loads(path.read_text(encoding="utf-8")))
         return total
 
-    def _keep_retries(self) -> None:
+    def _keep_counts(self) -> None:
         """Put the counts of this process into the work folder, where those of all are."""
-        counts: Counter[str] | None = getattr(self.policy, "retries", None)  # a server's alone
+        take = getattr(self.policy, "take_counts", Counter)  # a server's alone counts
+        counts: Counter[str] = take()
         if counts:
-            path = self.work.path / "retries" / f"{uuid.uuid4().hex}.json"
+            path = self.work.path / "counts" / f"{uuid.uuid4().hex}.json"
             self.work.write(path, json.dumps(counts).encode())
-            counts.clear()
 
     def _finish_truths(self, block: int) -> None:
         if self._truths is not None:

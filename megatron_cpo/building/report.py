@@ -15,8 +15,8 @@ class BuildReport:
     manifest: Mapping[str, Any]
     first_dropped: Mapping[str, str] = field(default_factory=dict)
     """Where the first record of each reason was; known to the run that put the store together."""
-    retries: Mapping[str, int] = field(default_factory=dict)
-    """Requests to a server that the whole build repeated, by reason; known to the same run."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What the whole build counted of a server's answers, by line; known to the same run."""
 
     @classmethod
     def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":
@@ -40,7 +40,7 @@ class BuildReport:
             *((f"end: {kind}", text) for kind in KINDS if (text := self._end(kind))),
             *((f"dropped: {why}", f"{n:,}{self._first(why)}")
               for why, n in m.get("dropped", {}).items()),
-            *((f"asked again: {why}", f"{n:,}") for why, n in self.retries.items()),
+            *((what, f"{n:,}") for what, n in self.counts.items()),
         ]  # fmt: skip
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]

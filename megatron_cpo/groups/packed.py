@@ -132,9 +132,9 @@ def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Pac
             totals.reference_logp[kind] = totals.reference_logp.get(kind, 0.0) + logp
     totals.kinds = dict(kinds)
     return Packed(
-        tokens=np.concatenate(tokens).astype(store_dtype(vocab_size)),
+        tokens=np.concatenate([np.zeros(0), *tokens]).astype(store_dtype(vocab_size)),
         lengths=np.array(lengths, dtype=np.int32),
         sequences=np.array([1 + len(group.candidates) for group in groups], dtype=np.int32),
-        values=np.concatenate(values).astype(np.float32),
+        values=np.concatenate([np.zeros(0), *values]).astype(np.float32),
         totals=totals,
     )

@@ -72,8 +72,11 @@ class GroupWriter:
         self.totals.add(packed.totals)
         self._candidate_lengths.add(packed)
 
-    def close(self) -> None:
+    def close(self, **manifest: Any) -> None:
         """Finish the files and put them into place, the manifest last.
+
+        Args:
+            manifest: what the caller knows only now.
 
         Raises:
             ValueError: no group was added.
@@ -86,7 +89,7 @@ class GroupWriter:
             )
         self._tokens.close()
         self._values.close()
-        manifest = {"format_version": FORMAT_VERSION, **self._manifest}
+        manifest = {"format_version": FORMAT_VERSION, **self._manifest, **manifest}
         for name in ("groups", "k", "kinds", "tree_tokens", "sequence_tokens", "longest_sequence"):
             manifest[name] = getattr(totals, name)
         manifest["reference"] = manifest.get("reference")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from megatron_cpo.groups.finite import REMEDY, model_name
 from megatron_cpo.negatives.from_records import Context, cut_at
-from megatron_cpo.policies.policy import Policy, Sampling
+from megatron_cpo.policies.policy import NotDrawn, Policy, Sampling
 from megatron_cpo.tree import Ints
 
 BlockSampler = Callable[[Sequence[Context], int, Sequence[np.random.Generator]], list[list[Ints]]]
-"""(contexts of a block, count, one generator a group) -> `count` sequences per group."""
+"""(contexts of a block, count, one generator a group) -> `count` sequences per group, or none."""
 
 TRIES = 8
 """Draws of a mean-field copy before it may equal y_1."""
@@ -51,7 +51,10 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        try:
+            drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        except NotDrawn as error:
+            raise ValueError(f"record {block[error.place].index + 1} in use: {error}") from error
         for context, limit, samples in zip(block, limits, drawn, strict=True):
             _require_tokens(policy, context, samples)
             flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"

@@ -195,7 +195,7 @@ class ServerPolicy:
         self._warned = True
 
     def _tokens(self, choice: Any, most: int) -> Ints:
-        """The ids of a sample, at most so many, and EOD unless the server cut it short.
+        """The ids of a sample, at most so many, and EOD unless its context was full.
 
         Raises:
             ValueError: it has no ids of the build's tokenizer, nor a text.
@@ -222,8 +222,9 @@ class ServerPolicy:
                 f"({self._model})"
             )
         end = ids.index(eod) if eod in ids else len(ids)
-        ended = eod in ids or fields.get("finish_reason") != "length"  # else its context was full
-        return np.array([*ids[: min(end, most)], *([eod] if ended else [])], dtype=np.int32)
+        # Stopped for length before the limit: the server's context was full.
+        full = end < most and eod not in ids and fields.get("finish_reason") == "length"
+        return np.array([*ids[: min(end, most)], *([] if full else [eod])], dtype=np.int32)
 
     async def _open(self, model: str | None, sampling: Sampling) -> None:
         """Find out which model is served, how much it can read, and how to ask for samples."""

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_cpo"
 ORDER = (
-    "objective", "tree", "files", "progress", "host", "model", "groups", "records",
+    "objective", "tree", "files", "progress", "quiet", "extras",
+    "host", "model", "groups", "records",
     "checkpoints.identity", "checkpoints.formats", "checkpoints.merging", "checkpoints.conversion",
     "checkpoints", "policies", "negatives", "work", "building", "scoring", "inspection",
     "training", "evaluation", "cli",
 )  # fmt: skip
 """A room imports those before it, never one after it."""
-NO_MEGATRON = ("objective", "tree", "files", "progress")
+NO_MEGATRON = ("objective", "tree", "files", "progress", "quiet", "extras")
 
 
 def room(module: str) -> str:

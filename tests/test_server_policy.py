@@ -149,7 +149,7 @@ def test_what_is_no_server(folder, url):
 
 def test_httpx_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"needs the package httpx: .*megatron-cpo\[server\]"):
+    with pytest.raises(ValueError, match=r"needs the package httpx: .*whl\[server\]"):
         ServerPolicy("http://127.0.0.1:9/v1", ToyTokenizer(), SAMPLING)
 
 

@@ -1,6 +1,7 @@
 """Starting Megatron outside its training loop, and loading a model with a checkpoint's weights."""
 
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ def score_args(extra_args_provider: Any = None) -> Any:
 
     Args:
         extra_args_provider: adds the caller's own flags to Megatron's parser.
+
+    Raises:
+        ValueError: Megatron refuses the flags.
     """
     from megatron.training import global_vars
     from megatron.training.arguments import parse_and_validate_args
@@ -28,7 +32,11 @@ def score_args(extra_args_provider: Any = None) -> Any:
         return parser
 
     defaults = {"micro_batch_size": 1, "train_iters": 1, "eval_interval": 1, "lr": 0.0}
-    args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
+    try:
+        args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
+    except AssertionError as error:  # how Megatron refuses flags, at times without a word
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {said}") from error
     args.no_load_optim = args.no_load_rng = args.finetune = True
     return args
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.extras import needs
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.tokenizing import PROBE, Encoder
 from megatron_cpo.tree import Ints
@@ -86,9 +87,7 @@ class ServerPolicy:
         concurrency: int = 32,
     ) -> None:
         if importlib.util.find_spec("httpx") is None:
-            raise ValueError(
-                f"--policy {url}: needs the package httpx: pip install 'megatron-cpo[server]'"
-            )
+            raise ValueError(f"--policy {url}: {needs('httpx', 'server')}")
         self._url, self._tokenizer, self._concurrency = url.rstrip("/"), tokenizer, concurrency
         self._encoder = Encoder(tokenizer)
         self.retries: Counter[str] = Counter()

@@ -15,6 +15,7 @@ from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.loading import load_model, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
+from megatron_cpo.quiet import say
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
 from megatron_cpo.work.folder import explained
@@ -47,7 +48,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             than a row, or another reference or row length has begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
-    from megatron.training import get_tokenizer, print_rank_0
+    from megatron.training import get_tokenizer
 
     reference = reference_identity(args)
     if model is None:
@@ -66,7 +67,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     described = f"{reference['name']} iteration {reference['iteration']}"
     # The last rank may be putting the store together, so rank 0 looks once all are here.
     if _on_first_rank(is_scored):
-        print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
+        say(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
@@ -88,7 +89,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             f"{work.path}: {len(missing)} of {len(blocks)} blocks are not there, the first is "
             f"{missing[0]}; see that all ranks share this folder, and run the same command again"
         )
-    print_rank_0(f"scored {len(reader)} groups under {described}")
+    say(f"scored {len(reader)} groups under {described}")
 
 
 def _on_first_rank[T](decide: Callable[[], T]) -> T:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from megatron_cpo.host import compat
+from megatron_cpo.host.help import readable
+from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
 
+USAGE = "%(prog)s [Megatron's flags] [--cpo-aux-loss --cpo-data-path PREFIX --cpo-...]"
 _MARK = "_megatron_cpo"
 _METRIC_LOG = MetricLog()
 
@@ -34,6 +37,7 @@ def install() -> None:
     from megatron_cpo.host import cpu as cpu_host
     from megatron_cpo.host import without_transformer_engine as plain_torch
 
+    ignore_import_warnings()
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
@@ -70,7 +74,7 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
             from megatron_cpo.host import cpu as cpu_host
 
             cpu_host.set_parser_defaults(parser)
-        return add_cpo_args(parser)
+        return readable(parser, usage=USAGE, first=add_cpo_args)
 
     bound.arguments["extra_args_provider"] = provider
     parsed = original(*bound.args, **bound.kwargs)

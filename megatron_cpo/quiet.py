@@ -48,9 +48,16 @@ def ignore_import_warnings() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime ..."
 
 
+def ignore_library_warnings() -> None:
+    """From now on Python warnings of `LIBRARIES` are left out, as becomes a command."""
+    ignore_import_warnings()
+    if not verbose:
+        warnings.filterwarnings("ignore", module=LIBRARIES)
+
+
 @contextmanager
 def hidden_chatter() -> Iterator[None]:
-    """Hide what libraries print and log, but for errors; `say` still speaks.
+    """Hide what libraries print, and log but for errors; `say` still speaks.
 
     Begin before Megatron is imported: its log handler keeps the standard output that it finds.
     Whatever leaves it beside a mistake of the user's shows the last lines that were hidden:
@@ -66,10 +73,7 @@ def hidden_chatter() -> Iterator[None]:
     sys.stdout, _shown = hidden, shown
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            ignore_import_warnings()
-            warnings.filterwarnings("ignore", module=LIBRARIES)
-            yield
+        yield
     except (ValueError, OSError, ImportError, Refused):  # says what is wrong by itself
         raise
     except BaseException:

@@ -86,6 +86,7 @@ def run_verb(verb: str, command: str | None = None) -> None:
     quiet.verbose = len(flags) < len(sys.argv) - 1
     sys.argv = [command, *flags]
     plain_warnings(command)
+    quiet.ignore_library_warnings()
     try:
         importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main()
     except (ValueError, OSError, ImportError) as error:

@@ -17,7 +17,6 @@ from megatron_cpo.inspection.terminal import print_group, print_summary
 from megatron_cpo.inspection.text import TokenText
 from megatron_cpo.inspection.tokenizer import store_tokenizer
 from megatron_cpo.inspection.view import view_group
-from megatron_cpo.quiet import ignore_import_warnings
 
 
 def print_store(
@@ -81,7 +80,6 @@ def _open(
             raise ValueError(
                 f"--group {group}: {path_prefix} has groups 0 to {manifest['groups'] - 1}"
             )
-    ignore_import_warnings()
     tokenizer = store_tokenizer(manifest, args)
     reader = GroupReader(path_prefix)
     eod = (manifest.get("tokenizer") or {}).get("eod", manifest.get("eod"))

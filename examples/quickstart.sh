@@ -18,8 +18,9 @@ OUT=runs/quickstart
 
 # Without byte code every process compiles Megatron anew: 11 s, not 4 s.
 unset PYTHONDONTWRITEBYTECODE
-gpus=$(python -c 'import megatron_cpo, torch; print(torch.cuda.device_count())') || {
-    echo "quickstart: $(command -v python) cannot import megatron_cpo; run make quickstart" >&2
+command -v megatron-cpo >/dev/null &&
+    gpus=$(python -c 'import megatron_cpo, torch; print(torch.cuda.device_count())') || {
+    echo "quickstart: megatron_cpo is not installed for $(command -v python); run make quickstart" >&2
     exit 1
 }
 ranks=2

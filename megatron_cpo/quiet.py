@@ -36,9 +36,8 @@ class Refused(SystemExit):
 
 
 def say(text: object) -> None:
-    """Print on the first rank, also where the output of libraries is hidden."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=_shown or sys.stdout, flush=True)
+    """Print, also where the output of libraries is hidden."""
+    print(text, file=_shown or sys.stdout, flush=True)
 
 
 def ignore_import_warnings() -> None:
@@ -49,10 +48,14 @@ def ignore_import_warnings() -> None:
 
 
 def ignore_library_warnings() -> None:
-    """From now on Python warnings of `LIBRARIES` are left out, as becomes a command."""
+    """From now on a command leaves out warnings of `LIBRARIES`, also those that torch's C++ prints.
+
+    Call it before torch is imported, which reads its level then.
+    """
     ignore_import_warnings()
     if not verbose:
         warnings.filterwarnings("ignore", module=LIBRARIES)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextmanager
@@ -60,8 +63,8 @@ def hidden_chatter() -> Iterator[None]:
     """Hide what libraries print, and log but for errors; `say` still speaks.
 
     Begin before Megatron is imported: its log handler keeps the standard output that it finds.
-    Whatever leaves it beside a mistake of the user's shows the last lines that were hidden:
-    Megatron prints why it is about to exit.
+    What leaves it without a word of its own (not a mistake of the user's) shows the last lines that
+    were hidden: Megatron prints why it is about to exit.
     """
     global _shown
     if verbose or _shown is not None:
@@ -74,7 +77,7 @@ def hidden_chatter() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         yield
-    except (ValueError, OSError, ImportError, Refused):  # says what is wrong by itself
+    except (ValueError, OSError, ImportError, Refused, KeyboardInterrupt):
         raise
     except BaseException:
         hidden.seek(0)

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from harness.ranks import ROOT, run_pretrain
+from harness.ranks import ROOT, run_pretrain, run_ranks
 from megatron_cpo import __version__, cli, quiet
 from megatron_cpo.cli.errors import plain_warnings
 from megatron_cpo.cli.launch import _status
+from megatron_cpo.cli.ranks import Turn
 from megatron_cpo.host.help import readable
 from tests.commands import run_python
 
@@ -36,6 +37,7 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr(quiet, "verbose", False)
     monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
@@ -193,6 +195,24 @@ def test_the_one_rank_that_fails_says_it(tmp_path) -> None:
     assert "unrecognized arguments: --foo" in outputs[1]
 
 
+def _take_turns() -> list[bool]:
+    """On a rank: whether it is the first to come to two subjects, the first of them twice."""
+    taken = []
+    for subject in ("error", "report", "error"):
+        with Turn(subject) as first:
+            taken.append(first)
+    return taken
+
+
+def test_one_rank_has_the_turn() -> None:
+    turns = run_ranks(_take_turns, 3)
+    assert [sum(rank[i] for rank in turns) for i in range(3)] == [1, 1, 0]
+
+
+def test_a_process_alone_has_every_turn() -> None:
+    assert _take_turns() == [True, True, True]
+
+
 def test_our_launcher_ends_with_the_error(tmp_path) -> None:
     """One line, and the status of the verb; torch's report of the failure does not follow it."""
     done = run_python("-m", "megatron_cpo", "--nproc-per-node", 2, "merge", "--foo")
@@ -300,6 +320,7 @@ def test_warnings_of_libraries(module, text, shown, shown_when_verbose, monkeypa
         (ValueError("x"), False),
         (OSError("x"), False),
         (quiet.Refused(1), False),
+        (KeyboardInterrupt(), False),
         (SystemExit(), True),  # how Megatron leaves, after it has printed why
         (AssertionError(), True),
         (RuntimeError("x"), True),
@@ -316,13 +337,6 @@ def test_a_crash_shows_what_came_before(error, shown, capsys) -> None:
     said = capsys.readouterr().err
     assert said.count("\n") == (quiet.TAIL if shown else 0)
     assert said.endswith("why it leaves\n" if shown else "")
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_only_the_first_rank_says_it(rank, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", rank)
-    quiet.say("ours")
-    assert capsys.readouterr().out == ("ours\n" if rank == "0" else "")
 
 
 # ---- Megatron's parser
@@ -363,3 +377,37 @@ def test_help_of_training_lists_all_flags(script) -> None:
     assert usage.count("\n") == 0
     assert groups.index("--cpo-aux-loss") < groups.index("--help") < groups.index("--num-layers")
     assert groups.count("--cpo-fraction") == 1
+
+
+def _refused(flags: str) -> str:
+    """On a rank: what our call of Megatron's parser and tokenizer says to flags."""
+    from megatron_cpo.host.loading import open_tokenizer, score_args
+
+    sys.argv = ["megatron-cpo build", *flags.split()]
+    try:
+        open_tokenizer(score_args())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+MODEL = "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 "
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (MODEL + "--max-position-embeddings 8 --tensor-model-parallel-size 3", "world size (1) is"),
+        (MODEL, "max_position_embeddings argument is None"),
+        # Megatron says nothing; its condition does.
+        (MODEL + "--micro-batch-size 0", "assert args.micro_batch_size > 0"),
+        (
+            MODEL + "--max-position-embeddings 8 --tokenizer-type SentencePieceTokenizer",
+            "Tokenizer path must be specified",
+        ),
+    ],
+)
+def test_what_megatron_refuses_is_a_mistake_of_the_user(flags, said) -> None:
+    """Megatron asserts; a command would end in a traceback from each rank."""
+    [found] = run_ranks(_refused, 1, flags)
+    assert found.startswith(f"Megatron refuses these flags: {said}")

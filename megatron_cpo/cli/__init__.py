@@ -91,3 +91,5 @@ def run_verb(verb: str, command: str | None = None) -> None:
         importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main()
     except (ValueError, OSError, ImportError) as error:
         fail(f"{command}: {error}", error)
+    except KeyboardInterrupt:
+        fail(f"{command}: interrupted", status=130)

@@ -27,6 +27,7 @@ same output is refused.
 
 from megatron_cpo.building.flags import add_build_arguments
 from megatron_cpo.cli.parsing import answer_help, beside_megatrons
+from megatron_cpo.cli.ranks import Turn
 from megatron_cpo.quiet import hidden_chatter, say
 from megatron_cpo.records.source import INPUT_HELP
 
@@ -41,5 +42,7 @@ def main() -> None:
         from megatron_cpo.scoring.command import build_and_score
 
         report = build_and_score(beside_megatrons(add_build_arguments))
-    if report is not None:
-        say(report)
+    if report is not None:  # on the rank that came last, or on all if there was nothing to do
+        with Turn("report") as first:
+            if first:
+                say(report)

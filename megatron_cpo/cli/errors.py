@@ -1,6 +1,5 @@
 """A mistake of the user's is one line, the last one, once: not once a rank."""
 
-import datetime
 import json
 import os
 import sys
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_cpo import quiet
+from megatron_cpo.cli.ranks import Turn
 
 VERBOSE = ("-v", "--verbose")
 PACKAGE = Path(__file__).parents[1]
-PATIENCE = datetime.timedelta(seconds=5)
-"""How long ranks wait for one another here; after that each speaks for itself."""
 
 
 def is_verbose() -> bool:
@@ -31,7 +29,7 @@ def fail(text: str, error: BaseException | None = None, status: int = 1) -> NoRe
     """
     if quiet.verbose and error is not None:
         traceback.print_exception(error)
-    with _Turn() as first:
+    with Turn("error") as first:
         if first:
             _tell_torchrun(text)
             print(text, file=sys.stderr, flush=True)
@@ -54,36 +52,6 @@ def plain_warnings(command: str) -> None:
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
-
-
-class _Turn:
-    """Whether this rank is the first to fail; the others leave when it has spoken.
-
-    torchrun ends all ranks as soon as one has left, so the first must not be cut short. Ranks that
-    torchrun did not start are all first.
-    """
-
-    def __enter__(self) -> bool:
-        self._store, self._key = None, "megatron_cpo/failed"
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            import torch.distributed
-
-            self._key += f"/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            try:
-                self._store = torch.distributed.TCPStore(
-                    address, port, is_master=False, timeout=PATIENCE
-                )
-                if self._store.add(self._key, 1) > 1:
-                    self._store.wait([f"{self._key}/said"], PATIENCE)
-                    return False
-            except torch.distributed.DistError:  # torchrun is gone, or the first rank is
-                self._store = None
-        return True
-
-    def __exit__(self, *_: object) -> None:
-        if self._store is not None:
-            self._store.set(f"{self._key}/said", "")
 
 
 def _tell_torchrun(text: str) -> None:

@@ -26,12 +26,12 @@ def main() -> None:
     """Parse the flags and write the dataset."""
     answer_help(f"{__doc__}\n{INPUT_HELP}", add_arguments)
     with hidden_chatter():
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
         from megatron.training.arguments import parse_args
 
+        from megatron_cpo.host.loading import open_tokenizer
         from megatron_cpo.records.pair_files import write_lm_dataset
 
         args = parse_args(beside_megatrons(add_arguments))
         source = source_from_args(args)
-        written, dropped = write_lm_dataset(source, build_tokenizer(args), args.output_prefix)
+        written, dropped = write_lm_dataset(source, open_tokenizer(args), args.output_prefix)
     say(f"{args.output_prefix}: {written:,} documents; dropped: {dropped.describe()}")

@@ -2,12 +2,35 @@
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from megatron_cpo.host.compat import build_gpt
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise ValueError where Megatron refuses flags by an assertion, at times without a word."""
+    try:
+        yield
+    except AssertionError as error:
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {said}") from error
+
+
+def open_tokenizer(args: Any) -> Any:
+    """Megatron's tokenizer of its parsed flags.
+
+    Raises:
+        ValueError: the flags name none that is there.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    with _refusals():
+        return build_tokenizer(args)
 
 
 def score_args(extra_args_provider: Any = None) -> Any:
@@ -32,11 +55,8 @@ def score_args(extra_args_provider: Any = None) -> Any:
         return parser
 
     defaults = {"micro_batch_size": 1, "train_iters": 1, "eval_interval": 1, "lr": 0.0}
-    try:
+    with _refusals():
         args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
-    except AssertionError as error:  # how Megatron refuses flags, at times without a word
-        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these flags: {said}") from error
     args.no_load_optim = args.no_load_rng = args.finetune = True
     return args
 

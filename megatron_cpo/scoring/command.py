@@ -11,7 +11,7 @@ from megatron_cpo.building.flags import (
     uses_megatron,
 )
 from megatron_cpo.building.report import BuildReport
-from megatron_cpo.host.loading import score_args
+from megatron_cpo.host.loading import open_tokenizer, score_args
 from megatron_cpo.scoring.under_megatron import score_groups
 from megatron_cpo.scoring.under_policy import rescore
 
@@ -29,11 +29,10 @@ def build_and_score(add_arguments: Any) -> str | None:
         ValueError: a flag, an input or the checkpoint is not usable; the message says which.
         OSError: the disk is full; what is finished is kept.
     """
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.arguments import parse_args
 
     args = parse_args(add_arguments)
-    tokenizer = build_tokenizer(args)
+    tokenizer = open_tokenizer(args)
     report: BuildReport | None = None
     model: Any = None
     if args.score_only:

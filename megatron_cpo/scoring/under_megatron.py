@@ -67,7 +67,8 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     described = f"{reference['name']} iteration {reference['iteration']}"
     # The last rank may be putting the store together, so rank 0 looks once all are here.
     if _on_first_rank(is_scored):
-        say(f"{path_prefix} is scored under {described} already: it is left as it is")
+        if torch.distributed.get_rank() == 0:
+            say(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
     config = RowConfig(row_tokens=args.seq_length, k=reader.manifest["k"])
@@ -89,7 +90,8 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             f"{work.path}: {len(missing)} of {len(blocks)} blocks are not there, the first is "
             f"{missing[0]}; see that all ranks share this folder, and run the same command again"
         )
-    say(f"scored {len(reader)} groups under {described}")
+    if torch.distributed.get_rank() == 0:
+        say(f"scored {len(reader)} groups under {described}")
 
 
 def _on_first_rank[T](decide: Callable[[], T]) -> T:

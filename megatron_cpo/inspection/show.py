@@ -1,4 +1,4 @@
-"""The two things `tools/inspect_negatives.py` does: print a store, write its page."""
+"""The two things `megatron-cpo inspect` does: print a store, write its page."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_cpo.inspection.page import render_page
 from megatron_cpo.inspection.statistics import measure
 from megatron_cpo.inspection.terminal import print_group, print_summary
 from megatron_cpo.inspection.text import TokenText
-from megatron_cpo.inspection.tokenizer import quiet_import, store_tokenizer
+from megatron_cpo.inspection.tokenizer import store_tokenizer
 from megatron_cpo.inspection.view import view_group
 from megatron_cpo.progress import progress
 
@@ -80,9 +80,8 @@ def _open(
             raise ValueError(
                 f"--group {group}: {path_prefix} has groups 0 to {manifest['groups'] - 1}"
             )
-    with quiet_import():
-        tokenizer = store_tokenizer(manifest, args)
-        reader = GroupReader(path_prefix)
+    tokenizer = store_tokenizer(manifest, args)
+    reader = GroupReader(path_prefix)
     eod = (manifest.get("tokenizer") or {}).get("eod", manifest.get("eod"))
     return reader, TokenText(tokenizer), eod
 

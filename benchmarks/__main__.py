@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.build import bench_build
 from benchmarks.communication import bench_communication
+from benchmarks.digest import bench_digest
 from benchmarks.generation import bench_generation
 from benchmarks.head import bench_head
 from benchmarks.loader import bench_loader
@@ -36,6 +37,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "scaling": bench_scaling,
     "communication": bench_communication,
     "merge": bench_merge,
+    "digest": bench_digest,
     "generation": bench_generation,
     "build": bench_build,
 }

@@ -109,7 +109,7 @@ def group_store(setting: Setting) -> GroupReader:
 def record_tokenizer(setting: Setting) -> Any:
     """A tokenizer of 4,000 pieces, trained on the setting's records."""
     from megatron_cpo.records.source import Source
-    from megatron_cpo.records.tokenizing import train_sentencepiece
+    from megatron_cpo.records.tokenizer_training import train_sentencepiece
 
     model = f"{setting.folder}/tokenizer.model"
     train_sentencepiece(Source((str(setting.data),)), model, 4000)

@@ -1,38 +1,106 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: the one way in which anything is published.
+
+What is written lies aside first, as `NAME.writing-HOST-PID-TOKEN` beside the name that it will
+have: no other process on any machine has that name, so two that write the same thing do not meet,
+with or without locks. It is on the disk before it takes its name, so after a loss of power there is
+either all of it or none. A process that is killed leaves what it had aside; it is safe to delete.
+"""
 
 import errno
+import functools
+import glob
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is either whole or absent.
+def aside(path: Path) -> Path:
+    """Where this process writes what becomes `path`: the same at every call, and nobody else's."""
+    pid = os.getpid()
+    return path.with_name(f"{path.name}.writing-{socket.gethostname()}-{pid}-{_token(pid)}")
+
+
+@functools.cache
+def _token(pid: int) -> str:
+    """Tells apart containers that share a host's name and count processes by themselves."""
+    return secrets.token_hex(4)
+
+
+def asides(path: Path) -> list[Path]:
+    """What any process, alive or dead, of any release has written aside of `path`."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.writing*"))
+
+
+@contextmanager
+def whole_file(path: Path, new: bool = False) -> Iterator[BinaryIO]:
+    """A file to write; it is flushed to the disk and becomes `path` when the block ends well.
+
+    After a loss of power the name may be that of what was there before; `sync` its folder where
+    that matters.
+
+    Args:
+        new: leave a file alone that is there already, whoever made it a moment ago.
+
+    Raises:
+        FileExistsError: `new`, and it is there.
+        OSError: the disk is full.
+    """
+    writing = aside(path)
+    try:
+        with open(writing, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            _link(writing, path)
+        else:
+            os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _link(writing: Path, path: Path) -> None:
+    """Give a file a second name, unless that is taken."""
+    try:
+        os.link(writing, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without links
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from error
+        os.replace(writing, path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or absent."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, content: Any, new: bool = False) -> None:
+    """Write a JSON file that is either whole or absent; `new` as in `whole_file`.
 
     Raises:
         ValueError: NaN or infinity is in it, of which JSON knows nothing.
     """
-    aside = path.with_name(f"{path.name}.aside-{os.getpid()}")
-    try:
-        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-        aside.write_text(text + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    with whole_file(path, new) as file:
+        file.write((text + "\n").encode())
 
 
 @contextmanager
 def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
     """A folder to fill; it is flushed to the disk and becomes `output` when the block ends well.
 
-    Until then it is `<output>.writing-<pid>`, beside it. An error removes it. A process that is
-    killed leaves it, under that name; it is safe to delete.
+    An error removes it.
 
     Args:
         nbytes: how much will be written.
@@ -47,7 +115,7 @@ def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
     if (free := shutil.disk_usage(output.parent).free) < nbytes:
         message = f"{output} needs {nbytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left"
         raise OSError(errno.ENOSPC, message)
-    writing = output.with_name(f"{output.name}.writing-{os.getpid()}")
+    writing = aside(output)
     writing.mkdir()
     try:
         yield writing
@@ -62,21 +130,22 @@ def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _flush(output.parent)
+    sync(output.parent)
+
+
+def sync(*paths: Path) -> None:
+    """Wait until the content of these files, or the names in these folders, are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def flush(folder: Path) -> None:
     """Wait until all that is in a folder is on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(*folder.rglob("*"), folder)
 
 
 def end_cleanly() -> None:

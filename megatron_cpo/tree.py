@@ -10,6 +10,20 @@ ancestor or i itself. That vector is the whole mask: it covers several groups in
 it), a plain document (a chain) and padding (`subtree_end[i] = i + 1`), and it costs O(S) to ship,
 not O(S^2).
 
+Prefix 1 2, y_1 = 5 6 9, and the negatives 5 7 9 and 8 9, drawn out:
+
+    1 - 2 - 5 - 6 (9)      rows 0 1 2 3, y_1
+        |   `-- 7 (9)      row 4
+        `-- 8 (9)          row 5
+
+    row             0  1     2     3  4  5
+    tokens          1  2     5     6  7  8
+    position_ids    0  1     2     3  3  2
+    subtree_end     6  6     5     4  5  6
+    targets            5, 8  6, 7  9  9  9      (9 ends them: it is never more than a target)
+
+Row 4 attends to rows 0, 1, 2 and itself, and not to row 3, whose subtree ends at 4.
+
 A *query* is a (position, target token) pair whose log-prob is wanted. Candidates that share a
 path share its queries. A token that no query hangs from gets no place in the row: the last token
 of a candidate (its end of sequence) is only ever a target, so a truncation of y_1 costs no

@@ -1,6 +1,7 @@
 """Tiny models of transformers, converted: what all tests of conversion share."""
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from harness.stores import VOCAB_SIZE
-from megatron_cpo.checkpoints.conversion.convert import FLAGS, convert
+from megatron_cpo.checkpoints.conversion.convert import convert
+from megatron_cpo.checkpoints.formats.beside import FLAGS
 from tests.checkpoints import read_model
 
 VOCAB = VOCAB_SIZE + 1
@@ -31,6 +33,7 @@ _LLAMA = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
+    "eos_token_id": VOCAB_SIZE,
 }
 _GPT2 = {
     "model_type": "gpt2",
@@ -84,7 +87,7 @@ def to_hugging_face(source: Path, output: Path, **options: Any) -> Path:
 
 def flags_of(folder: Path) -> list[str]:
     """As a shell would split them."""
-    return (folder / FLAGS).read_text().split()
+    return shlex.split((folder / FLAGS).read_text())
 
 
 class Models:

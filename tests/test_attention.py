@@ -9,10 +9,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from megatron_cpo.model import attention
 from megatron_cpo.model.attention import (
-    QUERY_BLOCK,
+    QUERY_TILE,
     TreeAttention,
     TreeMaskCache,
-    live_blocks,
+    live_tiles,
     tree_mask,
 )
 from megatron_cpo.model.flex import BLOCK, flex_attend, tree_block_mask
@@ -47,7 +47,7 @@ def test_blocks_cover_the_mask_with_live_keys_alone(block: int) -> None:
     parents = random_parents(150, seed=1, padding=10)
     rebuilt = torch.zeros(150, 150, dtype=torch.bool)
     firsts = []
-    for part in live_blocks(ends_of(parents), block):
+    for part in live_tiles(ends_of(parents), block):
         firsts.append(part.first)
         rebuilt[part.first : part.last, part.keys] = part.mask
         assert part.mask.any(dim=0).all()
@@ -57,7 +57,7 @@ def test_blocks_cover_the_mask_with_live_keys_alone(block: int) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("size", [1, QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 200])
+@pytest.mark.parametrize("size", [1, QUERY_TILE - 1, QUERY_TILE, QUERY_TILE + 1, 200])
 def test_output_and_gradients_equal_dense_attention(size: int, kv_heads: int) -> None:
     """Three rows per micro-batch, one of them mostly padding; float32, relative 1e-5."""
     forests = [random_parents(size, seed, padding) for seed, padding in ((0, 0), (1, 5), (2, 150))]
@@ -84,7 +84,7 @@ def test_the_block_size_changes_nothing(monkeypatch, block: int) -> None:
     ends = torch.stack([ends_of(random_parents(100, seed)) for seed in range(2)])
     tensors = qkv(100, 2, 4, 2)
     expected = TreeAttention(0.3, TreeMaskCache())(*tensors, ends)
-    monkeypatch.setattr(attention, "live_blocks", lambda end, **own: live_blocks(end, block, **own))
+    monkeypatch.setattr(attention, "live_tiles", lambda end, **own: live_tiles(end, block, **own))
     assert relative(TreeAttention(0.3, TreeMaskCache())(*tensors, ends), expected) < 1e-6
 
 
@@ -119,9 +119,9 @@ def test_the_blocks_are_worked_out_once_for_all_layers_and_anew_for_a_new_mask(m
 
     def counted(end: Tensor, **own: Tensor | None) -> list:
         calls.append(end)
-        return live_blocks(end, **own)
+        return live_tiles(end, **own)
 
-    monkeypatch.setattr(attention, "live_blocks", counted)
+    monkeypatch.setattr(attention, "live_tiles", counted)
     cache = TreeMaskCache()
     layers = [TreeAttention(0.3, cache), TreeAttention(0.3, cache)]
     tensors = qkv(80, 1, 2, 2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -13,15 +14,14 @@ from safetensors.torch import save_file
 from harness.ranks import ROOT
 from megatron_cpo.checkpoints import merge
 from megatron_cpo.checkpoints.conversion import convert as conversion
-from megatron_cpo.checkpoints.conversion import copying
-from megatron_cpo.checkpoints.conversion.convert import FLAGS
+from megatron_cpo.checkpoints.conversion import copying, exporting
 from megatron_cpo.checkpoints.conversion.families import model_of_config
 from megatron_cpo.checkpoints.conversion.families.model import (
     arguments,
     difference,
     model_of_arguments,
 )
-from megatron_cpo.checkpoints.conversion.sidecar import carry_tokenizer
+from megatron_cpo.checkpoints.formats.beside import FLAGS
 from megatron_cpo.checkpoints.identity import folder_digest
 from tests.checkpoints import Trap, read_model, read_torch_dist
 from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
@@ -72,6 +72,56 @@ def test_round_trip_in_shards_and_16_bits(dtype: torch.dtype, name: str, tmp_pat
     index = json.loads((back / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in read_model(back).values())
     assert json.loads((back / "config.json").read_text())["dtype"] == str(dtype)[6:]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_another_dtype(kind: str, name: str, models: Models, tmp_path: Path) -> None:
+    """Each value rounded once, in either direction; the flags and the configuration name it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
+    source = models.hugging_face(name)
+    expected = {key: values.to(dtype) for key, values in read_model(source).items()}
+    there = to_megatron(source, tmp_path / "there", dtype=kind, verify=True)
+    assert (f"--{kind}" in flags_of(there)) == (kind != "fp32")
+    later = to_hugging_face(models.megatron(name), tmp_path / "later", dtype=kind, verify=True)
+    for back in (to_hugging_face(there, tmp_path / "back"), later):
+        found = read_model(back)
+        assert found.keys() == expected.keys()
+        for key, values in expected.items():
+            assert found[key].dtype == dtype and torch.equal(found[key], values), key
+        assert json.loads((back / "config.json").read_text())["dtype"] == str(dtype)[6:]
+
+
+def test_dtype_that_mixes_and_overflows(models: Models, tmp_path: Path) -> None:
+    """Mixed dtypes become one; what float16 cannot hold is refused and not made infinite."""
+    source = shutil.copytree(models.hugging_face("llama"), tmp_path / "hf")
+    tensors = read_model(source)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].half()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(source, f"{name} is torch.float16; .* name one with --dtype", tmp_path)
+    there = to_megatron(source, tmp_path / "there", dtype="fp32", verify=True)
+    found = read_model(to_hugging_face(there, tmp_path / "back"))
+    assert torch.equal(found[name], tensors[name].float())
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    message = "model.norm.weight has 100000, more than torch.float16 holds"
+    assert_refused(source, message, tmp_path, dtype="fp16")
+    assert_refused(source, "--dtype int8: choose one of fp32, bf16, fp16", tmp_path, dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_verify_finds_what_was_not_written(
+    name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values of the other sign, in either direction; nothing is left of them."""
+    sides = [(to_megatron, models.hugging_face(name)), (to_hugging_face, models.megatron(name))]
+    right = copying.write_box
+    monkeypatch.setattr(copying, "write_box", lambda *a: right(*a[:-1], -a[-1]))
+    for move, source in sides:
+        with pytest.raises(ValueError, match="was not written as it should be"):
+            move(source, tmp_path / "out", verify=True)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -223,29 +273,6 @@ def test_tokenizer_of_another_model(models: Models, tmp_path: Path) -> None:
     assert (like / "config.json").read_text() == (source / "config.json").read_text()
 
 
-def test_tokenizer_that_transformers_would_misread(tmp_path: Path) -> None:
-    """A run's BPE model travels as Llama's, a Unigram model under another name and with a word."""
-    from sentencepiece import SentencePieceTrainer
-
-    text = tmp_path / "text"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
-    for kind in ("bpe", "unigram"):
-        SentencePieceTrainer.train(
-            input=str(text), model_prefix=str(tmp_path / kind), model_type=kind, vocab_size=40,
-            hard_vocab_limit=False, minloglevel=2,
-        )  # fmt: skip
-        (tmp_path / f"{kind}-out").mkdir()
-    carry_tokenizer({"tokenizer_model": str(tmp_path / "bpe.model")}, tmp_path / "bpe-out")
-    config = json.loads((tmp_path / "bpe-out" / "tokenizer_config.json").read_text())
-    assert config == {"tokenizer_class": "LlamaTokenizer"}
-    assert (tmp_path / "bpe-out" / "tokenizer.model").exists()
-    with pytest.warns(UserWarning, match="is no BPE model, so transformers would read other"):
-        carry_tokenizer(
-            {"tokenizer_model": str(tmp_path / "unigram.model")}, tmp_path / "unigram-out"
-        )
-    assert [path.name for path in (tmp_path / "unigram-out").iterdir()] == ["sentencepiece.model"]
-
-
 # ---- whole or not at all
 
 
@@ -254,11 +281,12 @@ def test_what_makes_a_checkpoint_comes_last(
 ) -> None:
     """Until all values are on the disk there is neither metadata, nor tracker, nor config.json."""
     seen: list[list[str]] = []
-    monkeypatch.setattr(
-        conversion,
-        "flush",
-        lambda folder: seen.append(sorted(p.name for p in folder.rglob("*") if p.is_file())),
-    )
+    for module in (conversion, exporting):
+        monkeypatch.setattr(
+            module,
+            "flush",
+            lambda folder: seen.append(sorted(p.name for p in folder.rglob("*") if p.is_file())),
+        )
     to_hugging_face(to_megatron(models.hugging_face("llama"), tmp_path / "a"), tmp_path / "b")
     assert seen == [["__0_0.distcp"], ["model.safetensors"]]
 
@@ -267,10 +295,10 @@ def test_kill_leaves_no_checkpoint(models: Models, tmp_path: Path) -> None:
     """Kill -9 while values are written leaves a folder that nothing takes for a checkpoint."""
     code = (
         "import os, sys\n"
-        "from megatron_cpo.checkpoints import conversion, copying\n"
+        "from megatron_cpo.checkpoints.conversion import convert, copying\n"
         "def kill(*args): os.kill(os.getpid(), 9)\n"
         "copying.write_box = kill\n"
-        "conversion.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
+        "convert.convert(*sys.argv[1:3], from_format='hf', to_format='megatron')\n"
     )
     done = run_python("-c", code, models.hugging_face("llama"), tmp_path / "out")
     assert done.returncode == -signal.SIGKILL
@@ -286,7 +314,7 @@ def test_sigterm_cleans_up(models: Models, tmp_path: Path) -> None:
     """A scheduler that ends the tool leaves nothing behind."""
     code = (
         "import os, runpy, time\n"
-        "from megatron_cpo.checkpoints import copying\n"
+        "from megatron_cpo.checkpoints.conversion import copying\n"
         "def wait(*args): os.kill(os.getpid(), 15); time.sleep(1)\n"
         "copying.write_box = wait\n"
         f"runpy.run_path({str(ROOT / 'tools/convert_checkpoint.py')!r}, run_name='__main__')\n"
@@ -306,7 +334,7 @@ def test_tool(models: Models, tmp_path: Path) -> None:
     there, back, source = tmp_path / "there", tmp_path / "back", models.hugging_face("gpt2")
     to = ("--from", "hf", "--to", "megatron", "--input", source, "--output", there)
     found = run_tool(name, *to)
-    pasted = found.stdout.partition("\n\n")[2].replace("\\\n", " ").split()
+    pasted = shlex.split(found.stdout.partition("\n\n")[2].replace("\\\n", " "))
     assert pasted == flags_of(there) and "--num-layers" in pasted
     assert_one_line_error(run_tool(name, *to), name)
     done = run_tool(name, "--from", "megatron", "--to", "hf", "--input", there, "--output", back)

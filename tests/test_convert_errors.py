@@ -120,7 +120,9 @@ def test_command_lines(models: Models, tmp_path: Path) -> None:
     assert_refused(llama, "--from hf --to hf: one is", tmp_path, to_format="hf")
     assert_refused(llama, "--from megatron: .* is a Hugging Face checkpoint", tmp_path, **back)
     assert_refused(there, "--from hf: .* is a torch_dist checkpoint", tmp_path)
-    assert_refused(llama, "--like and --vocab-size are for --to hf", tmp_path, like=llama)
+    assert_refused(
+        llama, "--like, --tokenizer and --vocab-size are for --to hf", tmp_path, like=llama
+    )
     assert_refused(llama, "--iteration 3 is for --from megatron", tmp_path, iteration=3)
     assert_refused(llama, "--shard-gb 0: must be above 0", tmp_path, shard_bytes=0)
     assert_refused(there, "--like .*: there is no config.json", tmp_path, like=tmp_path, **back)
@@ -168,7 +170,9 @@ def test_unknown_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         there = to_megatron(source, tmp_path / "there")
     shutil.rmtree(there / "hugging_face")
     back = {"from_format": "megatron", "to_format": "hf"}
-    assert_refused(there, "does not say how many .* give --vocab-size", tmp_path, **back)
+    assert_refused(
+        there, "does not say how many .* give --tokenizer, or --vocab-size", tmp_path, **back
+    )
     assert_refused(
         there, r"word_embeddings.weight is \(1024, 32\)", tmp_path, vocab_size=2000, **back
     )

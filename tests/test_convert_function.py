@@ -13,7 +13,7 @@ import torch
 
 from harness.ranks import parse_losses, run_pretrain, run_ranks
 from harness.stores import write_store
-from megatron_cpo.checkpoints.conversion.convert import FLAGS
+from megatron_cpo.checkpoints.formats.beside import FLAGS
 from megatron_cpo.groups.store import GroupReader
 from tests.checkpoints import read_model
 from tests.conversions import (

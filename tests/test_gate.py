@@ -16,7 +16,7 @@ def gate_of(objective: str = "best", k: int = 12, tolerance: float = TOLERANCE) 
     """Of a run at beta 5 that starts from its reference."""
     gate = StepZeroGate(objective, k, 5.0, REFERENCE, tolerance)
     assert gate.begin(dict(REFERENCE)) is None
-    assert gate.waiting
+    assert gate.applies
     return gate
 
 
@@ -92,4 +92,4 @@ def test_gate_names_why_it_does_not_apply(start: dict, dropout: float, reason: s
     found = gate.begin(start)
     assert found is not None
     assert re.search(reason, found)
-    assert gate.begun and not gate.waiting
+    assert gate.begun and not gate.applies

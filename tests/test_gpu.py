@@ -5,6 +5,7 @@ import torch
 
 from megatron_cpo.model.attention import TreeAttention, TreeMaskCache, tree_mask
 from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
 from megatron_cpo.tree import build_tree
 
 pytestmark = [
@@ -55,7 +56,7 @@ def test_bf16_head_equals_float32_log_softmax() -> None:
     weight = torch.randn(1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, 1000, (1, 300))
     queries = Queries.of(torch.arange(300)[None], targets, "cuda")
-    found = query_logps(hidden, weight, queries, vocab_size=1000, chunk_logits=1024 * 64)
+    found = query_logps(hidden, weight, queries, vocab_size=1000, workspace=Workspace(1024 * 64))
     logits = hidden[:, 0].float() @ weight[:1000].float().t()
     expected = torch.log_softmax(logits, -1).gather(1, targets.cuda().t())[:, 0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -153,7 +153,7 @@ def test_a_policy_with_another_tokenizer_is_refused(tmp_path):
     tokenizer = dolly_tokenizer(tmp_path)
     size = tokenizer.vocab_size
     small = save_hugging_face(tmp_path / "small", rows=90)
-    with pytest.raises(ValueError, match=rf"hf:.*: 90 tokens in its vocabulary, .* has {size}"):
+    with pytest.raises(ValueError, match=rf"hf:.*: 90 rows in its vocabulary, .* has {size}"):
         HuggingFacePolicy(small, tokenizer)
     folder = save_hugging_face(tmp_path / "model", rows=size)
     write_tokenizer(folder, tokenizer, change=500)

@@ -49,7 +49,7 @@ def _install_twice() -> dict[str, bool]:
     twice = {name: getattr(module, name) for name, module in names.items()}
     return {
         "replaced": all(once[name] is not before[name] for name in names),
-        "twice is once": once == twice,
+        "a second call changes nothing": once == twice,
         "keeps __wrapped__": all(once[name].__wrapped__ is before[name] for name in names),
         "keeps the name": all(once[name].__name__ == name for name in names),
         "where it was imported": megatron.training.pretrain is once["pretrain"],
@@ -322,3 +322,47 @@ def test_every_rank_refuses(store: str) -> None:
     said = refusals([*CPO, "--cpo-data-path", store, *layout, "--cpo-k", "4"], world_size=2)
     assert len(said) == 2
     assert all("has groups of K=5 candidates" in message for message in said)
+
+
+_ON_A_GPU = """
+import argparse
+import torch
+from megatron.core.models.hybrid import hybrid_block
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron_cpo import install
+from megatron_cpo.training.config import add_cpo_args
+from megatron_cpo.training.install import _validate_args
+
+def state():
+    optimizer = distrib_optimizer.DistributedOptimizer
+    return (hybrid_block.TENorm, WrappedTorchNorm.__new__, optimizer.sharded_state_dict,
+            optimizer.load_state_dict, optimizer._set_main_param_and_optimizer_states)
+
+torch.cuda.is_available = lambda: True
+before = state()
+install()
+class Validated(Exception): ...
+def validate(args): raise Validated
+for flags in ([], ["--cpo-aux-loss", "--cpo-data-path", "x"]):
+    args = add_cpo_args(argparse.ArgumentParser()).parse_args(flags)
+    args.hybrid_layer_pattern, args.spec = "*-*-", None
+    args.max_position_embeddings = args.seq_length = None
+    try:
+        _validate_args(validate, args)
+    except Validated:
+        print(sum(a is not b for a, b in zip(before, state())), args.spec)
+"""
+
+
+def test_without_cpo_nothing_of_megatron_is_changed_on_a_gpu() -> None:
+    """One without Transformer Engine, whose norms and distributed optimizer CPO needs repaired."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _ON_A_GPU],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    without, with_cpo = done.stdout.splitlines()[-2:]
+    assert without == "0 None"
+    assert with_cpo == "5 ['megatron_cpo.model.hybrid', 'local_stack_spec']"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from harness.ranks import run_ranks
 from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
 
 S, B, H, ROWS, VOCAB = 12, 3, 8, 32, 27  # ROWS of the output layer, the last 5 of them padding
 
@@ -93,8 +94,8 @@ def test_values_and_gradients_equal_log_softmax(chunk_logits: int, kept_logits: 
     positions, targets = some_queries()
     hidden, weight = some_inputs()
     queries = Queries.of(positions, targets, "cpu")
-    chunks = {"chunk_logits": chunk_logits, "kept_logits": kept_logits}
-    logps = query_logps(hidden, weight, queries, VOCAB, **chunks)
+    workspace = Workspace(chunk_logits, kept_logits)
+    logps = query_logps(hidden, weight, queries, VOCAB, workspace=workspace)
     expected = twin(hidden, weight, positions, targets, VOCAB)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
@@ -114,7 +115,7 @@ def test_kept_logits_are_those_computed_again(dtype: torch.dtype) -> None:
     results = []
     for kept_logits in (0, 7 * ROWS, 2**24):
         logps = query_logps(
-            hidden, weight, queries, VOCAB, chunk_logits=3 * ROWS, kept_logits=kept_logits
+            hidden, weight, queries, VOCAB, workspace=Workspace(3 * ROWS, kept_logits)
         )
         upstream = upstream_for(logps)
         for _ in range(2):
@@ -131,9 +132,11 @@ def test_two_micro_batches_wait_for_backward_together() -> None:
     batches = [Queries.of(*some_queries(seed=seed), "cpu") for seed in range(3)]
     expected = []
     for queries in batches:
-        logps = query_logps(hidden, weight, queries, VOCAB, chunk_logits=3 * ROWS)
+        logps = query_logps(hidden, weight, queries, VOCAB, workspace=Workspace(3 * ROWS))
         expected.append(torch.autograd.grad(logps.sum(), (hidden, weight)))
-    waiting = [query_logps(hidden, weight, q, VOCAB, chunk_logits=3 * ROWS) for q in batches]
+    waiting = [
+        query_logps(hidden, weight, q, VOCAB, workspace=Workspace(3 * ROWS)) for q in batches
+    ]
     for logps, slow in zip(waiting, expected, strict=True):
         for found, gradient in zip(
             torch.autograd.grad(logps.sum(), (hidden, weight)), slow, strict=True
@@ -214,7 +217,7 @@ def test_bfloat16() -> None:
     positions, targets = some_queries()
     hidden, weight = some_inputs(torch.bfloat16)
     queries = Queries.of(positions, targets, "cpu")
-    logps = query_logps(hidden, weight, queries, VOCAB, chunk_logits=100)
+    logps = query_logps(hidden, weight, queries, VOCAB, workspace=Workspace(100))
     expected = twin(hidden, weight, positions, targets, VOCAB)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
@@ -233,7 +236,7 @@ def test_the_weight_gradient_is_summed_in_float32() -> None:
     hidden = torch.ones(512, 1, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     queries = Queries.of(torch.arange(512)[None], torch.zeros(1, 512).long(), "cpu")
-    query_logps(hidden, weight, queries, 2, chunk_logits=2).sum().backward()
+    query_logps(hidden, weight, queries, 2, workspace=Workspace(2)).sum().backward()
     assert weight.grad.flatten().tolist() == [256, -256]  # 512 * (1 - 1/2) and 512 * (0 - 1/2)
 
 
@@ -250,10 +253,10 @@ def test_a_micro_batch_without_a_query() -> None:
 
 # Output layers of 32 rows: over 4 ranks with 13 tokens the third and fourth rank only pad.
 LAYOUTS = [
-    {"vocab": vocab, "sequence_parallel": sequence_parallel, "chunk_logits": chunk_logits}
+    {"vocab_size": vocab, "sequence_parallel": split, "workspace": Workspace(chunk)}
     for vocab in (VOCAB, 13)
-    for sequence_parallel in (False, True)
-    for chunk_logits in (10, 2**24)
+    for split in (False, True)
+    for chunk in (10, 2**24)
 ]
 
 
@@ -264,7 +267,7 @@ def run_layouts(empty: bool) -> list[list[Tensor]]:
     results = []
     for layout in LAYOUTS:
         hidden, weight = (t.detach() for t in some_inputs())
-        positions, targets = some_queries(layout["vocab"])
+        positions, targets = some_queries(layout["vocab_size"])
         if empty:
             targets = torch.full_like(targets, -1)
         weight = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
@@ -272,14 +275,10 @@ def run_layouts(empty: bool) -> list[list[Tensor]]:
             hidden = hidden.chunk(group.size())[group.rank()].clone()
         hidden.requires_grad_()
         queries = Queries.of(positions, targets, "cpu")
-        logps = query_logps(hidden, weight, queries, tp_group=group, **layout_arguments(layout))
+        logps = query_logps(hidden, weight, queries, tp_group=group, **layout)
         gradients = torch.autograd.grad(logps, (hidden, weight), upstream_for(logps))
         results.append([logps.detach(), *gradients])
     return results
-
-
-def layout_arguments(layout: dict[str, Any]) -> dict[str, Any]:
-    return {"vocab_size" if name == "vocab" else name: value for name, value in layout.items()}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -288,9 +287,9 @@ def test_tensor_parallel_ranks_equal_one_process(world_size: int) -> None:
     by_rank = run_ranks(run_layouts, world_size, empty=False)
     for index, layout in enumerate(LAYOUTS):
         hidden, weight = some_inputs()
-        positions, targets = some_queries(layout["vocab"])
+        positions, targets = some_queries(layout["vocab_size"])
         queries = Queries.of(positions, targets, "cpu")
-        expected = query_logps(hidden, weight, queries, layout["vocab"])
+        expected = query_logps(hidden, weight, queries, layout["vocab_size"])
         of_hidden, of_weight = torch.autograd.grad(
             expected, (hidden, weight), upstream_for(expected)
         )
@@ -326,8 +325,8 @@ def count_reductions(kept_logits: int) -> tuple[list[int], list[int]]:
     hidden, weight = (t.detach() for t in some_inputs())
     weight = weight.chunk(group.size())[group.rank()].clone().requires_grad_()
     queries = Queries.of(*some_queries(), "cpu")
-    chunks = {"chunk_logits": 7 * len(weight), "kept_logits": kept_logits}
-    logps = query_logps(hidden.requires_grad_(), weight, queries, VOCAB, group, **chunks)
+    workspace = Workspace(7 * len(weight), kept_logits)
+    logps = query_logps(hidden.requires_grad_(), weight, queries, VOCAB, group, workspace=workspace)
     forward = sizes.copy()
     logps.sum().backward()
     return forward, sizes[len(forward) :]

@@ -8,8 +8,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_cpo.model import logprobs
+from harness.ranks import run_ranks, run_script
+from harness.stores import write_store
+from megatron_cpo.model import logprobs, workspace
 from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.workspace import Workspace
+from tests.runs import CPO, MODEL
 
 
 class Memory(TorchDispatchMode):
@@ -72,19 +76,49 @@ def test_memory_does_not_grow_with_the_vocabulary_times_the_queries(kept_chunks:
     positions = torch.arange(rows // 2).expand(2, -1).contiguous()
     targets = torch.randint(vocab, (2, rows // 2), generator=generator)
     queries = Queries.of(positions, targets, "cpu")
-    chunks = {"chunk_logits": chunk, "kept_logits": kept_chunks * chunk}
+    bounds = Workspace(chunk, kept_chunks * chunk)
     chunk_bytes, input_bytes = 4 * chunk, 4 * (weight.numel() + hidden.numel())
-    logprobs._SPARE.clear()  # what other tests left would not be counted
+    workspace._SPARE.clear()  # what other tests left would not be counted
     with Memory() as memory, torch.no_grad():
-        query_logps(hidden, weight, queries, vocab, **chunks)
+        query_logps(hidden, weight, queries, vocab, workspace=bounds)
     assert memory.peak <= chunk_bytes + input_bytes
-    logprobs._SPARE.clear()
+    workspace._SPARE.clear()
     with Memory() as memory:
-        logps = query_logps(hidden, weight, queries, vocab, **chunks)
+        logps = query_logps(hidden, weight, queries, vocab, workspace=bounds)
         logps.sum().backward()
     assert len(logps) == rows
     assert memory.largest <= max(chunk_bytes, input_bytes)
     bound = (kept_chunks + 1) * chunk_bytes + 4 * input_bytes
     assert kept_chunks * chunk_bytes < memory.peak <= bound < 0.04 * 4 * rows * vocab
     # Kept for the next micro-batch is the workspace, no more.
-    assert 4 * sum(map(len, logprobs._SPARE)) <= (kept_chunks + 1) * chunk_bytes
+    assert 4 * sum(map(len, workspace._SPARE)) <= (kept_chunks + 1) * chunk_bytes
+
+
+def _most_waiting(argv: list[str]) -> tuple[int, int]:
+    """On a rank of a run: forwards of the head, and the most that waited for their backward."""
+    head = logprobs._QueryLogProbs
+    forward, backward, waiting = head.forward, head.backward, [0]
+
+    def counted_forward(ctx, *args):
+        waiting.append(waiting[-1] + 1)
+        return forward(ctx, *args)
+
+    def counted_backward(ctx, grad):
+        waiting.append(waiting[-1] - 1)
+        return backward(ctx, grad)
+
+    head.forward, head.backward = staticmethod(counted_forward), staticmethod(counted_backward)
+    run_script(argv)
+    return len(waiting) // 2, max(waiting)
+
+
+def test_one_micro_batch_at_a_time_waits_for_its_backward(tmp_path) -> None:
+    """PP=2, VPP=2, 8 micro-batches: the workspace is that of one, on the stage with the head."""
+    store = write_store(tmp_path / "groups", 40, 5, longest=16)
+    flags = (
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "
+        "--seq-length 256 --micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1e-3 "
+        "--split 1,0,0 --eval-iters 0 --log-interval 1"
+    ).split()
+    found = run_ranks(_most_waiting, 2, [*MODEL, *CPO, "--cpo-data-path", store, *flags])
+    assert found == [(0, 0), (8, 1)]

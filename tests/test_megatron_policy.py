@@ -239,3 +239,36 @@ def test_another_model_than_the_checkpoints_is_refused(flags):
     """On each rank, before the ranks meet."""
     with pytest.raises(ValueError, match=r"layernorm_epsilon is 1e-05 there and 0\.5 here: pass"):
         run_ranks(load, 2, [*flags, *"--norm-epsilon 0.5 --tensor-model-parallel-size 2".split()])
+
+
+def both_backends(folder):
+    """Samples and log-probs of a Megatron GPT and of a GPT-2 with its weights."""
+    import torch
+
+    from benchmarks.generation import hugging_face_twin
+    from benchmarks.setting import Setting, build_model, start_megatron
+    from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+    from megatron_cpo.policies.megatron import MegatronPolicy
+
+    start_megatron()
+    torch.manual_seed(1)
+    vocab = VOCAB_SIZE + 1
+    model = build_model(Setting(hidden=32, layers=2, vocab=vocab, max_length=64), trees=True).eval()
+    for weight in model.parameters():
+        weight.data *= 8  # far from uniform
+    hugging_face_twin(model, vocab).save_pretrained(folder)
+    policies = (
+        MegatronPolicy([model], {}, vocab, VOCAB_SIZE, 64, 128),
+        HuggingFacePolicy(folder, null_tokenizer()),
+    )
+    return [(sample(p), replace(p)[0], score(p)) for p in policies]
+
+
+def test_hugging_face_and_megatron_agree(tmp_path):
+    """The same weights: the same tokens for the same seeds, log-probs within 1e-5."""
+    [(ours, theirs)] = run_ranks(both_backends, 1, str(tmp_path))
+    assert ours[0] == theirs[0]
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        assert a.tolist() == b.tolist()
+    for a, b in zip(ours[2], theirs[2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

@@ -111,6 +111,10 @@ def test_megatron_loads_the_result_at_any_layout(runs: Runs, tmp_path: Path) -> 
     assert min(inputs) + 1e-5 < losses[0] < max(inputs) - 1e-5
     same = merge(runs.mle, runs.cpo, 1, tmp_path / "same")
     assert runs.loss(same) == inputs[0]
+    half = merge(runs.cpo, runs.cpo, 1, tmp_path / "half", dtype="bf16")
+    mixed = merge(runs.mle, half, 0.3, tmp_path / "mixed")
+    assert runs.loss(mixed) == pytest.approx(losses[0], rel=1e-3)
+    assert runs.loss(mixed) != losses[0]
 
 
 def test_sweep(runs: Runs, tmp_path: Path) -> None:

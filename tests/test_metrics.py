@@ -10,7 +10,7 @@ from torch import Tensor
 from harness.stores import random_group
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.rows import RowShape, group_row
-from megatron_cpo.model.forward import candidate_logps
+from megatron_cpo.model.forward import candidate_logps, padding_tokens
 from megatron_cpo.training.metrics import float32_spacing, group_metrics, packing_metrics
 
 GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
@@ -169,16 +169,22 @@ def test_random_groups_equal_loops() -> None:
 
 
 def test_packing_by_hand() -> None:
-    """Two rows of 8 tokens: two groups of 3 and 2 tokens, then one chain of 4. 9 of 16 are real."""
+    """Two rows of 8 tokens: groups of 3 and 2 tokens and one of 1, then one chain of 4: 10 of 16.
+
+    The group of one token, at place 5, is a prefix whose candidates are EOD alone: a root that
+    nothing hangs from, like padding, but it is asked.
+    """
     batch = {
         "tokens": torch.zeros(2, 8).long(),
+        "query_positions": torch.tensor([[0, 1, 3, 5], [0, 1, 2, 0]]),
+        "query_targets": torch.tensor([[7, 7, 7, 7], [7, 7, 7, -1]]),
         "position_ids": torch.tensor([[0, 1, 1, 0, 1, 0, 0, 0], [0, 1, 2, 3, 0, 0, 0, 0]]),
         "subtree_end": torch.tensor([[3, 2, 3, 5, 5, 6, 7, 8], [4, 4, 4, 4, 5, 6, 7, 8]]),
     }
-    metrics = packing_metrics(batch, torch.tensor(3))
+    metrics = packing_metrics(padding_tokens(batch), torch.tensor(4))
     assert {name: values.tolist() for name, values in metrics.items()} == {
-        "cpo groups per row": [3, 2],
-        "cpo packing": [9, 16],
+        "cpo groups per row": [4, 2],
+        "cpo packing": [10, 16],
     }
 
 

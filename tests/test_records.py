@@ -1,7 +1,6 @@
 """Records: every shape, every way to be bad, and the template."""
 
 import gzip
-import json
 
 import pytest
 
@@ -87,7 +86,7 @@ BAD = [
     ({"content": "x"}, "no prompt"),
     ({"prompt": "p"}, "no prompt"),
     ({"prompt": 3, "completion": "c"}, "field 'prompt' is not a string"),
-    ({"prompt": "p", "completion": None}, "field 'completion' is not a string"),
+    ({"prompt": "p", "completion": None}, "no prompt"),
     ({"prompt": "p", "completion": " \n"}, "empty continuation"),
     ({"prompt": " ", "completion": "c"}, "empty prefix"),
     ({"prompt": "p", "completion": "c", "rejected": 5}, "field 'rejected' is neither"),
@@ -142,20 +141,30 @@ def test_files_follow_each_other_and_stream(tmp_path):
         next(records)
 
 
-def test_broken_gzip(tmp_path):
-    whole = gzip.compress(json.dumps({"text": "a" * 1000}).encode() * 100)
-    for name, content in {"cut": whole[:60], "plain": b'{"text": "a"}'}.items():
-        path = tmp_path / f"{name}.jsonl.gz"
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl\.gz: not a whole gzip file"):
-            list(read_records([str(path)], Dropped()))
-
-
-@pytest.mark.parametrize("records", [[b"1", b"x", b"y"], []])
-def test_no_usable_record(tmp_path, records):
-    match = "no usable record .dropped: 1 not a JSON object .*2 not JSON" if records else "none"
-    with pytest.raises(ValueError, match=match):
+@pytest.mark.parametrize(
+    ("records", "match"),
+    [
+        ([], r"dropped: none\); give data: there is no record in it"),
+        ([b"1", b"x", b"y"], r"1 not a JSON object .*2 not JSON .*; each line must be a JSON obj"),
+        (
+            [b'{"a":1}', b'{"q":"\xff"}', b'{"q":"\xff"}'],
+            r"; write the file anew as UTF-8, by iconv",
+        ),
+        ([{"q": "x", "a": "y"}], r"; a record needs .* with --prompt-field, .* first has q, a\)$"),
+        ([{"rows": [{"text": "x"}]}], r"the first has rows, a list .*jq -c '\.rows\[\]' writes"),
+        (
+            [{"text": 3, "id": "x"}],
+            r"'text' is not a string .*; give text there, .*has text, id\)$",
+        ),
+        ([{"messages": CHAT[:2]}], r"no assistant turn .*; a chat is a list of \{role, content\}"),
+        ([{"text": " "}], r"1 empty continuation \(first: .*r\.jsonl:1\)\); see the first$"),
+    ],
+)
+def test_no_usable_record(tmp_path, records, match):
+    """What to do fits the reason for which most records were left out."""
+    with pytest.raises(ValueError, match=match) as error:
         read(tmp_path, *records)
+    assert "--max-length" not in str(error.value)
 
 
 def test_template():

@@ -18,11 +18,12 @@ import pytest
 from harness.ranks import run_pretrain
 from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig, PolicyUse
+from megatron_cpo.files import asides
 from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.records import pair_files
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import train_sentencepiece
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
 from megatron_cpo.work.job import Run, parse_shard
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
@@ -61,7 +62,7 @@ WRITING = 2 + BLOCKS + 1
 
 def finished_parts(folder):
     """Of the records, what blocks share, each block, and the beginning of the store."""
-    if (folder / "groups.writing").exists():
+    if asides(folder / "groups"):
         return WRITING
     names = set()
     for part in (folder / "groups.build", folder / "groups.build" / "groups"):

@@ -1,8 +1,10 @@
 """A completions server as a policy: real servers in processes of their own, on loopback."""
 
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.ranks import ROOT
 from megatron_cpo.building.build import build_groups
@@ -20,12 +24,14 @@ from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.store import FILES
 from megatron_cpo.negatives.from_policy import policy_samplers
 from megatron_cpo.negatives.from_records import check_kinds, group_rng
-from megatron_cpo.policies import server as server_policy
+from megatron_cpo.policies import endpoint as endpoint_module
+from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.flags import policy_from_args
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.server import ServerPolicy
 from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizing import Encoder
 from megatron_cpo.work.job import Run
 from tests.policies import policy_arguments
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
@@ -56,7 +62,13 @@ def url(folder):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(server_policy, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(endpoint_module, "FIRST_DELAY", 0.001)
+    for name in ("OPENAI_API_KEY", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def opened(url, tokenizer, sampling=SAMPLING, model=None, in_flight=32):
+    return ServerPolicy(Endpoint(url, in_flight=in_flight), tokenizer, sampling, model)
 
 
 def prefixes(tokenizer):
@@ -82,17 +94,17 @@ def expected(folder, tokenizer, limits=(12, 1, 2, 9), count=3):
 def test_token_ids_are_used_as_they_are(folder, url):
     """Ids in and out: the model's own samples, cut to the limits, EOD last; twice the same."""
     tokenizer = dolly_tokenizer(folder)
-    policy = ServerPolicy(url, tokenizer, SAMPLING)
+    policy = opened(url, tokenizer)
     assert policy.identity == {"backend": "server", "name": "tiny", "dialect": "token ids"}
     assert draw(policy, tokenizer) == expected(folder, tokenizer) == draw(policy, tokenizer)
-    assert not policy.retries
+    assert not policy.take_counts()
 
 
 def test_a_server_of_texts(folder, url):
     """OpenAI's fields alone: answers are encoded again, within the limits, EOD last."""
     tokenizer = dolly_tokenizer(folder)
     everything = Sampling(top_k=0)
-    policy = ServerPolicy(url, tokenizer, everything, "plain")
+    policy = opened(url, tokenizer, everything, "plain")
     assert policy.identity["dialect"] == "text"
     limits = (12, 1, 2, 9)
     drawn = draw(policy, tokenizer, limits, sampling=everything)
@@ -105,42 +117,23 @@ def test_a_server_of_texts(folder, url):
 
 def test_errors_half_the_time_are_tried_again_and_counted(folder, url):
     tokenizer = dolly_tokenizer(folder)
-    policy = ServerPolicy(url, tokenizer, SAMPLING, "half")
+    policy = opened(url, tokenizer, model="half")
     assert draw(policy, tokenizer) == expected(folder, tokenizer)
-    assert set(policy.retries) == {"HTTP 500", "HTTP 429"}
-    assert policy.retries.total() >= 4  # three records and the first question
+    counts = policy.take_counts()
+    assert set(counts) == {"asked again: HTTP 500", "asked again: HTTP 429"}
+    assert counts.total() >= 4  # three records and the first question
 
 
 def test_a_server_that_only_fails_is_given_up(folder, url):
     tokenizer = dolly_tokenizer(folder)
     with pytest.raises(ValueError, match=r"8 requests failed in a row, the last .* HTTP (500|429)"):
-        ServerPolicy(url, tokenizer, SAMPLING, "down")
-
-
-def test_a_server_that_gives_no_samples(folder, url):
-    """It would be asked for ever."""
-    tokenizer = dolly_tokenizer(folder)
-    policy = ServerPolicy(url, tokenizer, SAMPLING, "none")
-    with pytest.raises(ValueError, match=r"answered a request for 3 samples with none"):
-        draw(policy, tokenizer)
-
-
-def test_a_server_that_goes_away(folder, url):
-    """Refused connections are tried again too, then said."""
-    tokenizer = dolly_tokenizer(folder)
-    policy = ServerPolicy(url, tokenizer, SAMPLING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        policy._url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-        with pytest.raises(ValueError, match=r"failed in a row, the last one with ConnectError"):
-            draw(policy, tokenizer)
-    assert any("ConnectError" in reason for reason in policy.retries)
+        opened(url, tokenizer, model="down")
 
 
 def test_what_is_no_server(folder, url):
     tokenizer = dolly_tokenizer(folder)
     for address, match in [
-        ("http://127.0.0.1:9/v1", r"no list of models there \(ConnectError.*start the server"),
+        ("http://127.0.0.1:9/v1", r"nothing answers there \(ConnectError.*start the server"),
         (url.removesuffix("/v1") + "/v2", r"serves tiny, half; choose one with --policy-model"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -148,25 +141,42 @@ def test_what_is_no_server(folder, url):
 
 
 def test_httpx_is_named_when_it_is_missing(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"needs the package httpx: .*megatron-cpo\[server\]"):
-        ServerPolicy("http://127.0.0.1:9/v1", ToyTokenizer(), SAMPLING)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    for name in ("endpoint", "answers", "dialects", "server"):
+        monkeypatch.delitem(sys.modules, f"megatron_cpo.policies.{name}", raising=False)
+    args = policy_arguments("--policy", "http://ann:secret@127.0.0.1:9/v1")
+    said = r"^--policy http://127.0.0.1:9/v1: needs the package httpx: pip install '.*\[server\]'$"
+    with pytest.raises(ValueError, match=said):
+        policy_from_args(args, ToyTokenizer())
+
+
+def test_flags_of_a_server(folder, url):
+    """They reach the endpoint; a password is not in what is printed of the flags."""
+    whole = url.replace("://", "://ann:secret@")
+    flags = policy_arguments("--policy", whole, "--policy-batch", 7, "--top-k", 20)
+    assert "secret" not in f"{flags} {flags.policy}"
+    policy = policy_from_args(flags, dolly_tokenizer(folder))
+    assert policy._endpoint.address.authorization == "Basic YW5uOnNlY3JldA=="
+    assert policy._endpoint._in_flight == 7
+    flags = policy_arguments("--policy", url, "--policy-key-env", "NOT_SET_ANYWHERE")
+    with pytest.raises(ValueError, match=r"variable that --policy-key-env names is not set"):
+        policy_from_args(flags, dolly_tokenizer(folder))
 
 
 def test_a_server_that_knows_no_top_k(folder, url):
     with pytest.raises(ValueError, match=r"understands none .* 422 .* \(--top-k 0, not 20\)"):
-        ServerPolicy(url, dolly_tokenizer(folder), SAMPLING, "plain")
+        opened(url, dolly_tokenizer(folder), model="plain")
 
 
 def test_a_server_with_another_tokenizer(url, monkeypatch):
     monkeypatch.setattr(ToyTokenizer, "detokenize", lambda _, ids: "a", raising=False)
     for model, sampling in [("tiny", SAMPLING), ("plain", Sampling(top_k=0))]:
         with pytest.raises(ValueError, match=r"counts \d+ tokens in a test text, the build's"):
-            ServerPolicy(url, ToyTokenizer(), sampling, model)
+            opened(url, ToyTokenizer(), sampling, model)
 
 
 def test_a_server_gives_samples_alone(folder, url):
-    policy = ServerPolicy(url, dolly_tokenizer(folder), SAMPLING)
+    policy = opened(url, dolly_tokenizer(folder))
     samplers = policy_samplers(policy)
     check_kinds({"an": 3}, samplers)
     with pytest.raises(ValueError, match=r"mn=5: drawn .* \(a server gives an alone\)"):
@@ -176,34 +186,62 @@ def test_a_server_gives_samples_alone(folder, url):
             call([], [])
 
 
-def test_transformers_serve(folder):
-    """The server of the installed transformers: text, one sample a request, and no list."""
+def test_transformers_serve(folder, tmp_path):
+    """The server of the installed transformers: text, one sample a request, and no list.
+
+    Its samples are the model's own, whatever the generation_config.json beside the weights says:
+    those of `generate` here, without that file, by the seeds that the server is given.
+    """
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name, reason="transformers serve needs it")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    own = {"repetition_penalty": 9.0, "min_p": 0.9, "typical_p": 0.1, "no_repeat_ngram_size": 1,
+           "epsilon_cutoff": 0.05, "min_new_tokens": 30, "top_k": 1, "top_p": 0.1}  # fmt: skip
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    model = str(folder / "model")
+    model = str(tmp_path / "model")
     code = "from transformers.cli.transformers import main; main()"
     flags = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    tokenizer = dolly_tokenizer(folder)
     with subprocess.Popen(
         [sys.executable, "-c", code, *flags], stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             _wait(port, process)
-            tokenizer = dolly_tokenizer(folder)
-            with pytest.raises(ValueError, match=r"--policy-model"):
-                ServerPolicy(f"http://127.0.0.1:{port}/v1", tokenizer, SAMPLING)
-            policy = ServerPolicy(
-                f"http://127.0.0.1:{port}/v1", tokenizer, SAMPLING, model, concurrency=2
-            )
+            with pytest.raises(ValueError, match=r"list its models, name one with --policy-model"):
+                opened(f"http://127.0.0.1:{port}/v1", tokenizer)
+            policy = opened(f"http://127.0.0.1:{port}", tokenizer, model=model, in_flight=1)
             assert policy.identity["dialect"] == "transformers"
             drawn = draw(policy, tokenizer)
         finally:
             process.kill()
-    assert [len(found) for found in drawn] == [3] * 4
-    assert all(tokens[-1] == tokenizer.eod for found in drawn for tokens in found)
+    assert drawn == _generated(folder / "model", tokenizer)
     assert len({tuple(tokens) for tokens in drawn[0]}) == 3
+
+
+def _generated(model, tokenizer, limits=(12, 1, 2, 9), count=3):
+    """The samples of `draw` by `generate`, as text and encoded again."""
+    network = AutoModelForCausalLM.from_pretrained(model)
+    eod = tokenizer.eod
+    words, encoder = AutoTokenizer.from_pretrained(model), Encoder(tokenizer)
+    found = []
+    for place, (prefix, limit) in enumerate(zip(prefixes(tokenizer), limits, strict=True)):
+        found.append([])
+        for seed in group_rng(1, place, "an").integers(2**31, size=count).tolist():
+            ids = []
+            if limit > 1:
+                torch.manual_seed(seed)
+                whole = network.generate(
+                    torch.tensor([prefix.tolist()]), do_sample=True, top_k=20, top_p=1.0,
+                    max_new_tokens=limit - 1, eos_token_id=eod, pad_token_id=eod,
+                )  # fmt: skip
+                ids = encoder.continuation(
+                    words.decode(whole[0, len(prefix) :], skip_special_tokens=True)
+                )
+            found[-1].append([*ids[: limit - 1], eod])
+    return found
 
 
 def _wait(port, process):
@@ -230,7 +268,7 @@ def build_config(folder, records=40):
 
 def build(folder, url, model, config, workers=1):
     tokenizer = dolly_tokenizer(folder)
-    use = PolicyUse(lambda: ServerPolicy(url, tokenizer, SAMPLING, model), SAMPLING)
+    use = PolicyUse(lambda: opened(url, tokenizer, model=model), SAMPLING)
     return build_groups(config, tokenizer, use, Run(workers=workers))
 
 
@@ -286,13 +324,13 @@ def test_retries_of_all_workers_are_in_the_report(folder, url, tmp_path, workers
     config = build_config(tmp_path)
     before = asked(url, "fourth")
     tokenizer = dolly_tokenizer(folder)
-    use = PolicyUse(lambda: ServerPolicy(url, tokenizer, SAMPLING, "fourth"), SAMPLING)
+    use = PolicyUse(lambda: opened(url, tokenizer, model="fourth"), SAMPLING)
     assert build_groups(config, tokenizer, use, Run(share=1, shares=2, workers=workers)) is None
     report = build(folder, url, "fourth", config, workers)
     after = asked(url, "fourth")
     errors = sum(number % 4 == 0 for number in range(before, after))
     assert errors > 12
-    assert sum(report.retries.values()) == errors
-    row = rf"asked again: HTTP 500 +{report.retries['HTTP 500']}$"
+    assert sum(report.counts.values()) == errors
+    row = rf"asked again: HTTP 500 +{report.counts['asked again: HTTP 500']}$"
     assert re.search(row, str(report), re.MULTILINE)
     files_of(config)

@@ -18,6 +18,7 @@ from megatron_cpo.model import logprobs
 from megatron_cpo.model.logprobs import Queries, query_logps
 from megatron_cpo.model.softmax import Chunk
 from megatron_cpo.model.vocabulary import VocabShard
+from megatron_cpo.model.workspace import Workspace
 
 pytest.importorskip("triton")
 
@@ -114,7 +115,7 @@ def test_the_whole_head(monkeypatch: pytest.MonkeyPatch, kept_logits: int, expan
     for softmax in (logprobs.Softmax(), FusedSoftmax()):
         monkeypatch.setattr(logprobs, "_softmax", lambda _, softmax=softmax: softmax)
         logps = query_logps(
-            hidden, weight, queries, VOCAB, chunk_logits=3 * COLUMNS, kept_logits=kept_logits
+            hidden, weight, queries, VOCAB, workspace=Workspace(3 * COLUMNS, kept_logits)
         )
         results.append([logps, *torch.autograd.grad(logps, (hidden, weight), upstream)])
     for plain, fused in zip(*results, strict=True):

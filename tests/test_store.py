@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from harness.stores import VOCAB_SIZE, random_group
+from megatron_cpo.files import aside
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import FILES, Group, GroupReader, no_scores, read_manifest
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing, write_reference_logps
@@ -188,10 +189,10 @@ def test_an_empty_store_is_refused_and_leaves_nothing(tmp_path) -> None:
 
 
 def test_an_interrupted_writer_leaves_nothing_under_the_prefix(tmp_path) -> None:
-    """Killed before `close()`: one folder aside, and no store; the next writer clears it."""
+    """Neither closed nor aborted: one folder aside, and no store; the next one clears it."""
     writer = GroupWriter(str(tmp_path / "store"), {}, VOCAB_SIZE + 1)
     writer.add(make_groups()[5])
-    assert names(tmp_path) == {"store.writing"}
+    assert names(tmp_path) == {aside(tmp_path / "store").name}
     with pytest.raises(ValueError, match="no manifest there"):
         GroupReader(str(tmp_path / "store"))
     write(tmp_path / "store", make_groups())
@@ -220,7 +221,7 @@ def test_a_store_is_unreadable_rather_than_mixed_while_it_is_replaced(
     replace, done = os.replace, []
 
     def cut(source: Path, target: str) -> None:
-        if str(target).endswith("writing/store.json"):  # the seal: from here on it is decided
+        if Path(target).parent.name == aside(Path(store)).name:  # the seal: decided
             return replace(source, target)
         if len(done) == renames:
             raise KeyboardInterrupt

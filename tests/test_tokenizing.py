@@ -8,19 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_cpo.records import pair_files
 from megatron_cpo.records.pair_files import write_lm_dataset, write_pairs_resumed
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.reading import BadRecord, Dropped
 from megatron_cpo.records.source import Source
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
 from megatron_cpo.records.tokenizing import (
     Encoder,
     Pair,
     chat_renderer,
     tokenizer_identity,
-    train_sentencepiece,
 )
+from tests.stored_records import parquet, save_to_disk
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 
 EOD = ToyTokenizer.eod
@@ -41,7 +43,8 @@ def indexed(path, *documents):
 
     builder = IndexedDatasetBuilder(f"{path}.bin", dtype=np.uint16)
     for document in documents:
-        builder.add_document(np.concatenate(document), [len(s) for s in document])
+        tokens = np.concatenate([*document, []]).astype(np.int32)
+        builder.add_document(torch.from_numpy(tokens), [len(s) for s in document])
     builder.finalize(f"{path}.idx")
     return str(path)
 
@@ -143,6 +146,56 @@ def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):
     assert len(next(read_pairs(whole, ToyTokenizer(), Dropped())).continuation) == 11
 
 
+@pytest.mark.parametrize(
+    ("documents", "places"),
+    [
+        ([[], [[1, 2, 3]], [[4, 5]]], [0]),
+        ([[[1, 2, 3]], [], [[4, 5]]], [1]),
+        ([[[1, 2, 3]], [[4, 5]], []], [2]),
+        ([[], [], [[1, 2, 3]], [], [[4, 5]], [], []], [0, 1, 3, 5, 6]),
+        ([[[]], [[1, 2, 3]], [[], []], [[4, 5]], [[]]], [0, 2, 4]),  # of empty sequences
+        ([[[], [1, 2, 3]], [[4], [], [5], []]], []),
+        ([[[EOD]], [[1, 2, 3]], [[4, 5, EOD]], [[EOD, EOD]], [[7]]], [0, 3, 4]),
+    ],
+)
+def test_empty_documents_are_counted_wherever_they_lie(tmp_path, documents, places):
+    path, dropped = indexed(tmp_path / "d", *documents), Dropped()
+    source, told = Source((path,), prefix_fraction=0.2), []
+
+    def advance(units, read):
+        told.append((units, read))
+
+    pairs = list(read_pairs(source, ToyTokenizer(), dropped, advance=advance))
+    assert [listed(pair) for pair in pairs] == [[[1], [2, 3, EOD]], [[4], [5, EOD]]]
+    assert dropped.counts == ({"fewer than 2 tokens to split": len(places)} if places else {})
+    assert [int(place.rpartition(" ")[2]) for place in dropped.first.values()] == places[:1]
+    assert [units for units, _ in told] == [1] * len(documents)
+    assert sum(read for _, read in told) == source.stored_bytes()
+
+
+@pytest.mark.parametrize("documents", [[[]], [[], []], [[[]], [[EOD]]], [[[], []]]])
+def test_a_dataset_of_nothing(tmp_path, documents):
+    path = indexed(tmp_path / "d", *documents)
+    match = rf"dropped: {len(documents)} fewer than 2 tokens to split .*; give texts of at least"
+    with pytest.raises(ValueError, match=match):
+        list(read_pairs(Source((path,)), ToyTokenizer(), Dropped()))
+
+
+def test_a_dataset_that_is_damaged(tmp_path):
+    path = indexed(tmp_path / "d", [[1, 2, 3]], [[4, 5]])
+    index, data = (Path(path + suffix).read_bytes() for suffix in (".idx", ".bin"))
+    for suffix, content, match in (
+        (".bin", data[:-2], r"d\.bin has 8 bytes, its index says 10: it is cut off; copy"),
+        (".idx", index[:-9], r"d\.idx is not the whole index of a Megatron indexed dataset"),
+        (".idx", b"TNTIDX" + index[6:], r"not the whole index .*bad header"),
+    ):
+        Path(path + ".bin").write_bytes(data)
+        Path(path + ".idx").write_bytes(index)
+        Path(path + suffix).write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            list(read_pairs(Source((path,)), ToyTokenizer(), Dropped()))
+
+
 def test_a_progress_bar_is_told_of_every_byte(tmp_path):
     """Of plain and packed files as they lie on disk, with bad and blank lines, and of datasets."""
     first = write_jsonl(tmp_path / "r.jsonl", *[{"text": "1 2 3"}] * 5000)
@@ -163,7 +216,7 @@ def test_a_progress_bar_is_told_of_every_byte(tmp_path):
         assert min(told) >= 0
 
 
-@pytest.mark.parametrize("kind", ["texts", "packed", "datasets"])
+@pytest.mark.parametrize("kind", ["texts", "packed", "array", "tables", "datasets"])
 def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
     """Texts of several pieces, bad records, two inputs: the bytes and counts of one go."""
     monkeypatch.setattr(pair_files, "NOTE_LINES", 3)
@@ -173,6 +226,14 @@ def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
         for path in paths:
             Path(path + ".gz").write_bytes(gzip.compress(Path(path).read_bytes()))
         paths = [path + ".gz" for path in paths]
+    if kind == "array":
+        for path in paths:
+            Path(path).write_text(json.dumps(lines, indent=1))
+    if kind == "tables":
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        paths = [parquet(tmp_path / "a", lines), save_to_disk(tmp_path / "b", lines)]
+        paths = [str(path) for path in paths]
     if kind == "datasets":
         documents = [[[*[1] * (i % 7), EOD]] for i in range(20)]
         paths = [indexed(tmp_path / name, *documents) for name in "ab"]
@@ -307,23 +368,6 @@ def test_mle_dataset_leaves_nothing_behind_on_failure(tmp_path, tokenizer):
 def test_flags_out_of_range(flags, match):
     with pytest.raises(ValueError, match=match):
         Source(**{"inputs": ("x",), **flags})
-
-
-def test_trained_tokenizer_keeps_text_and_is_reproducible(tmp_path, tokenizer):
-    for text in ("def f(x):\n\treturn  x", "naïve 漢字", "a\n\nb"):
-        assert tokenizer.detokenize(tokenizer.tokenize(text)) == text
-    train_sentencepiece(Source((DOLLY,)), str(tmp_path / "again.model"), 1000)
-    assert (tmp_path / "again.model").read_bytes() == Path(tokenizer.path).read_bytes()
-    with pytest.raises(ValueError, match=r"--vocab-size 100000: SentencePiece cannot make"):
-        train_sentencepiece(Source((DOLLY,)), str(tmp_path / "x.model"), 100_000)
-    with pytest.raises(ValueError, match=r"no such file"):
-        train_sentencepiece(Source(("missing.jsonl",)), str(tmp_path / "x.model"), 1000)
-    lines = Path(DOLLY).read_bytes().splitlines()
-    path = write_jsonl(tmp_path / "bad.jsonl", *lines, b"oops")
-    refusing = Source((path,), on_bad_record="refuse")
-    with pytest.raises(ValueError, match=r"bad\.jsonl:401: not JSON; correct"):
-        train_sentencepiece(refusing, str(tmp_path / "x.model"), 1000)
-    assert sorted(os.listdir(tmp_path)) == ["again.model", "bad.jsonl"]
 
 
 def test_identity_depends_on_content_not_on_the_path(tmp_path, tokenizer):

@@ -159,7 +159,7 @@ def test_without_cpo_flags_megatron_is_unchanged(tmp_path: Path) -> None:
     script = (ROOT / "examples" / "pretrain_gpt.py").read_text()
     plain = script.replace(
         "from megatron_cpo import install\n\ninstall()",
-        "from megatron_cpo.training import cpu_host\n\ncpu_host.enable()",
+        "from megatron_cpo.host import cpu as cpu_host\n\ncpu_host.enable()",
     )
     assert plain != script
     (tmp_path / "plain.py").write_text(plain)

@@ -11,7 +11,8 @@ import numpy as np
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.records.pair_files import PairReader, sequences_of
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Pair, train_sentencepiece
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
+from megatron_cpo.records.tokenizing import Pair
 
 DOLLY = str(Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl")
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
-from megatron_cpo.records.tokenizing import train_sentencepiece
+from megatron_cpo.records.tokenizer_training import train_sentencepiece
 
 
 def main() -> None:
@@ -25,10 +25,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        dropped = train_sentencepiece(source_from_args(args), args.output, args.vocab_size)
+        training = train_sentencepiece(source_from_args(args), args.output, args.vocab_size)
     except ValueError as error:
         sys.exit(f"train_tokenizer.py: {error}")
-    print(f"{args.output}: {args.vocab_size} pieces; records dropped: {dropped.describe()}")
+    print(f"{args.output}: {args.vocab_size} pieces; {training.describe()}")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ ranks, shards or a cluster, killed and resumed at will.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.finite import require_finite
-from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.negatives.from_policy import BlockSampler
@@ -44,6 +46,8 @@ class Recipe:
     ranker: str = "the ranking"
     scorer: str = "the reference"
     """What both are called in messages."""
+    cut: Counter[str] = field(default_factory=Counter)
+    """Candidates of the last block that were cut, see `Context.cut`."""
 
 
 def in_blocks(sampler: Sampler) -> BlockSampler:
@@ -56,18 +60,27 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 def make_block(records: range, recipe: Recipe) -> list[Group]:
     """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix.
 
+    A record whose prefix is too long for the policy has no group.
+
     Raises:
         ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
     """
+    recipe.cut.clear()
     contexts = [_context(index, recipe) for index in records]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
+    read = [True] * len(contexts)
     for kind, count in recipe.mix.items():
         rngs = [group_rng(recipe.seed, context.index, kind) for context in contexts]
         drawn = recipe.samplers[kind](contexts, count, rngs)
-        for group, codes, negatives in zip(candidates, kinds, drawn, strict=True):
-            group += negatives
-            codes += [KINDS.index(kind)] * len(negatives)
+        for place, negatives in enumerate(drawn):
+            candidates[place] += negatives
+            kinds[place] += [KINDS.index(kind)] * len(negatives)
+            read[place] &= bool(negatives) or kind not in NEEDS_POLICY
+    contexts = list(compress(contexts, read))
+    candidates, kinds = list(compress(candidates, read)), list(compress(kinds, read))
+    if not contexts:
+        return []
     ranked = rank_candidates(candidates, recipe.similarity)
     for context, (similarities, _) in zip(contexts, ranked, strict=True):
         require_finite(similarities, context.index, "similarity to y_1", recipe.ranker)
@@ -89,7 +102,22 @@ def _context(index: int, recipe: Recipe) -> Context:
     prefix = recipe.pairs.prefix(index)
     room = recipe.max_length - len(prefix) if recipe.max_length else None
     truth = recipe.pairs.continuation(index)
-    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room)
+    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room, recipe.cut)
+
+
+def count_ended(groups: Sequence[Group], eod: int, cut: Mapping[str, int]) -> dict[str, int]:
+    """Candidates by kind that end by themselves: in an EOD, and not because they were cut.
+
+    Kinds that are cut on purpose are left out.
+    """
+    found: Counter[str] = Counter()
+    for group in groups:
+        for code, tokens in zip(group.kinds.tolist(), group.candidates, strict=True):
+            if not REGISTRY[KINDS[code]].cut_short:
+                found[KINDS[code]] += int(tokens[-1] == eod)
+    for name, count in cut.items():
+        found[name.split()[0]] -= count
+    return dict(found)
 
 
 def pack_to_bytes(packed: Packed) -> bytes:

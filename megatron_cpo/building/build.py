@@ -18,17 +18,20 @@ from megatron_cpo.building.blocks import unpack_from_file
 from megatron_cpo.building.builder import Builder
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
-from megatron_cpo.groups.store import read_manifest
+from megatron_cpo.groups.store import check_sizes, read_manifest
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing
 from megatron_cpo.negatives.from_records import check_batch_negatives
 from megatron_cpo.progress import progress
 from megatron_cpo.records.pair_files import write_pairs_resumed
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.folder import explained
 from megatron_cpo.work.job import Run, blocks_of
 
 TITLES = {"truths": ("embed y_1", "texts"), "groups": ("build groups", "candidates")}
 """Of the progress bars, and what they count."""
+UNREAD = "prefix too long for the policy"
+"""Why a record that was tokenised has no group."""
 
 
 def build_groups(
@@ -79,9 +82,10 @@ def _prepare(builder: Builder) -> BuildReport | None:
     """Tokenise the records, unless that is done; the report if the whole store is there."""
     config, work = builder.config, builder.work
     with work.locked():
-        finish_publishing(config.output_prefix)
+        finish_publishing(config.output_prefix, work.is_alone)
         if Path(config.output_prefix + ".json").exists():
             manifest = read_manifest(config.output_prefix)
+            check_sizes(config.output_prefix, manifest)
             try:
                 work.refuse_other(
                     manifest,
@@ -103,7 +107,7 @@ def _prepare(builder: Builder) -> BuildReport | None:
 
 def _tokenise(builder: Builder, folder: Path) -> None:
     source, mix = builder.config.source, builder.config.mix
-    with progress(None, "tokenise", "B", source.stored_bytes(), scale=True) as bar:
+    with progress(None, "tokenise", "B", source.stored_bytes()) as bar:
         pairs = write_pairs_resumed(
             source, builder.tokenizer, mix.get("given", 0), folder, bar.update
         )
@@ -127,18 +131,33 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             return None
         dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
         reference = builder.policy.identity if builder.scores and builder.policy else None
-        manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
-        writer = GroupWriter(config.output_prefix, manifest, builder.tokenizer.vocab_size)
+        manifest = {**work.command, "reference": reference}
+        writer = GroupWriter(config.output_prefix, manifest, vocabulary_size(builder.tokenizer))
         try:
             for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))
-            writer.close()
-        except BaseException:
+            if unread := builder.records - writer.totals.groups:
+                dropped["counts"][UNREAD] = unread
+                _refuse_nothing(writer.totals.groups, unread)
+            writer.close(dropped=dropped["counts"])
+        except BaseException as error:
             writer.abort()
-            raise
-        retries = builder.retries()
+            # Without locks another share may have finished, and removed the blocks, meanwhile.
+            gone = isinstance(error, FileNotFoundError)
+            if not (gone and Path(config.output_prefix + ".json").exists()):
+                raise
+        counts = builder.counts()
         work.remove()
-    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], retries=retries)
+    return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], counts=counts)
+
+
+def _refuse_nothing(groups: int, unread: int) -> None:
+    """Raise ValueError if all records were too long for the policy."""
+    if not groups:
+        raise ValueError(
+            f"no group to write: the prefix of each of the {unread} records is too long for the "
+            "policy; see its warnings, and give one with a longer context, or lower --max-length"
+        )
 
 
 def _read_block(builder: Builder, block: int) -> Any:

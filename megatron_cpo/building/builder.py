@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.building.blocks import Recipe, in_blocks, make_block, pack_to_bytes
+from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
@@ -29,6 +29,7 @@ from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.work.executors import take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
 from megatron_cpo.work.job import block_records
@@ -122,7 +123,7 @@ class Builder:
             scorer=model_name(self.policy.identity) if self.policy else "the reference",
         )
         self.records = len(pairs)
-        self._keep_retries()  # of opening the policy, before forks take the counts along
+        self._keep_counts()  # of opening the policy, before forks take the counts along
 
     def work_of(self, stage: str) -> Callable[[int], None]:
         """The function that finishes a block of a stage."""
@@ -133,24 +134,24 @@ class Builder:
                 try:
                     finish(block)
                 finally:
-                    self._keep_retries()
+                    self._keep_counts()
 
         return work
 
-    def retries(self) -> Counter[str]:
-        """Requests to a server that all processes of all runs of this build repeated, by reason."""
+    def counts(self) -> Counter[str]:
+        """What a server's policy counted in all processes of all runs of this build, by line."""
         total: Counter[str] = Counter()
-        for path in (self.work.path / "retries").glob("*.json"):
+        for path in (self.work.path / "counts").glob("*.json"):
             total.update(json.loads(path.read_text(encoding="utf-8")))
         return total
 
-    def _keep_retries(self) -> None:
+    def _keep_counts(self) -> None:
         """Put the counts of this process into the work folder, where those of all are."""
-        counts: Counter[str] | None = getattr(self.policy, "retries", None)  # a server's alone
+        take = getattr(self.policy, "take_counts", Counter)  # a server's alone counts
+        counts: Counter[str] = take()
         if counts:
-            path = self.work.path / "retries" / f"{uuid.uuid4().hex}.json"
+            path = self.work.path / "counts" / f"{uuid.uuid4().hex}.json"
             self.work.write(path, json.dumps(counts).encode())
-            counts.clear()
 
     def _finish_truths(self, block: int) -> None:
         if self._truths is not None:
@@ -160,7 +161,9 @@ class Builder:
         records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
-            packed = pack_groups(groups, self.tokenizer.vocab_size, records.start)
+            packed = pack_groups(groups, vocabulary_size(self.tokenizer), records.start)
+            packed.totals.cut = {name: n for name, n in self._recipe.cut.items() if n}
+            packed.totals.ended = count_ended(groups, self.eod, packed.totals.cut)
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
@@ -201,6 +204,7 @@ class Builder:
             "eod": self.eod,
             "source": source.describe(),
             "format": source.shape,
+            "fields": dict(source.names) or None,
             "prompt_template": source.template,
             "prefix_fraction": source.prefix_fraction,
             "max_length": source.max_length,

@@ -15,8 +15,8 @@ class BuildReport:
     manifest: Mapping[str, Any]
     first_dropped: Mapping[str, str] = field(default_factory=dict)
     """Where the first record of each reason was; known to the run that put the store together."""
-    retries: Mapping[str, int] = field(default_factory=dict)
-    """Requests to a server that the whole build repeated, by reason; known to the same run."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What the whole build counted of a server's answers, by line; known to the same run."""
 
     @classmethod
     def read(cls, path_prefix: str, **details: Mapping[str, Any]) -> "BuildReport":
@@ -29,18 +29,22 @@ class BuildReport:
 
     def __str__(self) -> str:
         m, duplicates = self.manifest, self._statistics.get("duplicates")
+        lengths = self._statistics.get("candidate_tokens", {})
         rows = [
             ("groups", f"{m['groups']:,} of K = {m['k']}"),
             *self._tokens(),
             *((f"{'y_1' if kind == 'gt' else 'negatives'}: {kind}", self._kind(kind, n))
               for kind in KINDS if (n := m["kinds"].get(kind))),
             *([("negatives: duplicates", f"{duplicates:,}")] if duplicates is not None else []),
+            *((f"length: {kind}", _length(lengths[kind])) for kind in KINDS if kind in lengths),
+            *((f"end: {kind}", text) for kind in KINDS if (text := self._end(kind))),
             *((f"dropped: {why}", f"{n:,}{self._first(why)}")
               for why, n in m.get("dropped", {}).items()),
-            *((f"asked again: {why}", f"{n:,}") for why, n in self.retries.items()),
+            *((what, f"{n:,}") for what, n in self.counts.items()),
         ]  # fmt: skip
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        return "\n".join([*lines, *self._warnings()])
 
     @property
     def _statistics(self) -> Mapping[str, Any]:
@@ -72,5 +76,42 @@ class BuildReport:
             parts.append(f"mean reference log-prob {logps[kind]:.1f} nats")
         return ", ".join(parts)
 
+    def _cut(self, kind: str) -> dict[str, float]:
+        """Share of a kind that was cut, by the flag whose limit it reached."""
+        counted = ([*name.split(), n] for name, n in self._statistics.get("cut", {}).items())
+        count = self.manifest["kinds"].get(kind)
+        return {flag: n / count for of, flag, n in counted if of == kind}
+
+    def _end(self, kind: str) -> str:
+        """How a kind ends; nothing where all candidates end by themselves."""
+        ended = self._statistics.get("ended_share", {}).get(kind, 1.0)
+        cut = [f"{share:.1%} cut at {flag}" for flag, share in self._cut(kind).items()]
+        return "" if ended == 1 else ", ".join([f"{ended:.1%} by themselves", *cut])
+
+    def _warnings(self) -> list[str]:
+        """Of kinds of which more than half were cut."""
+        sampling = self.manifest.get("sampling") or {}
+        limits = {
+            "--max-new-tokens": sampling.get("max_new_tokens"),
+            "--max-length": self.manifest.get("max_length"),
+        }
+        found = []
+        for kind in self.manifest["kinds"]:
+            cut = self._cut(kind)
+            if (share := sum(cut.values())) > 0.5:
+                flag = max(cut, key=lambda name: cut[name])
+                policy = f", or a policy that says EOD ({self.manifest.get('eod')})"
+                found.append(
+                    f"warning: {share:.0%} of {kind} were cut, with an end put where they have "
+                    f"none, so that training mostly teaches when to end; give {flag} more than "
+                    f"{limits[flag]}{policy if kind == 'an' else ''}"
+                )
+        return found
+
     def _first(self, reason: str) -> str:
         return f", first {self.first_dropped[reason]}" if reason in self.first_dropped else ""
+
+
+def _length(found: Mapping[str, float]) -> str:
+    quantiles = ", ".join(f"{name} {n:,}" for name, n in found.items() if name != "mean")
+    return f"mean {found['mean']:,.1f} tokens; {quantiles}"

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_cpo.checkpoints.conversion.convert import FLAGS
-from megatron_cpo.checkpoints.conversion.sidecar import SIDECAR
 from megatron_cpo.checkpoints.folders import TRACKER, checkpoint_folder, read_json
+from megatron_cpo.checkpoints.formats.beside import FLAGS, SIDECAR
 from megatron_cpo.checkpoints.formats.saved import saved_arguments
 from megatron_cpo.checkpoints.meaning import (
     OLD_NAMES,

@@ -248,7 +248,7 @@ def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
         say("kv_channels", width)
     for name, plain in PLAIN_ARGUMENTS.items():
         if not name.startswith(("rope", "rotary", "window", "hybrid", "no_rope")):
-            say(name, args.get(name, plain))
+            say(name, plain if args.get(name) is None else args[name])
     quick = bool(args.get("quick_geglu"))
     say("gated", gated or quick, "quick_geglu" if quick else "swiglu")
     say("tied", not args.get(_UNTIE), _UNTIE)

@@ -6,6 +6,7 @@ in order from `consumed_train_samples`; that order is already shuffled by the pl
 resumed run continue exactly.
 """
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from megatron_cpo.groups.finite import require_finite, require_tokens
 from megatron_cpo.groups.plan import Plan, cached_pack
 from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
 from megatron_cpo.groups.store import GroupReader
+
+MIXING = 5
+"""Beside the seed, in the generator that mixes rows: another number is another order of a run."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
             candidates=config.k,
         )
 
+    def padded_to(self, shape: RowShape) -> "GroupDataset":
+        """The same rows at another shape, no smaller than this one in any of its sizes."""
+        rows = copy.copy(self)
+        rows.shape = shape
+        return rows
+
     def __len__(self) -> int:
         return len(self.plan)
 
@@ -123,13 +133,13 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         fraction: float,
         rows: int,
     ) -> None:
-        self.groups, self.documents = groups, documents
         self._samples = groups.shape.tokens // document_tokens
         lm_tokens = self._samples * document_tokens
+        # All rows of a run are padded alike.
         self.shape = replace(groups.shape, queries=max(groups.shape.queries, lm_tokens))
-        groups.shape = self.shape  # all rows of a run are padded alike
+        self.groups, self.documents = groups.padded_to(self.shape), documents
         bounds = np.floor(np.arange(int(rows * fraction) + 2) / fraction).astype(np.int64)
-        rng = np.random.default_rng([groups.config.seed, len("mixed")])
+        rng = np.random.default_rng([groups.config.seed, MIXING])
         places = bounds[:-1] + np.floor(rng.random(len(bounds) - 1) * np.diff(bounds)).astype(int)
         is_group = np.zeros(rows, dtype=bool)
         is_group[places[places < rows]] = True

@@ -6,6 +6,7 @@ disk and writes the same bytes.
 """
 
 import contextlib
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_cpo.files import sync
 
 CHUNK = 1 << 20
 """Entries of an index that are held at once."""
@@ -45,9 +48,10 @@ class IndexedWriter:
         self._data, self._lengths, self._documents = self._files
 
     def sizes(self) -> list[int]:
-        """Bytes of each file so far; they are with the system then, and outlive this process."""
+        """Bytes of each file so far; they are on the disk then, and outlive a loss of power."""
         for file in self._files:
             file.flush()
+            os.fsync(file.fileno())
         return [file.tell() for file in self._files]
 
     def add(
@@ -65,7 +69,7 @@ class IndexedWriter:
         self._documents.write(np.asarray(documents, dtype=np.int32).tobytes())
 
     def close(self) -> None:
-        """Finish both files."""
+        """Finish both files; they are on the disk then."""
         from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 
         self._end()
@@ -83,6 +87,7 @@ class IndexedWriter:
                 index.write(starts[1:].tobytes())
         for path in self._spools:
             path.unlink()
+        sync(Path(self._prefix + ".bin"), Path(self._prefix + ".idx"))
 
     def leave(self) -> None:
         """Close the files unfinished, to go on with them later."""

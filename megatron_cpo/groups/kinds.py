@@ -23,13 +23,15 @@ class Kind:
     """Its colour on a light page, CSS."""
     dark: str
     """Its colour on a dark page, CSS."""
+    cut_short: bool = False
+    """Whether it ends where it does on purpose, and nowhere by itself."""
 
 
 _GT = Kind("gt", "the truth", False, "black on green", "#1a7f37", "#5ed587")
 _AN = Kind("an", "AN, samples of the policy", True, "black on cyan", "#0b7285", "#52c6da")
 _BN = Kind("bn", "BN, from other records", False, "white on blue", "#1f5fbf", "#86b4ff")
 _MN = Kind("mn", "MN, tokens replaced", True, "white on magenta", "#9c36b5", "#e29bf1")
-_TN = Kind("tn", "TN, the truth cut short", False, "black on yellow", "#9a5200", "#f3ae6b")
+_TN = Kind("tn", "TN, the truth cut short", False, "black on yellow", "#9a5200", "#f3ae6b", True)
 _GIVEN = Kind("given", "given ones", False, "white on red", "#c2255c", "#ff95b5")
 _PSS = Kind("pss", "PSS, scheduled sampling", True, "black on white", "#5f3dc4", "#b9a3ff")
 

@@ -44,6 +44,11 @@ class Totals:
     """Sum of the similarities by kind."""
     reference_logp: dict[str, float] = field(default_factory=dict)
     """Sum of the reference log-probs by kind, nats; NaN where some were not scored."""
+    ended: dict[str, int] = field(default_factory=dict)
+    """Candidates by kind that came to their end by themselves; counted by who draws them."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """Candidates that were cut, with an end put there, by `kind flag`: who draws them says at
+    which flag's limit."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""
@@ -127,9 +132,9 @@ def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Pac
             totals.reference_logp[kind] = totals.reference_logp.get(kind, 0.0) + logp
     totals.kinds = dict(kinds)
     return Packed(
-        tokens=np.concatenate(tokens).astype(store_dtype(vocab_size)),
+        tokens=np.concatenate([np.zeros(0), *tokens]).astype(store_dtype(vocab_size)),
         lengths=np.array(lengths, dtype=np.int32),
         sequences=np.array([1 + len(group.candidates) for group in groups], dtype=np.int32),
-        values=np.concatenate(values).astype(np.float32),
+        values=np.concatenate([np.zeros(0), *values]).astype(np.float32),
         totals=totals,
     )

@@ -6,7 +6,6 @@ and a resumed run continues it.
 """
 
 import hashlib
-import os
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.files import whole_file
 from megatron_cpo.tree import Ints
 
 WINDOW = 8192
@@ -100,9 +100,9 @@ def cached_pack(
     if not path.exists():
         plan = pack(sizes, row_tokens, rows, seed, shuffle)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.npz")
-        np.savez(aside, groups=plan.groups, starts=plan.starts, rows_per_epoch=plan.rows_per_epoch)
-        os.replace(aside, path)  # every rank may write: the bytes are the same
+        with whole_file(path) as file:  # every rank may write: the bytes are the same
+            rows = plan.rows_per_epoch
+            np.savez(file, groups=plan.groups, starts=plan.starts, rows_per_epoch=rows)
         return plan
     with np.load(path) as stored:
         return Plan(stored["groups"], stored["starts"], int(stored["rows_per_epoch"]))

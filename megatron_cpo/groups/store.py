@@ -65,15 +65,7 @@ class GroupReader:
 
         self.path_prefix = path_prefix
         self.manifest = read_manifest(path_prefix)
-        for suffix, expected in self.manifest["files"].items():
-            path = Path(path_prefix + suffix)
-            found = path.stat().st_size if path.exists() else None
-            if found != expected["bytes"]:
-                raise ValueError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
-                    f"says {expected['bytes']} bytes: the file is truncated or from another "
-                    "build; copy it again or rebuild with tools/build_negatives.py"
-                )
+        check_sizes(path_prefix, self.manifest)
         self._tokens = IndexedDataset(path_prefix)
         self._values = IndexedDataset(path_prefix + ".values")
         if len(self) != self.manifest["groups"]:
@@ -179,6 +171,23 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
             f"this release reads {FORMAT_VERSION}: rebuild the store"
         )
     return dict(manifest)
+
+
+def check_sizes(path_prefix: str, manifest: dict[str, Any]) -> None:
+    """Refuse files that are not those of a manifest, by their sizes.
+
+    Raises:
+        ValueError: one is missing, or has another size.
+    """
+    for suffix, expected in manifest["files"].items():
+        path = Path(path_prefix + suffix)
+        found = path.stat().st_size if path.exists() else None
+        if found != expected["bytes"]:
+            raise ValueError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
+                f"says {expected['bytes']} bytes: the file is truncated or from another "
+                "build; copy it again or rebuild with tools/build_negatives.py"
+            )
 
 
 def sha256(path: str) -> str:

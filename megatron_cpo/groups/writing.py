@@ -1,32 +1,47 @@
 """Writing a group store aside and putting it into place; a kill at any moment loses nothing.
 
-What is written lies in the folder PREFIX.writing. Once its manifest is there the new store is
-decided: moving the files into place can be cut short, and `finish_publishing` takes it up again.
+What is written lies in a folder of this process (`files.aside`). Once its manifest is there the new
+store is decided: moving the files into place can be cut short, and `finish_publishing` takes it up
+again. Several processes may do so at once with the same store: each has read the manifest before it
+touches anything, moves what is still to be moved, and writes the manifest last.
 """
 
-import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.files import write_json
+from megatron_cpo.files import aside, asides, sync, write_json, write_whole
 from megatron_cpo.groups.finite import model_name, require_finite
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.lengths import Lengths
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
-from megatron_cpo.groups.store import FILES, FORMAT_VERSION, VALUE_ROWS, Group, GroupReader, sha256
+from megatron_cpo.groups.store import (
+    FILES,
+    FORMAT_VERSION,
+    VALUE_ROWS,
+    Group,
+    GroupReader,
+    check_sizes,
+    sha256,
+)
+
+MANIFEST = "store.json"
+"""Name aside. A folder that has it is sealed: the store in it is decided."""
 
 
 class GroupWriter:
     """Writes a store aside and makes it visible all at once in `close()`.
 
     Args:
-        path_prefix: the store's PREFIX. What an interrupted writer left aside is removed.
+        path_prefix: the store's PREFIX.
         manifest: what the caller knows (tokenizer, mix, seed, source, drops ...); JSON-able.
             The writer adds `format_version`, `groups`, `k`, `kinds`, token counts, `statistics` and
             the checksums of the files.
@@ -36,10 +51,10 @@ class GroupWriter:
     def __init__(self, path_prefix: str, manifest: dict[str, Any], vocab_size: int) -> None:
         self._prefix, self._manifest = path_prefix, dict(manifest)
         self.dtype, self._vocab_size = store_dtype(vocab_size), vocab_size
-        aside = _fresh_folder(path_prefix)
-        self._tokens = IndexedWriter(f"{aside}/store", self.dtype)
-        self._values = IndexedWriter(f"{aside}/store.values", np.float32)
-        self.totals = Totals()
+        self._writing = _fresh_folder(path_prefix)
+        self._tokens = IndexedWriter(f"{self._writing}/store", self.dtype)
+        self._values = IndexedWriter(f"{self._writing}/store.values", np.float32)
+        self.totals, self._candidate_lengths = Totals(), Lengths()
 
     def add(self, group: Group) -> None:
         """Append one group.
@@ -55,9 +70,13 @@ class GroupWriter:
         rows = np.full(len(packed.sequences), len(VALUE_ROWS), dtype=np.int32)
         self._values.add(packed.values, packed.value_lengths, rows)
         self.totals.add(packed.totals)
+        self._candidate_lengths.add(packed)
 
-    def close(self) -> None:
+    def close(self, **manifest: Any) -> None:
         """Finish the files and put them into place, the manifest last.
+
+        Args:
+            manifest: what the caller knows only now.
 
         Raises:
             ValueError: no group was added.
@@ -70,7 +89,7 @@ class GroupWriter:
             )
         self._tokens.close()
         self._values.close()
-        manifest = {"format_version": FORMAT_VERSION, **self._manifest}
+        manifest = {"format_version": FORMAT_VERSION, **self._manifest, **manifest}
         for name in ("groups", "k", "kinds", "tree_tokens", "sequence_tokens", "longest_sequence"):
             manifest[name] = getattr(totals, name)
         manifest["reference"] = manifest.get("reference")
@@ -81,16 +100,23 @@ class GroupWriter:
             },
             "duplicates": totals.duplicates,
             "mean_similarity": _means(totals.similarity, totals.kinds),
+            "candidate_tokens": self._candidate_lengths.describe(),
+            "ended_share": {kind: n / totals.kinds[kind] for kind, n in totals.ended.items()},
+            "cut": totals.cut,
         }
         if manifest["reference"] is not None:
             logps = _means(totals.reference_logp, totals.kinds)
             manifest["statistics"]["mean_reference_logp"] = logps
-        _seal(self._prefix, manifest, FILES)
-        finish_publishing(self._prefix)
+        _seal(self._writing, manifest, FILES)
+        _publish(self._writing, self._prefix)
 
     def abort(self) -> None:
-        """Remove what was written aside; what stood under PREFIX before stays as it was."""
-        _remove_aside(self._prefix)
+        """Remove what was written aside; what stood under PREFIX before stays as it was.
+
+        Once it is sealed it is left to `finish_publishing`.
+        """
+        if not (self._writing / MANIFEST).exists():
+            shutil.rmtree(self._writing, ignore_errors=True)
 
 
 def write_reference_logps(
@@ -107,8 +133,8 @@ def write_reference_logps(
             the store stays as it was.
     """
     reader = GroupReader(path_prefix)
-    aside = _fresh_folder(path_prefix)
-    writer = IndexedWriter(f"{aside}/store.values", np.float32)
+    writing = _fresh_folder(path_prefix)
+    writer = IndexedWriter(f"{writing}/store.values", np.float32)
     sums = dict.fromkeys(reader.manifest["kinds"], 0.0)
     tokens, queries = reader.tree_sizes()
     scored = 0
@@ -132,7 +158,7 @@ def write_reference_logps(
         if scored != len(reader):
             raise ValueError(f"{path_prefix}: {len(reader)} groups, {scored} were scored")
     except BaseException:
-        _remove_aside(path_prefix)
+        shutil.rmtree(writing, ignore_errors=True)
         raise
     writer.close()
     manifest = {**reader.manifest, "reference": reference}
@@ -140,50 +166,75 @@ def write_reference_logps(
         **manifest.get("statistics", {}),
         "mean_reference_logp": _means(sums, manifest["kinds"]),
     }
-    _seal(path_prefix, manifest, (".values.bin", ".values.idx"))
-    finish_publishing(path_prefix)
+    _seal(writing, manifest, (".values.bin", ".values.idx"))
+    _publish(writing, path_prefix)
 
 
-def finish_publishing(path_prefix: str) -> bool:
+def finish_publishing(path_prefix: str, alone: bool = False) -> bool:
     """Move a sealed store into place, manifest last; whether there was one.
 
     Between the first rename and the last a reader finds no manifest, never files of two stores.
+
+    Args:
+        alone: no other process can be writing this store, so what is not sealed was left by one
+            that was killed, and is removed.
+
+    Raises:
+        ValueError: a file is not what the sealed manifest says; it is removed aside.
     """
-    aside = Path(path_prefix + ".writing")
-    if not (aside / "store.json").is_file():
-        with contextlib.suppress(OSError):
-            aside.rmdir()  # empty: everything was moved, and then it was killed
-        return False
-    Path(path_prefix + ".json").unlink(missing_ok=True)
-    for suffix in (*FILES, ".json"):
-        if (aside / f"store{suffix}").exists():
-            os.replace(aside / f"store{suffix}", path_prefix + suffix)
-    aside.rmdir()
-    return True
+    found = False
+    for folder in asides(Path(path_prefix)):
+        if (folder / MANIFEST).is_file():
+            _publish(folder, path_prefix)
+            found = True
+        elif alone:
+            shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _publish(writing: Path, path_prefix: str) -> None:
+    """Move a sealed store into place and remove its folder; others may do the same meanwhile."""
+    try:
+        content = (writing / MANIFEST).read_bytes()
+    except FileNotFoundError:  # another has just finished it
+        return
+    manifest = Path(path_prefix + ".json")
+    before = manifest.read_bytes() if manifest.exists() else None
+    if before not in (None, content):
+        manifest.unlink(missing_ok=True)
+    for suffix in FILES:
+        with suppress(FileNotFoundError):  # the same as before, or moved already
+            os.replace(writing / f"store{suffix}", path_prefix + suffix)
+    sync(manifest.parent)
+    try:
+        check_sizes(path_prefix, json.loads(content))
+    except ValueError:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    try:
+        write_whole(writing / "copy.json", content)  # in there, so that a kill leaves it in there
+        os.replace(writing / "copy.json", manifest)
+    except FileNotFoundError:  # another has just removed the folder
+        write_whole(manifest, content)
+    sync(manifest.parent)
+    shutil.rmtree(writing, ignore_errors=True)
 
 
 def _fresh_folder(path_prefix: str) -> Path:
-    _remove_aside(path_prefix)
-    aside = Path(path_prefix + ".writing")
-    aside.mkdir(parents=True)
-    return aside
+    writing = aside(Path(path_prefix))
+    if writing.exists():  # of a writer of this process that was neither closed nor aborted
+        shutil.rmtree(writing)
+    writing.mkdir(parents=True)
+    return writing
 
 
-def _remove_aside(path_prefix: str) -> None:
-    if Path(path_prefix + ".writing").exists():
-        shutil.rmtree(path_prefix + ".writing")
-
-
-def _seal(path_prefix: str, manifest: dict[str, Any], suffixes: Iterable[str]) -> None:
-    """Flush the files aside to disk and describe them in a manifest beside them."""
-    aside = Path(path_prefix + ".writing")
+def _seal(writing: Path, manifest: dict[str, Any], suffixes: Iterable[str]) -> None:
+    """Describe the files aside, which are on the disk, in a manifest beside them."""
     manifest["files"] = dict(manifest.get("files", {}))
     for suffix in suffixes:
-        path = aside / f"store{suffix}"
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        path = writing / f"store{suffix}"
         manifest["files"][suffix] = {"bytes": path.stat().st_size, "sha256": sha256(str(path))}
-    write_json(aside / "store.json", manifest)
+    write_json(writing / MANIFEST, manifest)
 
 
 def _means(sums: dict[str, float], counts: dict[str, int]) -> dict[str, float]:

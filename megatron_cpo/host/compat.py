@@ -1,4 +1,4 @@
-"""All knowledge of Megatron versions: what we bind to, by name, and what to say without it.
+"""What differs between Megatron versions: what we bind to, by name, and how a model is built.
 
 Branches look at names and signatures, never at version numbers: a checkout between two releases has
 the number of one and the code of the other.
@@ -113,7 +113,7 @@ def skip_compiled_helpers() -> None:
     """Let Megatron use the dataset helper that its wheel ships instead of compiling it.
 
     `compile_helpers` runs make, the wheel has no Makefile, and a failure exits the process; on GPUs
-    as well. A checkout whose helper is not compiled yet still compiles. Twice is once.
+    as well. A checkout whose helper is not compiled yet still compiles.
     """
     from megatron.core.datasets import utils
 
@@ -135,7 +135,7 @@ def hooked(provider: Callable, hook: Callable[[list[Any]], list[Any]]) -> Callab
 
 
 def _allow_context_parallelism() -> None:
-    """Let a model of local modules be built under context parallelism; twice is once.
+    """Let a model of local modules be built under context parallelism, from now on.
 
     `DotProductAttention` refuses it when it is built, which is before tree attention takes its
     place. It refuses when it is called instead.

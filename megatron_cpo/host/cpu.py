@@ -1,9 +1,9 @@
 """Megatron's own training loop on CPU ranks over gloo: its CUDA calls, pointed at the CPU.
 
 No mock and no second trainer: model, schedules, optimizers and checkpoints are Megatron's. What
-torch answers where Megatron asks for CUDA is in `cpu_torch.py`, what Megatron itself does otherwise
-in `cpu_megatron.py` and, for want of Transformer Engine, in `without_transformer_engine.py`; here
-are the switch and the flags.
+torch answers where Megatron asks for CUDA is in `cpu_torch.py`, what gloo cannot do in
+`cpu_gloo.py`, and what Megatron lacks without Transformer Engine in
+`without_transformer_engine.py`; here are the switch, the flags, and the rest of Megatron.
 
 `torch.cuda.is_available()` keeps saying False: code that asks takes its CPU path. `enable()`
 changes torch for the whole process, on machines without CUDA only; it refuses to run elsewhere.
@@ -11,14 +11,16 @@ changes torch for the whole process, on machines without CUDA only; it refuses t
 
 import argparse
 import functools
+import logging
 import os
 from typing import Any
 
 import torch
 
+from megatron_cpo.host import compat
 from megatron_cpo.host import without_transformer_engine as plain_torch
-from megatron_cpo.host.cpu_megatron import adapt_megatron
-from megatron_cpo.host.cpu_torch import adapt_torch
+from megatron_cpo.host.cpu_gloo import adapt_gloo
+from megatron_cpo.host.cpu_torch import adapt_torch, get_rng_state, put, set_rng_state, wrap
 
 CPU_FLAGS: dict[str, Any] = {
     "transformer_impl": "local",  # Transformer Engine is CUDA only
@@ -58,7 +60,7 @@ CUDA_FLAGS: dict[str, str] = {
 """Megatron switches that are off by default and cannot be turned on without CUDA."""
 
 
-@functools.cache  # twice is once
+@functools.cache  # a second call changes nothing
 def enable() -> None:
     """Run Megatron on this machine's CPU from now on; raises ValueError where there is CUDA.
 
@@ -70,7 +72,8 @@ def enable() -> None:
             'call, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
     adapt_torch()
-    adapt_megatron()
+    adapt_gloo()
+    _adapt_megatron()
     plain_torch.adapt()
     if os.environ.get("RANK", "0") == "0":
         print("megatron_cpo: no CUDA found, CPU host on: Megatron runs on gloo ranks", flush=True)
@@ -100,3 +103,40 @@ def check_args(args: argparse.Namespace) -> None:
                 f"{flag} needs CUDA, and torch finds none: "
                 "leave it out or run on a machine with a GPU"
             )
+
+
+def _adapt_megatron() -> None:
+    """Change what Megatron itself does otherwise without CUDA, for the whole process."""
+    from megatron import training
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import initialize
+    from megatron.training import training as loop
+
+    put(random, {"_get_cuda_rng_state": get_rng_state, "_set_cuda_rng_state": set_rng_state})
+    # The tracker warns when a GPU draw moved the CPU generator. Here they are the same generator.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+    start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
+    for module in (training, initialize, loop):
+        put(module, {"initialize_megatron": start})
+    # Every rank that saves starts a helper process. A spawned one imports Megatron again, seconds
+    # for each save; without CUDA a fork will do.
+    wrap(
+        filesystem_async,
+        ("get_write_results_queue",),
+        lambda queue: functools.partial(queue, mp_mode="fork"),
+    )
+    # Experts' token counts become numpy on their way off the GPU, and gloo insists on numbers.
+    wrap(
+        token_dispatcher,
+        ("maybe_move_tensor_to_cpu",),
+        lambda move: (
+            lambda tensor, as_numpy=False, **kwargs: (
+                tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+            )
+        ),
+    )
+    compat.skip_compiled_helpers()

@@ -150,12 +150,12 @@ _QUERIES: dict[str, Any] = {
 
 
 def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of the one generator that there is."""
+    """The state of the CPU's generator, the only one."""
     return torch.default_generator.get_state()
 
 
 def set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    """Of the one generator that there is."""
+    """Set the state of the CPU's generator, the only one."""
     torch.default_generator.set_state(new_state)
 
 
@@ -188,46 +188,7 @@ _RANDOM: dict[str, Any] = {
 }
 
 
-# ---- 5. Collectives: gloo wants all ranks' parts alike, experts have as many tokens as they get
-
-
-def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """`tensor` with zeros behind it, up to `rows` along its first dimension."""
-    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
-
-
-def _uneven_gather(gather: Callable) -> Callable:
-    @functools.wraps(gather)
-    def gather_parts(
-        parts: list[torch.Tensor], own: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        if len({part.shape[:1] for part in parts}) == 1:
-            return gather(parts, own, *args, **kwargs)
-        most = max(map(len, parts))
-        received = [part.new_empty(most, *part.shape[1:]) for part in parts]
-        gather(received, _padded(own, most), *args, **kwargs)
-        for part, padded in zip(parts, received, strict=True):
-            part.copy_(padded[: len(part)])
-
-    return gather_parts
-
-
-def _uneven_scatter(scatter: Callable) -> Callable:
-    @functools.wraps(scatter)
-    def scatter_parts(
-        own: torch.Tensor, parts: list[torch.Tensor], *args: Any, **kwargs: Any
-    ) -> Any:
-        if len({part.shape[:1] for part in parts}) == 1:
-            return scatter(own, parts, *args, **kwargs)
-        most = max(map(len, parts))
-        received = own.new_empty(most, *own.shape[1:])
-        scatter(received, [_padded(part, most) for part in parts], *args, **kwargs)
-        own.copy_(received[: len(own)])
-
-    return scatter_parts
-
-
-# ---- 6. Putting it in place
+# ---- 5. Putting it in place
 
 
 def adapt_torch() -> None:
@@ -242,8 +203,6 @@ def adapt_torch() -> None:
     put(torch.Tensor, dict.fromkeys(("cuda", "pin_memory"), _itself))
     put(torch.Tensor, {"record_stream": answer(None)})
     wrap(torch.utils.data.DataLoader, ("__init__",), _own_generator)
-    wrap(torch.distributed, ("all_gather",), _uneven_gather)
-    wrap(torch.distributed, ("reduce_scatter",), _uneven_scatter)
     put(torch.cuda, _ORDER | _QUERIES | _RANDOM)
     # What Megatron fuses with torch.compile runs as written: compiling would cost minutes here.
     torch.compiler.set_stance("force_eager")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-@functools.cache  # twice is once
+@functools.cache  # a second call changes nothing
 def adapt() -> None:
     """Change Megatron for the whole process, unless it finds Transformer Engine."""
     if have_transformer_engine():
@@ -30,7 +30,7 @@ def adapt() -> None:
 
 
 def have_transformer_engine() -> bool:
-    """Whether Megatron has it."""
+    """Whether Megatron finds Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)

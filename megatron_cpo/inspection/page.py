@@ -38,7 +38,7 @@ def render_page(
     groups: list[GroupView],
     text: TokenText,
 ) -> str:
-    """The page.
+    """The HTML of a store's page.
 
     Args:
         name: of the store, its heading.

@@ -1,14 +1,14 @@
 """The two things `tools/inspect_negatives.py` does: print a store, write its page."""
 
 import argparse
-import os
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from megatron_cpo.files import write_whole
 from megatron_cpo.groups.store import GroupReader, read_manifest
 from megatron_cpo.inspection.facts import IDS
 from megatron_cpo.inspection.page import render_page
@@ -17,6 +17,7 @@ from megatron_cpo.inspection.terminal import print_group, print_summary
 from megatron_cpo.inspection.text import TokenText
 from megatron_cpo.inspection.tokenizer import quiet_import, store_tokenizer
 from megatron_cpo.inspection.view import view_group
+from megatron_cpo.progress import progress
 
 
 def print_store(
@@ -63,11 +64,10 @@ def write_page(
     found = measure(reader, eod, _progress)
     views = [view_group(index, reader[index], eod) for index in chosen]
     page = render_page(Path(path_prefix).name, reader.manifest, found, views, text)
+    content = page.encode()
     Path(html).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{html}.writing-{os.getpid()}")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, html)
-    return f"{html}: {len(chosen):,} of {len(reader):,} groups, {len(page.encode()) / 1e6:.1f} MB"
+    write_whole(Path(html), content)
+    return f"{html}: {len(chosen):,} of {len(reader):,} groups, {len(content) / 1e6:.1f} MB"
 
 
 def _open(
@@ -87,8 +87,6 @@ def _open(
     return reader, TokenText(tokenizer), eod
 
 
-def _progress(groups: range) -> Iterable[int]:
-    """A progress bar on a terminal, nothing in a log file or over a small store."""
-    from tqdm import tqdm
-
-    return tqdm(groups, desc="read", unit=" groups", disable=None, delay=1, leave=False)
+def _progress(groups: range) -> Any:
+    """A progress bar, nothing over a small store."""
+    return progress(groups, "read", "groups", passing=True)

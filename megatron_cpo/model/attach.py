@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from megatron_cpo.model.attention import TreeAttention, TreeMaskCache
-from megatron_cpo.model.context import context_group
+from megatron_cpo.model.context_parallel import context_group
 from megatron_cpo.model.rope import DepthRotaryEmbedding
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron_cpo.model.context import to_device
+from megatron_cpo.model.context_parallel import to_device
 
 BLOCK = 128
 

@@ -8,7 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_cpo.model.context import context_group, own_indices, sum_over_context, to_device
+from megatron_cpo.model.context_parallel import (
+    context_group,
+    own_indices,
+    sum_over_context,
+    to_device,
+)
 from megatron_cpo.model.logprobs import Queries, query_logps
 from megatron_cpo.tree import Ints, build_tree
 
@@ -53,7 +58,8 @@ class RowForward:
         Returns:
             On the last pipeline stage the log-probs of the queries at this context-parallel rank's
             tokens, [Q] float32; elsewhere the hidden states for the next stage. And the batch on
-            the device, with these queries flattened: `first_slot`, `last_slot`, `lm`, [Q] each.
+            the device, with these queries flattened: `first_slot`, `last_slot`, `lm`, [Q] each; and
+            `padding`, [B, S], see `padding_tokens`.
         """
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         # All on the CPU, where the loader left it: on a GPU it would wait for the device.
@@ -69,9 +75,10 @@ class RowForward:
             "lm": batch["query_lm"][real],
             "own_tokens": batch["tokens"][:, own],
             "own_position_ids": batch["position_ids"][:, own],
+            "padding": padding_tokens(batch),
         }
         if has_experts(model):
-            flat["own_padding"] = padding_tokens(batch)[:, own]
+            flat["own_padding"] = flat["padding"][:, own]
         on_device = {n: to_device(t, device) for n, t in (batch | flat).items()}
         extra = {"padding_mask": on_device["own_padding"]} if "own_padding" in flat else {}
         output = model(

@@ -1,10 +1,9 @@
 """The log-prob head, vocabulary parallel: log pi(target | position) for queries alone.
 
 Logits exist for the positions that have a query, never for all tokens, and a chunk of them at a
-time. Backward needs them again: chunks are kept while they fit `KEPT_LOGITS`, and computed again
-beyond. So the workspace is at most `KEPT_LOGITS` and a chunk of float32 numbers (on a GPU
-`GPU_KEPT_LOGITS`, a chunk, and its gradient in the weight's dtype), whatever the vocabulary and the
-number of queries, and nothing is computed twice that fits it.
+time. Backward needs them again: chunks are kept while they fit a bound, and computed again beyond
+it (`workspace.py`). So memory does not grow with the vocabulary or the number of queries, and
+nothing is computed twice that fits it.
 
 Everything after the matrix product is float32. Rows that only pad the vocabulary are masked:
 Megatron pads it to a multiple that depends on the tensor-parallel size, and its own loss lets those
@@ -21,19 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_cpo.model.context import to_device
+from megatron_cpo.model.context_parallel import to_device
 from megatron_cpo.model.softmax import Chunk, Softmax
 from megatron_cpo.model.vocabulary import VocabShard
-
-CHUNK_LOGITS = 2**24
-"""Logits of a chunk on a rank (64 MiB of float32): enough rows for a matrix product at speed."""
-GPU_CHUNK_LOGITS = 2**27
-"""The same on a GPU (512 MiB), where the float32 gradient of the weight, which each chunk reads and
-writes once, weighs more against the products."""
-KEPT_LOGITS = 2**27
-"""Logits that may wait for backward on a rank (512 MiB): 2,668 positions at vocabulary 50,257."""
-GPU_KEPT_LOGITS = 2**29
-"""The same on a GPU (2 GiB), two thirds of the float32 logits of 16,384 MLE tokens."""
+from megatron_cpo.model.workspace import Workspace, give_back, take
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,7 @@ def query_logps(
     vocab_size: int,
     tp_group: Any = None,
     sequence_parallel: bool = False,
-    chunk_logits: int | None = None,
-    kept_logits: int | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """Log-probs of the queries' targets, [Q] float32, in nats; -inf outside the vocabulary.
 
@@ -95,9 +84,7 @@ def query_logps(
         queries: what is wanted; the same on all tensor-parallel ranks.
         vocab_size: the tokenizer's, without padding rows.
         tp_group: tensor-parallel group; None or of size 1: no reduction.
-        chunk_logits: bound on the logits of a chunk; None: as the device likes it.
-        kept_logits: bound on the logits that are kept for backward; 0 computes all of them again;
-            None: as the device likes it. Where no gradient is wanted none are kept.
+        workspace: bounds on memory; None: as the device likes it.
 
     Gradients: to `hidden_states` reduced over the tensor-parallel group (scattered back when
     sequence parallel), to `output_weight` in its dtype, rounded once from a float32 sum.
@@ -113,14 +100,12 @@ def query_logps(
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
     hidden = hidden_states.flatten(0, 1).index_select(0, queries.positions)
-    if chunk_logits is None:
-        chunk_logits = GPU_CHUNK_LOGITS if hidden.is_cuda else CHUNK_LOGITS
-    if kept_logits is None:
-        kept_logits = GPU_KEPT_LOGITS if hidden.is_cuda else KEPT_LOGITS
+    workspace = workspace or Workspace.of(hidden.device)
+    kept = workspace.kept
     if not (torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)):
-        kept_logits = 0
+        kept = 0
     result: Tensor = _QueryLogProbs.apply(
-        hidden, output_weight, queries, vocab_size, tp_group, chunk_logits, kept_logits
+        hidden, output_weight, queries, vocab_size, tp_group, workspace.chunk, kept
     )
     return result
 
@@ -147,7 +132,7 @@ class _QueryLogProbs(torch.autograd.Function):
         kept: list[Tensor] = []
         buffer: Tensor | None = None
         for chunk, wanted in _chunks(queries, step):
-            buffer = _take(step * len(weight), hidden.device) if buffer is None else buffer
+            buffer = take(step * len(weight), hidden.device) if buffer is None else buffer
             logits = shard.logits(hidden[chunk], buffer)
             at = queries.rows[wanted] - chunk.start
             column, here = shard.locate(queries.targets[wanted])
@@ -165,7 +150,7 @@ class _QueryLogProbs(torch.autograd.Function):
             if len(kept) < keep:
                 kept.append(buffer)
                 buffer = None
-        _give_back(buffer)
+        give_back(buffer)
         ctx.save_for_backward(hidden, weight, largest, scale)
         ctx.queries, ctx.shard_of, ctx.step, ctx.kept = queries, (vocab_size, tp_group), step, kept
         return logps
@@ -195,15 +180,15 @@ class _QueryLogProbs(torch.autograd.Function):
                 grad_logps[wanted],
             )
             if kept:
-                _give_back(buffer)
+                give_back(buffer)
                 buffer = kept.pop()
                 passed = shard.view(buffer, len(chunk.hidden))
             else:
-                buffer = _take(ctx.step * len(weight), hidden.device) if buffer is None else buffer
+                buffer = take(ctx.step * len(weight), hidden.device) if buffer is None else buffer
                 passed = shard.logits(chunk.hidden, buffer)
                 softmax.again(passed)
             softmax.backward(passed, chunk, shard, grad_hidden[some], grad_weight)
-        _give_back(buffer)
+        give_back(buffer)
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
 
 
@@ -221,26 +206,3 @@ def _chunks(queries: Queries, step: int) -> Iterator[tuple[slice, slice]]:
     for first in range(0, len(ends) - 1, step):
         last = min(first + step, len(ends) - 1)
         yield slice(first, last), slice(int(ends[first]), int(ends[last]))
-
-
-_SPARE: list[Tensor] = []
-"""Buffers on the CPU that no chunk uses, up to the workspace. A GPU's allocator keeps its own."""
-
-
-def _take(size: int, device: torch.device) -> Tensor:
-    """[size] float32, uninitialised.
-
-    A fresh buffer of this size comes from the system page by page: on a CPU that costs a third of
-    the matrix product which fills it, so they are used again.
-    """
-    if device.type == "cpu" and _SPARE:
-        buffer = _SPARE.pop()
-        if len(buffer) == size:
-            return buffer
-        _SPARE.clear()  # another model
-    return torch.empty(size, dtype=torch.float32, device=device)
-
-
-def _give_back(buffer: Tensor | None) -> None:
-    if buffer is not None and not buffer.is_cuda and sum(map(len, _SPARE)) <= KEPT_LOGITS:
-        _SPARE.append(buffer)

@@ -6,10 +6,10 @@ row with one token of each. A sample attends to its prefix, whose keys and value
 its samples, and to its own tokens; the softmax over both parts is put together from the maximum and
 the sum of each.
 
-Prefixes of like length share a padded block. Own tokens lie in slots without gaps: when samples
+Prefixes of like length share a padded bucket. Own tokens lie in slots without gaps: when samples
 finish, the last slots move into theirs. So a forward costs what is still growing.
 
-Legend: n live samples, R prefixes of a block, P tokens of its longest, m most samples of one of
+Legend: n live samples, R prefixes of a bucket, P tokens of its longest, m most samples of one of
 them, T own tokens, H heads and G key/value heads of this rank, D channels of a head.
 """
 
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SLACK = 1.25
-"""The longest prefix of a block is at most this many times as long as its shortest."""
+"""The longest prefix of a bucket is at most this many times as long as its shortest."""
 DEAD = 0.25
-"""Share of a block's prefixes that may have no live sample before they are dropped."""
+"""Share of a bucket's prefixes that may have no live sample before they are dropped."""
 FIRST_ROOM = 32
 """Own tokens there is room for at first; doubled when it is used up."""
 
@@ -34,7 +34,7 @@ it, [.., 1] each, and the sum of exponentials times values, [.., D]."""
 
 
 @dataclass
-class _Block:
+class _Bucket:
     """Prefixes of like length and who grows from them; for all layers."""
 
     prefixes: NDArray[np.int64]
@@ -51,8 +51,8 @@ class _Layer:
 
     read: list[tuple[Tensor, Tensor]]
     """Keys and values [tokens, G, D] of the rows of prefixes that were read so far."""
-    blocks: list[tuple[Tensor, Tensor]]
-    """Keys and values of each block, [R, G, P, D]."""
+    buckets: list[tuple[Tensor, Tensor]]
+    """Keys and values of each bucket, [R, G, P, D]."""
     own: tuple[Tensor, ...] = ()
     """Keys and values of the samples' own tokens, [slots, G, room, D]; none at first."""
 
@@ -73,8 +73,10 @@ class PrefixMemory:
         self._prefix_of = np.repeat(np.arange(len(lengths)), count)  # [n]
         self._slots = np.arange(len(self._prefix_of))  # [n] a permutation
         self._layers: dict[Any, _Layer] = {}
-        self._blocks: list[_Block] = []
+        self._buckets: list[_Bucket] = []
         self._own = -1  # own tokens before this forward; -1 while prefixes are read
+        # [n] the sample in each slot, the slot of each sample, its place in buckets end to end.
+        self._in_slots = self._by_sample = self._in_buckets = torch.empty(0, dtype=torch.long)
         self.row_tokens: int | None = None
         """Tokens of the row that is read next; None: all of it, no padding behind them."""
 
@@ -144,23 +146,19 @@ class PrefixMemory:
         nobody = query.new_zeros(1, *query.shape[1:])
         padded = torch.cat([query, nobody])
         parts = []
-        for block, (keys, values) in zip(self._blocks, memory.blocks, strict=True):
-            rows, most = block.samples.shape
+        for bucket, (keys, values) in zip(self._buckets, memory.buckets, strict=True):
+            rows, most = bucket.samples.shape
             # [R, m, G, H / G, D] -> [R * G, m * H / G, D]
-            queries = padded[block.samples].permute(0, 2, 1, 3, 4).reshape(rows * heads, -1, width)
-            padding = block.padding.repeat_interleave(heads, dim=0)
+            queries = padded[bucket.samples].permute(0, 2, 1, 3, 4).reshape(rows * heads, -1, width)
+            padding = bucket.padding.repeat_interleave(heads, dim=0)
             part = _attend(queries, keys.flatten(0, 1), values.flatten(0, 1), scale, padding)
-            parts.append(
-                [
-                    t.reshape(rows, heads, most, group, -1).transpose(1, 2).flatten(0, 1)
-                    for t in part
-                ]
-            )
-        together = (torch.cat(tensors)[self._in_blocks] for tensors in zip(*parts, strict=True))
+            by_row = [t.reshape(rows, heads, most, group, -1) for t in part]
+            parts.append([t.transpose(1, 2).flatten(0, 1) for t in by_row])
+        together = (torch.cat(tensors)[self._in_buckets] for tensors in zip(*parts, strict=True))
         return tuple(together)  # type: ignore[return-value]
 
     def _lay_out_prefixes(self, device: torch.device) -> None:
-        """All prefixes are read: sort them into blocks."""
+        """All prefixes are read: sort them into buckets."""
         order = np.argsort(self._lengths, kind="stable")
         starts = [0]
         for at in range(1, len(order)):
@@ -171,13 +169,13 @@ class PrefixMemory:
             lengths = self._lengths[prefixes]
             column = np.arange(lengths.max())
             padding = torch.from_numpy(column >= lengths[:, None])[:, None].to(device)
-            self._blocks.append(_Block(prefixes, padding, torch.empty(0)))
+            self._buckets.append(_Bucket(prefixes, padding, torch.empty(0)))
             # Padding repeats a prefix's last token: finite, and masked.
             rows = (ends - self._lengths)[prefixes, None] + np.minimum(column, lengths[:, None] - 1)
             index = torch.from_numpy(rows).to(device)
             for memory in self._layers.values():
                 keys, values = (torch.cat(parts) for parts in zip(*memory.read, strict=True))
-                memory.blocks.append(
+                memory.buckets.append(
                     tuple(t[index].transpose(1, 2).contiguous() for t in (keys, values))  # type: ignore[arg-type]
                 )
         for memory in self._layers.values():
@@ -198,41 +196,41 @@ class PrefixMemory:
         return slots
 
     def _place_samples(self, device: torch.device) -> None:
-        """Find each live sample's place in the blocks."""
+        """Find each live sample's place in the buckets."""
         n, prefixes = len(self._prefix_of), len(self._lengths)
         number = np.bincount(self._prefix_of, minlength=prefixes)
         self._drop_prefixes(number > 0, device)
         # Samples of a prefix are neighbours.
         place = np.arange(n) - np.searchsorted(self._prefix_of, self._prefix_of)
-        in_blocks = np.zeros(n, dtype=np.int64)
+        in_buckets = np.zeros(n, dtype=np.int64)
         size = 0
-        for block in self._blocks:
+        for bucket in self._buckets:
             row_of = np.full(prefixes, -1)
-            row_of[block.prefixes] = np.arange(len(block.prefixes))
+            row_of[bucket.prefixes] = np.arange(len(bucket.prefixes))
             here = np.flatnonzero(row_of[self._prefix_of] >= 0)
-            rows, most = row_of[self._prefix_of[here]], number[block.prefixes].max()
-            samples = np.full((len(block.prefixes), most), n)
+            rows, most = row_of[self._prefix_of[here]], number[bucket.prefixes].max()
+            samples = np.full((len(bucket.prefixes), most), n)
             samples[rows, place[here]] = here
-            in_blocks[here] = size + rows * most + place[here]
+            in_buckets[here] = size + rows * most + place[here]
             size += samples.size
-            block.samples = torch.from_numpy(samples).to(device)
-        self._in_blocks = torch.from_numpy(in_blocks).to(device)
+            bucket.samples = torch.from_numpy(samples).to(device)
+        self._in_buckets = torch.from_numpy(in_buckets).to(device)
 
     def _drop_prefixes(self, alive: NDArray[np.bool_], device: torch.device) -> None:
-        """Forget prefixes that nothing grows from: a few of a block stay until it pays to move."""
-        for at in reversed(range(len(self._blocks))):
-            block = self._blocks[at]
-            kept = alive[block.prefixes]
+        """Forget prefixes that nothing grows from; a few of a bucket stay until it pays to move."""
+        for at in reversed(range(len(self._buckets))):
+            bucket = self._buckets[at]
+            kept = alive[bucket.prefixes]
             if not kept.any():
-                del self._blocks[at]
+                del self._buckets[at]
                 for memory in self._layers.values():
-                    del memory.blocks[at]
+                    del memory.buckets[at]
             elif kept.sum() < (1 - DEAD) * len(kept):
                 rows = torch.from_numpy(np.flatnonzero(kept)).to(device)
-                block.prefixes, block.padding = block.prefixes[kept], block.padding[rows]
+                bucket.prefixes, bucket.padding = bucket.prefixes[kept], bucket.padding[rows]
                 for memory in self._layers.values():
-                    keys, values = memory.blocks[at]
-                    memory.blocks[at] = keys[rows], values[rows]
+                    keys, values = memory.buckets[at]
+                    memory.buckets[at] = keys[rows], values[rows]
 
 
 def _attend(

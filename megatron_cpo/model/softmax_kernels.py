@@ -19,7 +19,7 @@ BLOCK = 4096
 
 
 class FusedSoftmax(Softmax):
-    """Logits stay logits."""
+    """The passes as two kernels; forward leaves the logits as they are."""
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Maximum of each row and sum of exp(logit - maximum)."""

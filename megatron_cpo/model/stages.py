@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_cpo.model.attention import TreeAttention
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.rope import DepthRotaryEmbedding
-from megatron_cpo.model.vocabulary import VocabShard
+from megatron_cpo.model.vocabulary import NO_IDS, VocabShard
 from megatron_cpo.tree import Ints
 
 Head = Callable[[Tensor, VocabShard], Tensor]
@@ -31,16 +31,28 @@ class StagedModel:
         vocab_size: the tokenizer's, without padding rows.
         positions: most tokens of a sequence.
         row_tokens: tokens of a row; a longer sequence has a row of its own.
+        unused: see `VocabShard`.
     """
 
-    def __init__(self, chunks: list[Any], vocab_size: int, positions: int, row_tokens: int) -> None:
+    def __init__(
+        self,
+        chunks: list[Any],
+        vocab_size: int,
+        positions: int,
+        row_tokens: int,
+        unused: Ints = NO_IDS,
+    ) -> None:
         from megatron.core import parallel_state
 
         self.chunks, self._vocab_size, self._row_tokens = chunks, vocab_size, row_tokens
+        self._unused = unused
         self.device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         self._stages = parallel_state.get_pipeline_model_parallel_group()
         self._ranks = torch.distributed.get_process_group_ranks(self._stages)
         self._stage = self._stages.rank()
+        vocab_group = parallel_state.get_tensor_model_parallel_group()
+        self.vocab_group = vocab_group if vocab_group.size() > 1 else None
+        """Ranks that have the vocabulary together, equal parts in order; None: this one has all."""
         modules = [module for chunk in chunks for module in chunk.modules()]
         self._attention = [m for m in modules if isinstance(m, TreeAttention)]
         for module in modules:
@@ -74,7 +86,7 @@ class StagedModel:
             *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any
         ) -> Tensor:
             weight = output_layer.weight if output_weight is None else output_weight
-            shard = VocabShard(weight, self._vocab_size, output_layer.tp_group)
+            shard = VocabShard(weight, self._vocab_size, output_layer.tp_group, self._unused)
             return head(hidden_states.flatten(0, 1), shard)
 
         return self.through_stages(

@@ -3,8 +3,13 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_cpo.tree import Ints
+
+NO_IDS: Ints = np.zeros(0, dtype=np.int32)
 
 
 class VocabShard:
@@ -14,9 +19,12 @@ class VocabShard:
         weight: [V, H] of this rank.
         vocab_size: the tokenizer's, without padding rows.
         tp_group: tensor-parallel group; None or of size 1: no reduction.
+        unused: ids below `vocab_size` that no token has.
     """
 
-    def __init__(self, weight: Tensor, vocab_size: int, tp_group: Any) -> None:
+    def __init__(
+        self, weight: Tensor, vocab_size: int, tp_group: Any, unused: Ints = NO_IDS
+    ) -> None:
         # GPUs multiply 16-bit numbers into float32 sums; elsewhere the operands are widened, once.
         native = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
         self.weight = weight if native else weight.float()
@@ -25,6 +33,7 @@ class VocabShard:
         """Token id of the first row."""
         self.real = min(max(vocab_size - self.first, 0), len(weight))
         """Rows that stand for a token; the rest pad the vocabulary."""
+        self._unused = unused
 
     def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
         """[r, V] float32, in the buffer if there is one; minus infinity at padding rows."""
@@ -34,6 +43,13 @@ class VocabShard:
         logits = self.view(buffer, len(hidden))
         _matmul(hidden.to(self.weight.dtype), self.weight.t(), out=logits)
         logits[:, self.real :] = float("-inf")
+        return logits
+
+    def drawable(self, hidden: Tensor) -> Tensor:
+        """Logits of which tokens are drawn: minus infinity at ids that no token has, too."""
+        logits, columns = self.logits(hidden), self._unused - self.first
+        if len(here := columns[(columns >= 0) & (columns < len(self.weight))]):
+            logits[:, torch.from_numpy(here).long().to(hidden.device)] = -torch.inf
         return logits
 
     def view(self, buffer: Tensor, rows: int) -> Tensor:

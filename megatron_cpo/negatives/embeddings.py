@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_cpo.negatives.parts import TextParts
 from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.records.pair_files import PairReader
@@ -37,6 +38,9 @@ class Embedder(Protocol):
 class SentenceEmbedder:
     """A sentence-transformers model over the detokenised text.
 
+    A text that is longer than the model reads has the mean of the embeddings of its parts, weighted
+    by their tokens.
+
     Args:
         name: `minilm`, the all-MiniLM-L6-v2 that a package carries, or whatever
             `SentenceTransformer` takes: a folder or a name on the Hugging Face hub.
@@ -52,17 +56,26 @@ class SentenceEmbedder:
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.float().cpu().numpy().tobytes())
-        self.identity = {"name": Path(name).name, "sha256": digest.hexdigest()}
+        self._parts = TextParts(self.model)
+        self.identity: dict[str, Any] = {"name": Path(name).name, "sha256": digest.hexdigest()}
+        if self._parts.room:  # other vectors of long texts than those of the model alone
+            self.identity |= {"part_tokens": self._parts.room}
         self._width = len(self._encode([""])[0])
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
         texts = [self.text(sequence) for sequence in sequences]
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(filter(str.strip, texts)))}
-        # One more row, zeros, is the last: that of no text.
-        vectors = np.zeros((len(distinct) + 1, self._width), dtype=np.float32)
-        if distinct:
-            vectors[:-1] = self._encode(list(distinct))
-        return vectors[[distinct.get(text, -1) for text in texts]]
+        parts = {text: self._parts.of(text) for text in filter(str.strip, texts)}
+        distinct = list(dict.fromkeys(part for each in parts.values() for part, _ in each))
+        encoded = dict(zip(distinct, self._encode(distinct), strict=True)) if distinct else {}
+        vectors = np.zeros((len(texts), self._width), dtype=np.float32)
+        for row, text in enumerate(texts):
+            if len(each := parts.get(text, [])) == 1:
+                vectors[row] = encoded[text]
+            elif each:
+                weights = [tokens for _, tokens in each]
+                found = [encoded[part] for part, _ in each]
+                vectors[row] = np.average(found, axis=0, weights=weights)
+        return vectors
 
     def _encode(self, texts: list[str]) -> NDArray[np.float32]:
         batch = BATCH.get(self.model.device.type, 32)

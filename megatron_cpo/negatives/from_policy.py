@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.finite import REMEDY, model_name
-from megatron_cpo.negatives.from_records import Context
-from megatron_cpo.policies.policy import Policy, Sampling
+from megatron_cpo.negatives.from_records import Context, cut_at
+from megatron_cpo.policies.policy import NotDrawn, Policy, Sampling
 from megatron_cpo.tree import Ints
 
 BlockSampler = Callable[[Sequence[Context], int, Sequence[np.random.Generator]], list[list[Ints]]]
-"""(contexts of a block, count, one generator a group) -> `count` sequences per group."""
+"""(contexts of a block, count, one generator a group) -> `count` sequences per group, or none."""
 
 TRIES = 8
 """Draws of a mean-field copy before it may equal y_1."""
@@ -51,10 +51,19 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
-        for context, continuations in zip(block, drawn, strict=True):
-            _require_tokens(policy, context, continuations)
-        return drawn
+        try:
+            drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        except NotDrawn as error:
+            raise ValueError(f"record {block[error.place].index + 1} in use: {error}") from error
+        for context, limit, samples in zip(block, limits, drawn, strict=True):
+            _require_tokens(policy, context, samples)
+            flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"
+            cut = sum(_was_cut(tokens, limit, context.eod) for tokens in samples)
+            context.cut[cut_at("an", flag)] += cut
+        return [
+            [_ended(tokens, context.eod) for tokens in samples]
+            for context, samples in zip(block, drawn, strict=True)
+        ]
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
@@ -86,6 +95,19 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
     if positions is not None:
         limit = min(limit, positions - len(context.prefix))
     return max(limit, 1)
+
+
+def _was_cut(tokens: Ints, limit: int, eod: int) -> bool:
+    """Whether a sample did not come to its end; see `Policy.sample`."""
+    return len(tokens) >= limit or not _has_end(tokens, eod)
+
+
+def _ended(tokens: Ints, eod: int) -> Ints:
+    return tokens if _has_end(tokens, eod) else np.append(tokens, np.int32(eod))
+
+
+def _has_end(tokens: Ints, eod: int) -> bool:
+    return len(tokens) > 0 and int(tokens[-1]) == eod
 
 
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:

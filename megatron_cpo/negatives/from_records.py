@@ -9,8 +9,9 @@ A sampler is a plain function `(context, count, rng) -> count token sequences`, 
 no rank, worker or shard matters, and more of one kind leaves the draws of the others as they were.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +36,13 @@ class Context:
     eod: int
     room: int | None
     """Most tokens a candidate may have after this prefix, EOD included. None: no limit."""
+    cut: Counter[str] = field(default_factory=Counter)
+    """Told by samplers of candidates that they cut at a limit, as `cut_at` names it."""
+
+
+def cut_at(kind: str, flag: str) -> str:
+    """The name under which candidates of a kind are counted that were cut at a flag's limit."""
+    return f"{kind} {flag}"
 
 
 Sampler = Callable[[Context, int, np.random.Generator], list[Ints]]
@@ -57,16 +65,20 @@ def batch_negative(context: Context, count: int, rng: np.random.Generator) -> li
     seen = {context.truth.tobytes()}
     fresh: list[Ints] = []
     equal: list[Ints] = []
+    cut: set[bytes] = set()
     for other in draws:
         tokens = context.pairs.continuation(int(other + (other >= context.index)))
         if context.room is not None and len(tokens) > context.room:
             tokens = np.append(tokens[: context.room - 1], np.int32(context.eod))
+            cut.add(tokens.tobytes())
         key = tokens.tobytes()
         (equal if key in seen else fresh).append(tokens)
         seen.add(key)
         if len(fresh) == count:
             break
-    return [*fresh, *equal][:count]
+    drawn = [*fresh, *equal][:count]
+    context.cut[cut_at("bn", "--max-length")] += sum(tokens.tobytes() in cut for tokens in drawn)
+    return drawn
 
 
 def truncation_negative(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:

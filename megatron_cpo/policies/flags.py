@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from megatron_cpo.policies.address import KEY_VARIABLE, ShownAddress, is_address
 from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.records.source import source_from_args
 
@@ -10,12 +11,15 @@ from megatron_cpo.records.source import source_from_args
 def add_policy_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that choose a policy and say how negatives are drawn from it, in one group."""
     add = parser.add_argument_group("policy").add_argument
-    add("--policy", metavar="WHICH",
+    add("--policy", type=ShownAddress, metavar="WHICH",
         help="where an, mn and pss negatives come from: hf:PATH, a Hugging Face causal LM; "
         "http://HOST:PORT/v1, an OpenAI-compatible completions server (an only); or megatron, the "
         "checkpoint of --load (default: megatron if --load is given)")  # fmt: skip
     add("--policy-model", metavar="NAME",
         help="the server's name of the model (default: the only one it serves)")  # fmt: skip
+    add("--policy-key-env", metavar="NAME",
+        help="the environment variable that holds the server's key, which is nowhere printed or "
+        f"stored (default: {KEY_VARIABLE}, if it is set)")  # fmt: skip
     add("--policy-batch", type=int, default=256, metavar="N",
         help="most sequences the policy works on at a time, or requests to a server "
         "(default: %(default)s)")  # fmt: skip
@@ -68,11 +72,18 @@ def policy_from_args(
 
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
         policy = HuggingFacePolicy(which.removeprefix("hf:"), tokenizer, args.policy_batch, dtype)
-    elif which.startswith(("http://", "https://")):
-        from megatron_cpo.policies.server import ServerPolicy
+    elif is_address(which):
+        try:
+            from megatron_cpo.policies.endpoint import Endpoint
+            from megatron_cpo.policies.server import ServerPolicy
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--policy {which}: needs the package {error.name}: pip install "
+                "'megatron-cpo[server]'"
+            ) from error
 
-        sampling = sampling_from_args(args)
-        policy = ServerPolicy(which, tokenizer, sampling, args.policy_model, args.policy_batch)
+        endpoint = Endpoint(which, key_variable=args.policy_key_env, in_flight=args.policy_batch)
+        policy = ServerPolicy(endpoint, tokenizer, sampling_from_args(args), args.policy_model)
     elif which == "megatron":
         if not args.load:
             raise ValueError(

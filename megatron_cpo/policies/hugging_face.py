@@ -17,11 +17,12 @@ from torch import Tensor
 
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.groups.kinds import NEEDS_POLICY
-from megatron_cpo.model.logprobs import CHUNK_LOGITS
+from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
-from megatron_cpo.policies.decoding import sample_in_batches
+from megatron_cpo.policies.decoding import Session, sample_in_batches
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_tokenizer
+from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
 from megatron_cpo.tree import Ints
 
 _NO_LM = ("Classification", "QuestionAnswering", "RewardModel", "MaskedLM")
@@ -64,7 +65,8 @@ class HuggingFacePolicy:
         _require_whole(f"--policy hf:{path}", self._model, loaded)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device).eval()
-        self._vocab_size, self._eod = int(tokenizer.vocab_size), int(tokenizer.eod)
+        self._vocab_size, self._eod = vocabulary_size(tokenizer), int(tokenizer.eod)
+        self._unused = torch.from_numpy(unused_ids(tokenizer)).long().to(self._device)
         check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
         self._head_alone = self._applies_head_alone()
@@ -92,8 +94,10 @@ class HuggingFacePolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int) -> _Session:
-            return _Session(self._model, self._device, self._mask, batch, copies, sampling)
+        def open_session(batch: list[Ints], copies: int) -> Session:
+            return _HuggingFaceSession(
+                self._model, self._device, self._drawable, batch, copies, sampling
+            )
 
         return sample_in_batches(
             open_session, prefixes, limits, count, rngs, self._eod, self._batch
@@ -121,7 +125,9 @@ class HuggingFacePolicy:
         for i, rows, logits in self._logits(sequences, before):
             at = where[i][rows]
             numbers = torch.from_numpy(uniforms[i][:, :, at]).flatten(0, 1).t()
-            drawn = draw(logits, numbers.to(logits.device).contiguous()).cpu().numpy()
+            drawn = (
+                draw(self._drawable(logits), numbers.to(logits.device).contiguous()).cpu().numpy()
+            )
             drawn = drawn.T.reshape(tries, -1, len(at))
             result[i][:, :, at] = np.where(places[i][:, at], drawn, result[i][:, :, at])
         return result
@@ -190,6 +196,11 @@ class HuggingFacePolicy:
         """Float32 logits without the entries that only pad the vocabulary."""
         return logits[:, : self._vocab_size].float()
 
+    def _drawable(self, logits: Tensor) -> Tensor:
+        """The same without those of ids that no token has."""
+        masked = self._mask(logits)
+        return masked.index_fill(1, self._unused, -torch.inf) if len(self._unused) else masked
+
     def _right_padded(self, sequences: Sequence[Ints]) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of like length: indices of the sequences, and their ids [rows, longest]."""
         order = [i for i in range(len(sequences)) if len(sequences[i])]
@@ -228,7 +239,7 @@ def _require_whole(flag: str, model: Any, loaded: dict[str, Any]) -> None:
         )
 
 
-class _Session:
+class _HuggingFaceSession:
     """Rows that grow in a `DynamicCache`; see `decoding.Session`."""
 
     def __init__(

@@ -26,13 +26,14 @@ from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
-from megatron_cpo.model.logprobs import CHUNK_LOGITS
 from megatron_cpo.model.memory import PrefixMemory
 from megatron_cpo.model.stages import Head, StagedModel
-from megatron_cpo.model.vocabulary import VocabShard
+from megatron_cpo.model.vocabulary import NO_IDS, VocabShard
+from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
 from megatron_cpo.tree import Ints, build_tree
 
 
@@ -42,11 +43,12 @@ class MegatronPolicy:
     Args:
         chunks: a model with tree attention in place, in evaluation mode (`host.loading`).
         identity: of its checkpoint.
-        vocab_size: the tokenizer's, without padding rows.
+        vocab_size: the tokenizer's `vocabulary_size`, without padding rows.
         eod: the tokenizer's.
         positions: most tokens of a sequence.
         row_tokens: tokens of a row of chains or trees; a longer one has a row of its own.
         batch: most samples that grow at a time.
+        unused: ids below `vocab_size` that no token has, and that are not drawn.
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
@@ -61,11 +63,12 @@ class MegatronPolicy:
         positions: int,
         row_tokens: int,
         batch: int = 256,
+        unused: Ints = NO_IDS,
     ) -> None:
         self.chunks, self.identity = chunks, identity
         self.positions: int | None = positions
         self._eod, self._batch = eod, batch
-        self._model = StagedModel(chunks, vocab_size, positions, row_tokens)
+        self._model = StagedModel(chunks, vocab_size, positions, row_tokens, unused)
         self._forward = RowForward(vocab_size)
 
     @staticmethod
@@ -78,7 +81,7 @@ class MegatronPolicy:
         """
         _check_layout(args)
         require_folder(args)
-        check_model(args, tokenizer.vocab_size)
+        check_model(args, vocabulary_size(tokenizer))
         # The same weights, and rows of any length: nothing is gained by splitting so few tokens.
         args.sequence_parallel = False
         start_megatron()
@@ -86,11 +89,12 @@ class MegatronPolicy:
         return MegatronPolicy(
             load_model(args, attach_tree_attention),
             {"backend": "megatron", **identity, "dtype": str(args.params_dtype).split(".")[-1]},
-            int(tokenizer.vocab_size),
+            vocabulary_size(tokenizer),
             int(tokenizer.eod),
             args.max_position_embeddings,
             args.seq_length,
             batch,
+            unused_ids(tokenizer),
         )
 
     @torch.no_grad()
@@ -104,8 +108,8 @@ class MegatronPolicy:
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
-        def open_session(batch: list[Ints], copies: int) -> _Session:
-            return _Session(self._model, batch, copies, sampling)
+        def open_session(batch: list[Ints], copies: int) -> _MegatronSession:
+            return _MegatronSession(self._model, batch, copies, sampling)
 
         try:
             return sample_in_batches(
@@ -199,7 +203,7 @@ class MegatronPolicy:
         return result
 
 
-class _Session:
+class _MegatronSession:
     """Samples that grow in a `PrefixMemory`; see `decoding.Session`."""
 
     def __init__(
@@ -226,8 +230,9 @@ class _Session:
         tokens = None
         if self._logits is not None:
             numbers = torch.from_numpy(uniforms).to(self._logits.device)
-            shard = self._shard
-            tokens = choose(self._logits, numbers, self._sampling, shard.first, shard.group)
+            group = self._model.vocab_group
+            first = self._logits.shape[1] * group.rank() if group else 0
+            tokens = choose(self._logits, numbers, self._sampling, first, group)
         return self._model.share(tokens, uniforms.shape, torch.int64).cpu().numpy()
 
     def advance(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
@@ -242,8 +247,7 @@ class _Session:
         """Logits at these positions of a row, or at all."""
 
         def head(hidden: Tensor, shard: VocabShard) -> Tensor:
-            self._shard = shard
-            return shard.logits(hidden if positions is None else hidden[positions])
+            return shard.drawable(hidden if positions is None else hidden[positions])
 
         return head
 
@@ -269,7 +273,7 @@ def _draws(positions: Tensor, uniforms: Tensor) -> Head:
         step = max(CHUNK_LOGITS // len(shard.weight), 1)
         numbers = uniforms.to(hidden.device)
         drawn = [
-            draw(shard.logits(hidden[some]), some_numbers, shard.first, shard.group)
+            draw(shard.drawable(hidden[some]), some_numbers, shard.first, shard.group)
             for some, some_numbers in zip(positions.split(step), numbers.split(step), strict=True)
         ]
         return torch.cat(drawn)

@@ -42,6 +42,14 @@ class Sampling:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: needs at least 1, for EOD")
 
 
+class NotDrawn(ValueError):
+    """No sample of one prefix; `place` is its place among those that were asked for."""
+
+    def __init__(self, message: str, place: int = 0) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 class Policy(Protocol):
     """A language model, seen through the four questions the build asks.
 
@@ -79,10 +87,18 @@ class Policy(Protocol):
     ) -> list[list[Ints]]:
         """`count` continuations of each prefix, int32 ids, EOD last.
 
+        None at all of a prefix that leaves no room for one: the build leaves such a record out, and
+        counts it.
+
         Args:
             limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
-                reaches it is cut there, with EOD as its last token.
+                reaches it is cut there, with EOD as its last token: an EOD that is drawn comes
+                before. One that was cut and does not reach it, as in text that was encoded again,
+                has no EOD at its end.
             rngs: one generator a prefix.
+
+        Raises:
+            NotDrawn: nothing can be drawn for one of the prefixes, and it is not known why.
         """
 
     def replacements(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.records.tokenizing import PROBE, Encoder, vocabulary
+from megatron_cpo.records.vocabulary import describe_size, vocabulary_size
 
 
 def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
@@ -22,15 +23,15 @@ def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
     Raises:
         ValueError: they differ; shows both values.
     """
-    ours = f"--tokenizer-model has {tokenizer.vocab_size}"
+    size, ours = vocabulary_size(tokenizer), f"--tokenizer-model has {describe_size(tokenizer)}"
     advice = "build with the model's own tokenizer"
-    if rows < tokenizer.vocab_size:
-        raise ValueError(f"{flag}: {rows} tokens in its vocabulary, {ours}; {advice}")
+    if rows < size:
+        raise ValueError(f"{flag}: {rows} rows in its vocabulary, {ours}; {advice}")
     theirs = _load(path)
     if theirs is None:
         return
-    if len(theirs) != tokenizer.vocab_size:
-        raise ValueError(f"{flag}: its tokenizer has {len(theirs)} tokens, {ours}; {advice}")
+    if vocabulary_size(theirs) != size:
+        raise ValueError(f"{flag}: its tokenizer has {describe_size(theirs)}, {ours}; {advice}")
     if theirs.eos_token_id != tokenizer.eod:
         raise ValueError(
             f"{flag}: its end of sequence is id {theirs.eos_token_id} "

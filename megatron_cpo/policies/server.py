@@ -6,68 +6,48 @@ with the server's load and version. Where the server takes token ids and gives t
 used as they are. Otherwise a prompt is the text of its ids and the answer is encoded again, which
 may merge tokens otherwise than they were drawn; training and scoring see the merged ones.
 
-Prefixes are requested side by side. An overloaded or failing server is asked again, later each
-time; `retries` counts how often, by reason.
+Prefixes are requested side by side, by an `Endpoint`; what they ask for is in `dialects.py`. The
+server's context bounds prefix and continuation together: a long prefix gets shorter continuations,
+and none if no token fits behind it.
 """
 
 import asyncio
-import importlib.util
 import json
-import random
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.records.tokenizing import PROBE, Encoder
+from megatron_cpo.policies.answers import Exhausted, Refused
+from megatron_cpo.policies.dialects import (
+    BAD_REQUEST,
+    Questions,
+    context_in,
+    is_about_length,
+    some,
+)
+from megatron_cpo.policies.endpoint import Endpoint
+from megatron_cpo.policies.policy import NotDrawn, Sampling
+from megatron_cpo.records.tokenizing import Encoder, vocabulary
 from megatron_cpo.tree import Ints
 
-ATTEMPTS = 8
-"""Requests before the server is given up; with the delays below about two minutes."""
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
-"""Seconds before the second request, doubled for each further one, each times 0.5 to 1.5."""
-TIMEOUT = 600.0
-"""Seconds for one answer."""
+BROKEN = ("abort", "error", "content_filter")
+"""Reasons to finish of what is no sample of the model."""
 
-Body = dict[str, Any]
-
-
-def _token_ids(ids: list[int], text: str, sampling: Sampling, eod: int) -> Body:
-    """vLLM and SGLang: ids in, and from vLLM out; the number of samples and top-k."""
-    return {"prompt": ids, "top_k": sampling.top_k or -1, "return_token_ids": True}
-
-
-def _transformers(ids: list[int], text: str, sampling: Sampling, eod: int) -> Body:
-    """`transformers serve`: text, and what it lacks in a generation config; one sample each."""
-    config = {"do_sample": True, "top_k": sampling.top_k, "eos_token_id": eod, "pad_token_id": eod}
-    return {"prompt": text, "generation_config": json.dumps(config)}
-
-
-def _text(ids: list[int], text: str, sampling: Sampling, eod: int) -> Body:
-    """OpenAI's own fields, which have no top-k."""
-    return {"prompt": text}
-
-
-DIALECTS: dict[str, Callable[[list[int], str, Sampling, int], Body]] = {
-    "token ids": _token_ids,
-    "transformers": _transformers,
-    "text": _text,
-}
-"""How servers want to be asked; the first that the server understands is used."""
+logger = logging.getLogger(__name__)
 
 
 class ServerPolicy:
     """The `Policy` of a completions server; it samples, and can do nothing else.
 
     Args:
-        url: up to and with the version, such as http://localhost:8000/v1.
+        endpoint: where the server is.
         tokenizer: Megatron's, of the build; has to be that of the server's model.
         sampling: how to sample; the server has to understand it.
         model: the server's name of the model; None: the only one it lists.
-        concurrency: most requests at a time.
 
     Raises:
         ValueError: no answer, no such model, or the tokenizer is another one.
@@ -75,32 +55,24 @@ class ServerPolicy:
 
     kinds: tuple[str, ...] = ("an",)
     forks = False  # it asks in parallel by itself
-    positions: int | None = None
+    positions: int | None = None  # what does not fit is seen to here, record by record
 
     def __init__(
-        self,
-        url: str,
-        tokenizer: Any,
-        sampling: Sampling,
-        model: str | None = None,
-        concurrency: int = 32,
+        self, endpoint: Endpoint, tokenizer: Any, sampling: Sampling, model: str | None = None
     ) -> None:
-        if importlib.util.find_spec("httpx") is None:
-            raise ValueError(
-                f"--policy {url}: needs the package httpx: pip install 'megatron-cpo[server]'"
-            )
-        self._url, self._tokenizer, self._concurrency = url.rstrip("/"), tokenizer, concurrency
+        self._endpoint, self._tokenizer = endpoint, tokenizer
         self._encoder = Encoder(tokenizer)
-        self.retries: Counter[str] = Counter()
-        """Requests that were repeated, by reason; whoever sums them up clears them."""
-        self._model = model or self._only_model()
-        self._dialect = asyncio.run(self._find_dialect(sampling))
+        self._ids = max([int(tokenizer.vocab_size) - 1, *vocabulary(tokenizer)]) + 1
+        self._context: int | None = None
+        self._shortened = 0
+        self._one_each = self._warned = False
+        asyncio.run(self._open(model, sampling))
 
     @property
     def identity(self) -> dict[str, Any]:
         """The server's name of the model, without its folder, and how it is asked."""
         name = self._model.rstrip("/").rpartition("/")[2]
-        return {"backend": "server", "name": name, "dialect": self._dialect}
+        return {"backend": "server", "name": name, **self._questions.identity}
 
     def sample(
         self,
@@ -110,17 +82,39 @@ class ServerPolicy:
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
     ) -> list[list[Ints]]:
-        """See `Policy`. The seeds of a group come from its generator."""
+        """See `Policy`. The seeds of a group come from its generator.
+
+        Raises:
+            ValueError: the server cannot be reached, or its answer cannot be used.
+        """
         seeds = [rng.integers(2**31, size=count).tolist() for rng in rngs]
 
         async def all_of_them() -> list[list[Ints]]:
-            async with self._client() as client:
-                asked = zip(prefixes, limits, seeds, strict=True)
-                return await asyncio.gather(
-                    *(self._samples(client, x, limit, some, sampling) for x, limit, some in asked)
-                )
+            async with self._endpoint, asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._samples(place, *asked, sampling))
+                    for place, asked in enumerate(zip(prefixes, limits, seeds, strict=True))
+                ]
+            return [task.result() for task in tasks]
 
-        return asyncio.run(all_of_them())
+        try:
+            drawn = asyncio.run(all_of_them())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        self._shortened += sum(
+            bool(found) and self._room(prefix, limit) < limit
+            for prefix, limit, found in zip(prefixes, limits, drawn, strict=True)
+        )
+        return drawn
+
+    def take_counts(self) -> Counter[str]:
+        """Lines of the report with their numbers, since the last call."""
+        counts = Counter({f"asked again: {why}": n for why, n in self._endpoint.retries.items()})
+        if self._shortened:
+            counts[f"drawn shorter: server's context of {self._context:,} tokens"] = self._shortened
+        self._endpoint.retries.clear()
+        self._shortened = 0
+        return counts
 
     def replacements(self, *_: Any) -> list[NDArray[np.int32]]:
         """Not to be had."""
@@ -134,140 +128,142 @@ class ServerPolicy:
         """Not to be had."""
         raise ValueError(_only_samples("reference log-probs"))
 
+    def _room(self, prefix: Ints, limit: int) -> int:
+        """Most tokens of a continuation, EOD included, by what is known of the context."""
+        return limit if self._context is None else min(limit, self._context - len(prefix))
+
     async def _samples(
-        self, client: Any, prefix: Ints, limit: int, seeds: list[int], sampling: Sampling
+        self, place: int, prefix: Ints, limit: int, seeds: list[int], sampling: Sampling
     ) -> list[Ints]:
-        """As many continuations as seeds; servers that give one a request are asked for each."""
+        """As many continuations as seeds, or none if the server cannot read the prefix.
+
+        Servers that give one a request are asked for each.
+        """
         found: list[Ints] = []
-        eod = np.array([self._encoder.eod], dtype=np.int32)
         if limit == 1:
-            return [eod] * len(seeds)
+            return [np.array([self._encoder.eod], dtype=np.int32)] * len(seeds)
+        alone = False
         while len(found) < len(seeds):
-            missing = len(seeds) - len(found)
-            body = self._body(self._dialect, prefix, sampling)
-            body |= {"max_tokens": limit - 1, "seed": seeds[len(found)], "n": missing}
-            choices = (await self._post(client, body)).get("choices")
-            if not choices:
-                raise ValueError(
-                    f"--policy {self._url}: answered a request for {missing} samples with none; "
-                    "see the server's log and start again: what is finished is kept"
+            room = self._room(prefix, limit)
+            if room < 2:
+                return []
+            alone = alone or self._one_each
+            asked = 1 if alone else len(seeds) - len(found)
+            seed = seeds[len(found)]
+            body = self._questions.body(prefix, sampling, room - 1, seed, asked)
+            try:
+                choices = (await self._endpoint.post("completions", body)).get("choices")
+            except Refused as error:
+                if error.status not in BAD_REQUEST:
+                    raise
+                if self._learns_context(error.detail, prefix, room):
+                    continue
+                if asked > 1:  # some take one sample a request
+                    alone = True
+                    continue
+                self._leave_out(error, place, prefix, room)
+                return []
+            if not isinstance(choices, list) or not choices:
+                raise self._endpoint.error(
+                    f"answered a request for {asked} samples with none ({_short(choices)}); see "
+                    "the server's log and start again: what is finished is kept"
                 )
-            for choice in choices[:missing]:
-                ids = choice.get("token_ids")
-                tokens = self._encoder.continuation(choice["text"]) if ids is None else ids
-                if tokens[-1:] == [self._encoder.eod]:
-                    tokens = tokens[:-1]
-                kept = np.array(tokens[: limit - 1], dtype=np.int32)
-                found.append(np.concatenate([kept, eod]))
+            self._one_each |= alone
+            found += [self._tokens(choice, room - 1) for choice in choices[:asked]]
         return found
 
-    def _body(self, dialect: str, prefix: Ints, sampling: Sampling) -> Body:
-        ids = prefix.tolist()
-        text = self._tokenizer.detokenize(self._encoder.unframed(ids))
-        return {
-            "model": self._model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            **DIALECTS[dialect](ids, text, sampling, self._encoder.eod),
-        }
+    def _learns_context(self, refusal: str, prefix: Ints, room: int) -> bool:
+        """Whether a refusal tells of a smaller context than we know of."""
+        context = context_in(refusal)
+        if context is None or context >= len(prefix) + room:
+            return False
+        self._context = context
+        return True
 
-    async def _find_dialect(self, sampling: Sampling) -> str:
-        """The first dialect that the server understands, tried on a fixed text."""
-        tokens = np.array(self._encoder.prefix(PROBE), dtype=np.int32)
-        refused = []
-        async with self._client() as client:
-            for dialect in DIALECTS:
-                if dialect == "text" and sampling.top_k:
-                    continue
-                body = self._body(dialect, tokens, sampling) | {"max_tokens": 1, "seed": 0, "n": 1}
-                try:
-                    await self._post(client, body)
-                except ValueError as error:
-                    refused.append(f"{dialect}: {error}")
-                    continue
-                answer = await self._post(client, body | {"prompt": PROBE})
-                self._check_length(answer, len(tokens))
-                return dialect
-        hint = f"; without top-k (--top-k 0, not {sampling.top_k}) more servers can be asked"
-        raise ValueError(
-            f"--policy {self._url}: understands none of our requests ({'; '.join(refused)})"
-            f"{hint if sampling.top_k else ''}"
-        )
-
-    def _check_length(self, answer: Any, expected: int) -> None:
-        """Refuse a server that counts other tokens in the same text."""
-        counted = (answer.get("usage") or {}).get("prompt_tokens")
-        frame = len(self._tokenizer.tokenize("")) + 1  # it may add a BOS, or leave ours out
-        if counted is not None and abs(counted - expected) > frame:
-            raise ValueError(
-                f"--policy {self._url}: counts {counted} tokens in a test text, the build's "
-                f"tokenizer {expected}; build with the tokenizer of the server's model "
-                f"({self._model})"
-            )
-
-    def _only_model(self) -> str:
-        import httpx
-
-        try:
-            answer = httpx.get(f"{self._url}/models", timeout=10)
-            answer.raise_for_status()
-            names = [model["id"] for model in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"--policy {self._url}: no list of models there ({_reason(error)}); start the "
-                "server first, give its address up to /v1, such as http://localhost:8000/v1, and "
-                "name the model with --policy-model if the server cannot"
-            ) from error
-        if len(names) != 1:
-            raise ValueError(
-                f"--policy {self._url}: serves {', '.join(names) or 'no model it can name'}; "
-                "choose one with --policy-model NAME"
-            )
-        return str(names[0])
-
-    def _client(self) -> Any:
-        import httpx
-
-        self._slots = asyncio.Semaphore(self._concurrency)
-        limits = httpx.Limits(max_connections=self._concurrency)
-        return httpx.AsyncClient(timeout=httpx.Timeout(TIMEOUT, connect=10), limits=limits)
-
-    async def _post(self, client: Any, body: Body) -> Any:
-        """The server's answer to one request, repeated while it is overloaded or failing.
+    def _leave_out(self, error: Refused, place: int, prefix: Ints, room: int) -> None:
+        """Say once that records are left out whose prefixes the server finds too long.
 
         Raises:
-            ValueError: it refuses the request, or `ATTEMPTS` have failed.
+            NotDrawn: the refusal is about something else.
         """
-        import httpx
+        what = f"a prefix of {len(prefix)} tokens with {room - 1} new ones"
+        remedy = "make records fit with --max-length, or continuations with --max-new-tokens"
+        if not is_about_length(error.detail):
+            raise NotDrawn(f"{error}, asked for {what}; {remedy}", place) from error
+        if not self._warned:
+            logger.warning(f"{error}, asked for {what}: such records are left out; {remedy}")
+        self._warned = True
 
-        delay = FIRST_DELAY
-        for attempt in range(ATTEMPTS):
-            wait = None
+    def _tokens(self, choice: Any, most: int) -> Ints:
+        """The ids of a sample, at most so many, and EOD unless the server cut it short.
+
+        Raises:
+            ValueError: it has no ids of the build's tokenizer, nor a text.
+        """
+        eod = self._encoder.eod
+        fields = choice if isinstance(choice, dict) else {}
+        ids, text = fields.get("token_ids"), fields.get("text")
+        if fields.get("finish_reason") in BROKEN:
+            raise self._endpoint.error(
+                f"broke a sample off (finish_reason {fields['finish_reason']}); see the server's "
+                "log and start again: what is finished is kept"
+            )
+        if ids is None and isinstance(text, str):
+            ids = self._encoder.continuation(text)
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise self._endpoint.error(
+                f"answers with a choice that has neither a text nor a list of token ids "
+                f"({_short(choice)}); is it a completions server of the OpenAI API?"
+            )
+        if wrong := [i for i in ids if not 0 <= i < self._ids]:
+            raise self._endpoint.error(
+                f"answers with the token id {wrong[0]}, and the build's tokenizer has ids from 0 "
+                f"to {self._ids - 1}; build with the tokenizer of the server's model "
+                f"({self._model})"
+            )
+        end = ids.index(eod) if eod in ids else len(ids)
+        ended = eod in ids or fields.get("finish_reason") != "length"  # else its context was full
+        return np.array([*ids[: min(end, most)], *([eod] if ended else [])], dtype=np.int32)
+
+    async def _open(self, model: str | None, sampling: Sampling) -> None:
+        """Find out which model is served, how much it can read, and how to ask for samples."""
+        listed: list[dict[str, Any]] = []
+        async with self._endpoint as endpoint:
             try:
-                async with self._slots:
-                    answer = await client.post(f"{self._url}/completions", json=body)
-                if answer.status_code == 200:
-                    return answer.json()
-                reason = f"HTTP {answer.status_code}"
-                if answer.status_code != 429 and answer.status_code < 500:
-                    raise ValueError(f"{reason} {answer.text[:300]}")
-                wait = answer.headers.get("retry-after")
-            except (httpx.TransportError, json.JSONDecodeError) as error:
-                reason = _reason(error)
-            if attempt + 1 < ATTEMPTS:
-                self.retries[reason] += 1
-                jittered = delay * random.uniform(0.5, 1.5)
-                await asyncio.sleep(float(wait) if wait and wait.isdecimal() else jittered)
-                delay = min(2 * delay, LONGEST_DELAY)
-        raise ValueError(
-            f"--policy {self._url}: {ATTEMPTS} requests failed in a row, the last one with "
-            f"{reason}; see the server's log and start again: what is finished is kept"
-        )
+                listed = await endpoint.models()
+            except (Refused, Exhausted) as error:
+                if error.status == 401 or not error.status:
+                    raise
+                if model is None:
+                    raise ValueError(
+                        f"{error}; if it cannot list its models, name one with --policy-model"
+                    ) from error
+            names = [entry["id"] for entry in listed]
+            if model is None and len(names) != 1:
+                raise endpoint.error(
+                    f"serves {some(names) or 'no model it can name'}; choose one with "
+                    "--policy-model NAME"
+                )
+            self._model = model or names[0]
+            self._context = _context(listed, self._model)
+            self._questions = Questions(self._model, self._tokenizer)
+            await self._questions.find_dialect(endpoint, sampling, names)
+        self._one_each = "n" in self._questions.left_out
 
 
-def _reason(error: Exception) -> str:
-    first_line = str(error).partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}".rstrip(": ")
+def _context(listed: list[dict[str, Any]], model: str) -> int | None:
+    """`max_model_len` of a model in a list; an adapter has that of its parent."""
+    entries = {entry["id"]: entry for entry in listed}
+    entry = entries.get(model, {})
+    for found in (entry, entries.get(str(entry.get("parent")), {})):
+        size = found.get("max_model_len")
+        if isinstance(size, int | float | str) and str(size).partition(".")[0].isdecimal():
+            return int(float(size)) or None
+    return None
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:200]
 
 
 def _only_samples(what: str) -> str:

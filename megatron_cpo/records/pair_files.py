@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpo.files import write_json
+from megatron_cpo.files import aside, sync, write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.reading import Dropped
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizing import Pair
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.tree import Ints
 
 NOTE_LINES = 4096
@@ -81,7 +82,7 @@ def write_pairs_resumed(
     """
     note, prefix = folder / "note.json", str(folder / "pairs")
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    writer, skip = _writer(note, prefix, store_dtype(tokenizer.vocab_size), dropped)
+    writer, skip = _writer(note, prefix, store_dtype(vocabulary_size(tokenizer)), dropped)
     lines = 0
 
     def advance(more: int, read: int) -> None:
@@ -130,16 +131,17 @@ def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tupl
         ValueError: as `read_pairs`.
     """
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    aside = f"{output_prefix}.writing-{os.getpid()}"
+    writing = str(aside(Path(output_prefix)))
     Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-    writer, written = IndexedWriter(aside, store_dtype(tokenizer.vocab_size)), 0
+    writer, written = IndexedWriter(writing, store_dtype(vocabulary_size(tokenizer))), 0
     try:
         for written, pair in enumerate(read_pairs(source, tokenizer, dropped), 1):  # noqa: B007
             document = np.concatenate([pair.prefix, pair.continuation])
             writer.add(document, [len(document)])
         writer.close()
         for suffix in (".bin", ".idx"):  # the index last: without it Megatron sees no dataset
-            os.replace(aside + suffix, output_prefix + suffix)
+            os.replace(writing + suffix, output_prefix + suffix)
+        sync(Path(output_prefix).parent)
     except BaseException:
         writer.abort()
         raise

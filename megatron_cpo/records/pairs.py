@@ -1,13 +1,13 @@
 """Records to pairs of prefix and continuation, as token ids, streaming."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
+from megatron_cpo.records.documents import read_documents
+from megatron_cpo.records.inputs import indexed_prefix
 from megatron_cpo.records.lines import Advance
 from megatron_cpo.records.reading import BadRecord, Dropped, read_records
-from megatron_cpo.records.source import Source, indexed_prefix
+from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
 
@@ -57,10 +57,7 @@ def read_pairs(
         usable += 1
         yield pair
     if not usable:
-        raise ValueError(
-            f"--input {' '.join(source.inputs)}: no usable record (dropped: {dropped.describe()}); "
-            "raise --max-length, or give other data"
-        )
+        raise dropped.nothing_usable(source.inputs)
 
 
 def _pairs_of_records(
@@ -73,7 +70,14 @@ def _pairs_of_records(
 ) -> Iterator[tuple[Pair, str]]:
     render = chat_renderer(tokenizer)
     for record in read_records(
-        source.inputs, dropped, source.shape, source.template, render, advance, skip
+        source.inputs,
+        dropped,
+        source.shape,
+        source.template,
+        render,
+        advance,
+        skip,
+        source.columns,
     ):
         if record.prefix is None:
             text = encoder.text(record.continuation)
@@ -96,34 +100,8 @@ def _pairs_of_datasets(
     advance: Advance,
     skip: int,
 ) -> Iterator[tuple[Pair, str]]:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    for prefix in prefixes:
-        dataset = IndexedDataset(prefix)
-        bounds = dataset.document_indices
-        for document in range(len(bounds) - 1):
-            sequences = dataset[int(bounds[document]) : int(bounds[document + 1])]
-            if skip:
-                skip -= 1
-            else:
-                where = f"{prefix}:document {document}"
-                tokens = _document(sequences, where, tokenizer, encoder.eod)
-                yield from _pieces(tokens, where, source, encoder, dropped)
-            advance(1, sum(sequence.nbytes for sequence in sequences))
-
-
-def _document(sequences: Sequence[Ints], where: str, tokenizer: Any, eod: int) -> Ints:
-    """A document of a dataset as tokens that end in one EOD."""
-    tokens = np.concatenate([*sequences, []]).astype(np.int32)
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        raise ValueError(
-            f"{where}: token ids {tokens.min()} to {tokens.max()}, but the tokenizer of "
-            f"--tokenizer-type has {tokenizer.vocab_size} tokens: pass the one the dataset "
-            "was made with"
-        )
-    while len(tokens) and tokens[-1] == eod:
-        tokens = tokens[:-1]
-    return np.append(tokens, np.int32(eod))
+    for tokens, where in read_documents(prefixes, tokenizer, encoder.eod, advance, skip):
+        yield from _pieces(tokens, where, source, encoder, dropped)
 
 
 def _pieces(

@@ -1,6 +1,6 @@
-"""Records: JSON Lines in the shapes people have, read one line at a time.
+"""Records: objects of JSON or rows of tables in the shapes people have, read one at a time.
 
-A file (plain or `.gz`) holds one JSON object a line. What its keys are decides its shape:
+Files are read by `inputs.py`. What the fields of a record are decides its shape:
 
     prompt + completion     prefix and true continuation; `rejected` (string or list) is optional
     prompt + chosen         the same, as preference data names them
@@ -11,13 +11,15 @@ A file (plain or `.gz`) holds one JSON object a line. What its keys are decides 
 Bad records are counted by reason with the place of the first of each, or refused.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_cpo.records.lines import LONGEST_LINE, Advance, read_lines
+from megatron_cpo.records.columns import Columns
+from megatron_cpo.records.inputs import read_fields
+from megatron_cpo.records.lines import Advance, Fields, Unreadable
+from megatron_cpo.records.remedies import SETS, field_names, remedy
 
 Message = dict[str, str]
 
@@ -49,6 +51,8 @@ class Dropped:
     """Raise at the first bad record instead (`--on-bad-record refuse`)."""
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    """The fields of the first record, for advice; see `remedies.field_names`."""
 
     def bad(self, reason: str, source: str) -> None:
         """Count a bad record.
@@ -68,6 +72,13 @@ class Dropped:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         self.first.setdefault(reason, source)
 
+    def nothing_usable(self, inputs: Sequence[str]) -> ValueError:
+        """The error that says so, why, and what to do about it."""
+        return ValueError(
+            f"--input {' '.join(inputs)}: no usable record (dropped: {self.describe()}); "
+            f"{remedy(self.counts, self.names)}"
+        )
+
     def describe(self) -> str:
         """All reasons in one line, e.g. `2 not JSON (first: a.jsonl:7), 1 empty prefix (...)`."""
         reasons = (f"{n} {why} (first: {self.first[why]})" for why, n in self.counts.items())
@@ -82,57 +93,60 @@ def read_records(
     render_chat: Callable[[list[Message]], str] | None = None,
     advance: Advance = lambda lines, read: None,
     skip: int = 0,
+    columns: Columns = Columns(),  # noqa: B008 (it is frozen)
 ) -> Iterator[Record]:
-    """The usable records of JSON Lines files, in order, without ever holding a file in memory.
+    """The usable records of files, in order, without ever holding a file in memory.
 
     Args:
-        paths: files; those ending in `.gz` are unpacked on the way. Blank lines are no records.
+        paths: see `inputs.py`. Blank lines are no records.
         dropped: counts bad records; decides whether they are refused.
         shape: a key of `SHAPES`, or `auto` to detect it from the keys of each record.
         template: prefix of instruction records; see `fill_template`.
         render_chat: messages to text up to where the assistant speaks; default `plain_chat`.
-        advance: called after each line, once what was made of it is used, with 1 and the bytes
-            that were read since, packed ones of `.gz`; with 0 at the end of a file.
-        skip: lines to leave out at the beginning; a usable record was among them.
+        advance: see `inputs.read_fields`.
+        skip: lines or rows to leave out at the beginning; a usable record was among them.
+        columns: the data's names for the fields.
 
     Raises:
         ValueError: a file is missing or not readable, or holds no usable record, or a bad record
             is refused.
     """
     usable = skip
-    for source, line in read_lines(paths, advance, skip):
+    for source, stored in read_fields(paths, advance, skip):
         try:
-            if line is None:
-                raise BadRecord(f"line longer than {LONGEST_LINE >> 20} MiB")
-            record = parse_record(line, shape, template, render_chat or plain_chat)
+            fields = _named(stored, columns, dropped)
+            record = parse_record(fields, shape, template, render_chat or plain_chat)
         except BadRecord as error:
             dropped.bad(str(error), source)
             continue
         usable += 1
         yield Record(record.prefix, record.continuation, record.rejected, source)
     if not usable:
-        raise ValueError(
-            f"--input {' '.join(paths)}: no usable record (dropped: {dropped.describe()}); each "
-            f"line must be a JSON object with {_SETS}"
-        )
+        raise dropped.nothing_usable(paths)
+
+
+def _named(stored: Fields | Unreadable, columns: Columns, dropped: Dropped) -> Fields:
+    """The fields of a record by the names that we know.
+
+    Raises:
+        BadRecord: there are none.
+    """
+    if not isinstance(stored, Unreadable):
+        dropped.names = dropped.names or field_names(stored)
+        stored = columns.of(stored)
+    if isinstance(stored, Unreadable):
+        raise BadRecord(stored)
+    return stored
 
 
 def parse_record(
-    line: bytes, shape: str, template: str, render_chat: Callable[[list[Message]], str]
+    fields: Fields, shape: str, template: str, render_chat: Callable[[list[Message]], str]
 ) -> Record:
-    """The record in one line of JSON.
+    """The record with these fields.
 
     Raises:
         BadRecord: it is not one.
     """
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadRecord("not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadRecord("not JSON") from None
-    if not isinstance(fields, dict):
-        raise BadRecord("not a JSON object")
     record = SHAPES[detect_shape(fields) if shape == "auto" else shape](
         fields, template, render_chat
     )
@@ -163,7 +177,7 @@ def detect_shape(fields: dict[str, Any]) -> str:
         return "instruction"
     if "text" in fields:
         return "text"
-    raise BadRecord(f"no {_SETS}")
+    raise BadRecord(f"no {SETS}")
 
 
 def fill_template(template: str, fields: dict[str, Any]) -> str:
@@ -249,8 +263,6 @@ SHAPES: dict[str, Callable[[dict[str, Any], str, Any], Record]] = {
     "text": _whole_text,
 }
 """`--format`: from the fields of a record, the template and the chat renderer to a `Record`."""
-
-_SETS = "prompt+completion, prompt+chosen, instruction+response, messages or text"
 
 
 def _text(fields: dict[str, Any], name: str) -> str:

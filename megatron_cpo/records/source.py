@@ -2,13 +2,16 @@
 
 import argparse
 import hashlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_cpo.records.lines import check_file
+from megatron_cpo.records.columns import NAMES, Columns
+from megatron_cpo.records.inputs import expand, files_of, indexed_prefix
+from megatron_cpo.records.opening import WANTED, check_file
 from megatron_cpo.records.reading import DEFAULT_TEMPLATE, SHAPES, check_template
 
 
@@ -17,7 +20,8 @@ class Source:
     """Where records come from and how they become pairs; flags of every tool that reads them."""
 
     inputs: tuple[str, ...]
-    """JSON Lines files, or prefixes of Megatron indexed datasets (late pretraining)."""
+    """Files, folders and patterns, see `inputs.py`, or prefixes of Megatron indexed datasets (late
+    pretraining)."""
     shape: str = "auto"
     """`--format`: a key of `reading.SHAPES`, or `auto`."""
     template: str = DEFAULT_TEMPLATE
@@ -29,13 +33,13 @@ class Source:
     longer texts, and documents of an indexed dataset, are cut into pieces. None: no limit."""
     on_bad_record: str = "skip"
     """`skip` counts bad records, `refuse` stops at the first."""
+    names: tuple[tuple[str, str], ...] = ()
+    """`--prompt-field` and its like: (our name, the data's) of fields."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise ValueError(
-                "--input is missing: give JSON Lines (.jsonl, .jsonl.gz) or the prefix of a "
-                "Megatron indexed dataset"
-            )
+            raise ValueError(f"--input is missing: {WANTED}")
+        object.__setattr__(self, "inputs", expand(self.inputs))
         if self.shape not in ("auto", *SHAPES):
             raise ValueError(
                 f"--format {self.shape}: unknown; give one of auto, {', '.join(SHAPES)}"
@@ -53,6 +57,12 @@ class Source:
                 "continuation and end of document"
             )
         check_template(self.template)
+        Columns(self.names)
+
+    @property
+    def columns(self) -> Columns:
+        """The data's names for the fields."""
+        return Columns(self.names)
 
     def describe(self) -> list[dict[str, str]]:
         """Base name and sha256 of every input file, for manifests; independent of its folder.
@@ -60,22 +70,22 @@ class Source:
         Raises:
             ValueError: one is not there.
         """
-        paths = chain.from_iterable(
-            (p + ".bin", p + ".idx") if (p := indexed_prefix(path)) else (path,)
+        return [
+            {"name": os.path.relpath(file, Path(path).parent), "sha256": _sha256(file)}
             for path in self.inputs
-        )
-        return [{"name": Path(path).name, "sha256": _sha256(path)} for path in paths]
+            for file in _stored(path, (".bin", ".idx"))
+        ]
 
     def stored_bytes(self) -> int:
         """Bytes of all records as they lie on disk, packed or not."""
-        paths = (p + ".bin" if (p := indexed_prefix(path)) else path for path in self.inputs)
-        return sum(Path(path).stat().st_size for path in paths)
+        files = chain.from_iterable(_stored(path, (".bin",)) for path in self.inputs)
+        return sum(Path(file).stat().st_size for file in files)
 
 
-def indexed_prefix(path: str) -> str | None:
-    """The prefix of the Megatron indexed dataset that a path names, or None if it names none."""
-    prefix = path.removesuffix(".bin").removesuffix(".idx")
-    return prefix if Path(prefix + ".idx").is_file() and Path(prefix + ".bin").is_file() else None
+def _stored(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files of an input; of an indexed dataset those with these suffixes."""
+    prefix = indexed_prefix(path)
+    return [prefix + suffix for suffix in suffixes] if prefix else files_of(path)
 
 
 def _sha256(path: str) -> str:
@@ -85,12 +95,14 @@ def _sha256(path: str) -> str:
 
 
 INPUT_HELP = """\
---input takes JSON Lines (.jsonl or .jsonl.gz) with one of these sets of fields in each line:
+--input takes JSON Lines or a JSON array, plain or packed (.gz .bz2 .xz .zst), Parquet and Arrow
+files, folders of datasets' save_to_disk, and patterns of these, with one of these sets of fields:
   prompt + completion      optionally rejected, a string or a list; or prompt + chosen + rejected
   instruction + response   and context (Dolly), or input and output (Alpaca); see --prompt-template
   messages                 [{role, content} ...]; the last assistant turn is the continuation
   text                     the first --prefix-fraction of its tokens is the prefix
-or the prefix of a Megatron indexed dataset (late pretraining), split like text.
+or the prefix of a Megatron indexed dataset (late pretraining), split like text. Fields of other
+names: --prompt-field and its like. Tables and .zst need pip install 'megatron-cpo[data]'.
 """
 
 
@@ -115,7 +127,7 @@ def answer_help(
 def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags of `Source`, in one group."""
     add = parser.add_argument_group("records").add_argument
-    add("--input", nargs="+", default=[], metavar="PATH", help="files to read; see above")
+    add("--input", nargs="+", default=[], metavar="PATH", help="what to read; see above")
     add("--format", default="auto", choices=["auto", *SHAPES],
         help="shape of the records; auto looks at the keys of each (default: auto)")  # fmt: skip
     add("--prompt-template", default=DEFAULT_TEMPLATE.replace("\n", "\\n"), metavar="TEXT",
@@ -126,6 +138,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     add("--max-length", type=int, metavar="N",
         help="most tokens of prefix + candidate; longer records are skipped and counted, longer "
         "texts and documents are cut (default: --max-position-embeddings, or 1024)")  # fmt: skip
+    for name in NAMES:
+        add(f"--{name}-field", metavar="NAME", help=f"what the data calls {name}; a.b is b in a")
     add("--on-bad-record", default="skip", choices=["skip", "refuse"],
         help="skip and count bad records, or stop at the first (default: skip)")  # fmt: skip
     return parser
@@ -150,4 +164,5 @@ def source_from_args(args: argparse.Namespace) -> Source:
         prefix_fraction=args.prefix_fraction,
         max_length=args.max_length if args.max_length is not None else positions or 1024,
         on_bad_record=args.on_bad_record,
+        names=tuple((n, given) for n in NAMES if (given := getattr(args, f"{n}_field", None))),
     )

@@ -8,18 +8,14 @@ tokenizer, unless it is a piece that was cut from a longer text and the text goe
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_cpo.records.reading import BadRecord, Dropped, Message, read_records
-from megatron_cpo.records.source import Source
+from megatron_cpo.records.reading import BadRecord, Message
 from megatron_cpo.tree import Ints
 
 # Two BPE tokenizers may share a vocabulary and differ in merges: only encoding tells them apart.
@@ -119,63 +115,6 @@ class Encoder:
     def _untailed(self, text: str) -> list[int]:
         ids = list(self._tokenizer.tokenize(text))
         return ids[: len(ids) - len(self._tail)]
-
-
-def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Dropped:
-    """Train a SentencePiece unigram model on the text of records and write it to `model_path`.
-
-    Text is kept as it is (no normalisation, newline is a piece); unknown characters fall back to
-    bytes. Ids: 0 unk, 1 BOS, 2 EOS, which is Megatron's EOD, then 256 bytes.
-
-    Raises:
-        ValueError: no usable record, the records cannot fill the vocabulary, or sentencepiece is
-            not installed.
-    """
-    try:
-        import sentencepiece
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "training a tokenizer needs the package sentencepiece: pip install sentencepiece"
-        ) from error
-
-    dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    failed: list[ValueError] = []
-
-    def texts() -> Iterator[str]:
-        try:
-            for record in read_records(source.inputs, dropped, source.shape, source.template):
-                yield from filter(None, (record.prefix, record.continuation, *record.rejected))
-        except ValueError as error:  # the C++ trainer would turn it into a RuntimeError of its own
-            failed.append(error)
-
-    model = BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts(),
-            model_writer=model,
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            user_defined_symbols=["\n"],
-            max_sentence_length=1 << 20,
-            num_threads=1,  # more would change the order of float sums, and so the model
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if failed:
-            raise failed[0] from None
-        raise ValueError(
-            f"--vocab-size {vocab_size}: SentencePiece cannot make that many pieces of these "
-            f"records ({error}); give another number, at least 300"
-        ) from error
-    if failed:
-        raise failed[0]
-    Path(model_path).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{model_path}.writing-{os.getpid()}")
-    aside.write_bytes(model.getvalue())
-    os.replace(aside, model_path)
-    return dropped
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:

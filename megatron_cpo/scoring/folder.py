@@ -43,7 +43,7 @@ class ScoreFolder(WorkFolder):
         ours = tokenizer_identity(tokenizer)
         with self.locked():
             try:
-                finish_publishing(self._prefix)
+                finish_publishing(self._prefix, self.is_alone)
                 theirs = read_manifest(self._prefix)["tokenizer"]
             finally:
                 if not (self.path / "command.json").exists():
@@ -112,7 +112,11 @@ class ScoreFolder(WorkFolder):
             if not self.is_scored(self.reference):
                 if missing := self.missing(STAGE, range(len(blocks))):
                     return missing
-                write_reference_logps(self._prefix, self._results(blocks), self.reference)
+                try:
+                    write_reference_logps(self._prefix, self._results(blocks), self.reference)
+                except FileNotFoundError:  # without locks: another share finished meanwhile
+                    if not self.is_scored(self.reference):
+                        raise
             self.remove()  # or another share has finished while this one waited
             return []
 

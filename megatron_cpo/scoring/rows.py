@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megatron_cpo.groups.dataset import GroupDataset
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
 from megatron_cpo.progress import progress
+from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
 
 BLOCK_ROWS = 16
 """Rows that are finished at a time: seconds of a large model, and some hundred groups."""
@@ -54,7 +55,8 @@ def scored_blocks(
         for first in range(0, blocks, replicas)
         if not todo.isdisjoint(range(first, first + replicas))
     ]
-    forward = _BlockForward(rows, model, args, get_tokenizer().vocab_size)
+    check_rows(args.padded_vocab_size, get_tokenizer())
+    forward = _BlockForward(rows, model, args, vocabulary_size(get_tokenizer()))
     sizes = [min(each.stop * BLOCK_ROWS, len(rows)) - each.start * BLOCK_ROWS for each in rounds]
     with progress(None, "reference", "rows", len(rows)) as bar:
         bar.update(len(rows) - sum(sizes))

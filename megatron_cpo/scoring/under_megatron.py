@@ -14,6 +14,7 @@ from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
 from megatron_cpo.work.folder import explained
@@ -51,7 +52,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
 
     require_folder(args)
     if model is None:
-        check_model(args, get_tokenizer().vocab_size)
+        check_model(args, vocabulary_size(get_tokenizer()))
         start_megatron()
     reference = on_first_rank(lambda: reference_identity(args))
     work = ScoreFolder(path_prefix)
@@ -71,7 +72,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
         print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
-    tokens = get_tokenizer().vocab_size
+    tokens = vocabulary_size(get_tokenizer())
     config = RowConfig(args.seq_length, reader.manifest["k"], vocab_size=tokens)
     rows = GroupDataset(reader, config, rows=None, shuffle=False)
     if rows.too_long:

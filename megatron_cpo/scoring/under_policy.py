@@ -12,6 +12,7 @@ from megatron_cpo.building.config import PolicyUse
 from megatron_cpo.building.report import BuildReport
 from megatron_cpo.groups.finite import model_name, require_tokens
 from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.work.executors import run_stage, take_gpu
 from megatron_cpo.work.folder import explained
@@ -33,7 +34,7 @@ class Scorer:
 
     def __init__(self, path_prefix: str, tokenizer: Any, use: PolicyUse) -> None:
         self.arguments = (path_prefix, tokenizer, use)
-        self._prefix, self._vocab_size = path_prefix, int(tokenizer.vocab_size)
+        self._prefix, self._vocab_size = path_prefix, vocabulary_size(tokenizer)
         self.work = ScoreFolder(path_prefix)
         self.work.check(tokenizer)
         take_gpu()

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 
 
@@ -118,7 +119,7 @@ class CPODatasets:
             lm_prefix=self.config.mle_tokens == "sequence",
             seed=args.seed,
             cache=args.data_cache_path,
-            vocab_size=get_tokenizer().vocab_size,
+            vocab_size=vocabulary_size(get_tokenizer()),
             scored=True,
         )
         if not mixed or rows is None:

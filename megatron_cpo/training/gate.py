@@ -52,19 +52,24 @@ class StepZeroGate:
         self.reference, self._hidden_dropout = reference, hidden_dropout
         self.sensitivity = beta * sensitivity_at_reference(objective, k)
         """By how much the loss may change when each log-prob does by 1."""
-        self.begun = self.waiting = False
-        """Waiting for the first loss; until then the step reports what a verdict needs."""
+        self.begun = False
+        self.reason: str | None = None
+        """Why the gate does not apply to this run; None when it does, once it has begun."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the first loss has a verdict."""
+        return self.begun and self.reason is None
 
     def begin(self, start: dict[str, Any] | None) -> str | None:
-        """Wait for the first loss, if the gate applies to this run; else say why not, in a line.
+        """Look at where training starts; returns why the gate does not apply, if it does not.
 
         Args:
             start: identity of the checkpoint training starts from, in terms of the reference's;
                 None: random weights.
         """
-        reason = _why_not(self.reference, start, self._hidden_dropout)
-        self.begun, self.waiting = True, reason is None
-        return reason
+        self.begun, self.reason = True, _why_not(self.reference, start, self._hidden_dropout)
+        return self.reason
 
     def verdict(self, found: float, expected: float, spacing: float) -> str:
         """The log line for the first loss.

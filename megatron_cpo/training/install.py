@@ -2,9 +2,9 @@
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
 (data, step and attention) and `training_log` (one line of metrics). A host script that imports
-Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through. On a
-machine without CUDA the CPU host is enabled too; without Transformer Engine,
-`host.without_transformer_engine`.
+Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
+nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
+where that is missing. A machine without CUDA needs the CPU host either way.
 """
 
 import functools
@@ -16,34 +16,33 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
 
 _MARK = "_megatron_cpo"
-_METRIC_LOG = MetricLog()
 
 
 def install() -> None:
     """Teach Megatron the `--cpo-*` flags. Call it before the script imports Megatron's functions.
 
-    Twice is once. Every replacement keeps `__wrapped__`.
+    A second call changes nothing. Every replacement keeps `__wrapped__`.
 
     Raises:
         ImportError: this Megatron lacks a name we bind to; the message has the versions.
     """
     from megatron_cpo.host import cpu as cpu_host
-    from megatron_cpo.host import without_transformer_engine as plain_torch
 
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
-        plain_torch.adapt()
     else:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
-    _replace("megatron.training.training:pretrain", _pretrain)
-    _replace("megatron.training.training:training_log", _METRIC_LOG)
+    log = MetricLog()
+    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log))
+    _replace("megatron.training.training:training_log", log)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -81,14 +80,15 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron_cpo.checkpoints.arguments import check_model
         from megatron_cpo.groups.damage import check_contents
         from megatron_cpo.groups.store import GroupReader
+        from megatron_cpo.records.vocabulary import vocabulary_size
         from megatron_cpo.training.data import check_store
 
         tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
             reader = GroupReader(path)
             check_store(reader, config, tokenizer, parsed.max_position_embeddings)
-            check_contents(reader, tokenizer.vocab_size, parsed.rank, parsed.world_size)
-        check_model(parsed, tokenizer.vocab_size)
+            check_contents(reader, vocabulary_size(tokenizer), parsed.rank, parsed.world_size)
+        check_model(parsed, vocabulary_size(tokenizer))
     return parsed
 
 
@@ -107,11 +107,15 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     from megatron_cpo.host import cpu as cpu_host
     from megatron_cpo.host import without_transformer_engine as plain_torch
 
-    if not torch.cuda.is_available():
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
         cpu_host.check_args(args)
-    plain_torch.complete_args(args)
     training = _config(args) is not None
-    if not training and not getattr(args, "tree_rows", False):
+    trees = training or getattr(args, "tree_rows", False)
+    if trees or on_cpu:  # on a GPU a run without CPO is Megatron's own affair
+        plain_torch.adapt()
+        plain_torch.complete_args(args)
+    if not trees:
         return original(args, *rest, **kwargs)
     # Megatron asserts that a row's indices have position embeddings; in a row of trees positions
     # are depths, so only the longest prefix + candidate must.
@@ -129,7 +133,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     return args
 
 
-def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
+def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Megatron's `pretrain` with CPO's data, step and attention in place of the script's."""
     from megatron.training import get_args
 
@@ -138,12 +142,12 @@ def _pretrain(original: Any, *args: Any, **kwargs: Any) -> Any:
     if config is None:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
-    _bind(bound.arguments, config, parsed)
+    log.gate = _bind(bound.arguments, config, parsed)
     return original(*bound.args, **bound.kwargs)
 
 
-def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
-    """Replace, by name, what `pretrain` was called with."""
+def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGate:
+    """Replace, by name, what `pretrain` was called with; returns the gate of the step."""
     from megatron.training import get_tokenizer
 
     from megatron_cpo.groups.kinds import KINDS
@@ -151,8 +155,8 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.host.reading import skip_on_every_rank
     from megatron_cpo.model.attach import attach_tree_attention
+    from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
-    from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
     from megatron_cpo.training.start import (
         check_reference,
         check_start,
@@ -161,6 +165,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
     )
     from megatron_cpo.training.step import CPOStep
 
+    check_rows(args.padded_vocab_size, get_tokenizer())
     manifest = read_manifest(config.data_path)
     check_start(args, config, manifest)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
@@ -184,10 +189,9 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
         return attach_tree_attention(chunks)
 
     skip_on_every_rank()
-    _METRIC_LOG.gate = gate
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
-    arguments["forward_step_func"] = CPOStep(config, get_tokenizer().vocab_size, kinds, gate)
+    arguments["forward_step_func"] = CPOStep(config, vocabulary_size(get_tokenizer()), kinds, gate)
     arguments.update(compat.hook_pretrain(arguments, prepare))
     if args.rank == 0:
         print(
@@ -195,3 +199,4 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> None:
             f"{compat.host()}",
             flush=True,
         )
+    return gate

@@ -24,7 +24,7 @@ class MetricLog:
 
     def __init__(self) -> None:
         self.gate: StepZeroGate | None = None
-        """Set for a CPO run; asked at its first iteration."""
+        """Of a CPO run's step; asked when the step reports what it needs."""
         self._sums: dict[str, Tensor] = {}
         self._iterations = 0
 
@@ -37,7 +37,6 @@ class MetricLog:
         if self.gate is not None and AT_REFERENCE in losses:
             # For the gate, not for the log: nothing of the policy is in them.
             expected, spacing = (float(losses.pop(name)) for name in (AT_REFERENCE, SPACING))
-            self.gate.waiting = False
             if expected > 0:  # the batch has a group
                 print_rank_last(self.gate.verdict(float(losses["cpo loss"]), expected, spacing))
         result = original(*args, **kwargs)

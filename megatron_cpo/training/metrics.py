@@ -54,21 +54,17 @@ def group_metrics(
     return metrics
 
 
-def packing_metrics(batch: dict[str, Tensor], groups: Tensor) -> dict[str, Tensor]:
+def packing_metrics(padding: Tensor, groups: Tensor) -> dict[str, Tensor]:
     """How full the rows are: `cpo groups per row`, and `cpo packing`, the share of real tokens.
 
     Args:
-        batch: collated rows on the device, [B, S] tokens.
-        groups: number of groups in it.
+        padding: [B, S] bool, see `model.forward.padding_tokens`.
+        groups: number of groups in the rows.
     """
-    index = torch.arange(1, batch["subtree_end"].shape[1] + 1, device=groups.device)
-    # Padding has position 0 and nothing below it.
-    real = ((batch["position_ids"] > 0) | (batch["subtree_end"] > index)).sum()
-    rows = torch.full_like(groups, len(batch["tokens"]))
-    per_row = torch.stack([groups, rows]).float()
+    rows, size = (torch.full_like(groups, n) for n in padding.shape)
     return {
-        "cpo groups per row": per_row,
-        "cpo packing": torch.stack([real, rows * len(index)]).float(),
+        "cpo groups per row": torch.stack([groups, rows]).float(),
+        "cpo packing": torch.stack([(~padding).sum(), rows * size]).float(),
     }
 
 

@@ -33,7 +33,7 @@ class CPOStep:
         config: the `--cpo-*` settings.
         vocab_size: the tokenizer's, without padding rows.
         kinds: kinds of candidates to report the mean reward of; those of the store.
-        gate: while it waits for the first loss, what it needs is reported as well.
+        gate: what its verdict needs is reported as well, in the first iteration of this run.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class CPOStep:
     ) -> None:
         self.config, self.kinds, self.gate = config, kinds, gate
         self.forward = RowForward(vocab_size)
+        self._first_iteration: int | None = None
         self._looked_at = 0
         """Training micro-batches whose loss was looked at here and not by Megatron."""
 
@@ -86,8 +87,8 @@ class CPOStep:
             }
             policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
-            report |= packing_metrics(batch, groups)
-            if loss.requires_grad and self.gate is not None and self.gate.waiting:
+            report |= packing_metrics(batch["padding"], groups)
+            if loss.requires_grad and self._needs_verdict(args.curr_iteration):
                 at_reference = loss_at_reference(config.objective, mask).sum()
                 report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
                 spacing = float32_spacing(reference, mask).sum()
@@ -107,6 +108,14 @@ class CPOStep:
             tokens = torch.tensor(one, dtype=torch.int, device=loss.device)
             return loss * scale, tokens, report
         return loss * scale, report
+
+    def _needs_verdict(self, iteration: int) -> bool:
+        """Whether the gate applies to this run, and this is its first training iteration."""
+        if self.gate is None or not self.gate.applies:
+            return False
+        if self._first_iteration is None:
+            self._first_iteration = iteration
+        return iteration == self._first_iteration
 
     def _reject_bad_loss(self, args: Any, loss: Tensor, policy: Tensor, batch: Batch) -> None:
         """Refuse a loss that is NaN or infinite, by Megatron's check with its re-run machinery.

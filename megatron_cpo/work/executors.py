@@ -136,12 +136,12 @@ def _run(block: int) -> int:
 
 
 def _start_worker(parent: int) -> None:
-    """End with the parent."""
+    """Start a thread that ends this worker when its parent dies."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """A killed parent takes its workers along; nothing else would tell them."""
+    """Exit once the parent is gone; nothing else tells a worker that it was killed."""
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(1)

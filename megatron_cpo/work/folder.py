@@ -1,23 +1,22 @@
 """The folder PREFIX.build beside an output: finished blocks of a build, until the store is whole.
 
-Every file in it is written aside and renamed, so what is there is finished, whoever wrote it and
+Every file in it is published by `files.py`, so what is there is finished, whoever wrote it and
 whatever was killed meanwhile. `command.json` holds what decides the bytes of the store; another
 command over the same output is refused. Ranks and shards share the folder, on one machine or on a
 file system that all of them see.
 """
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.files import write_json
+from megatron_cpo.files import aside, flush, sync, write_json, write_whole
+from megatron_cpo.work.locking import LOCKS, only_process
 
 
 class WorkFolder:
@@ -32,7 +31,9 @@ class WorkFolder:
     def __init__(self, path_prefix: str, kind: str, command: dict[str, Any]) -> None:
         self.path = Path(f"{path_prefix}.{kind}")
         self._prefix = path_prefix
-        self._is_locked = False
+        self.is_alone = False
+        """In `locked`: whether no other process can be at this work; what it finds aside is left
+        by ones that were killed."""
         # As a manifest has it: tuples are lists.
         self.command: dict[str, Any] = json.loads(json.dumps(command))
 
@@ -43,14 +44,14 @@ class WorkFolder:
             ValueError: it holds the blocks of another command.
         """
         path = self.path / "command.json"
-        if path.exists():
-            self.refuse_other(
-                json.loads(path.read_text(encoding="utf-8")),
-                f"{self.path} holds unfinished work",
-                f"run that command again to finish it, or remove {self.path}",
-            )
-        else:
-            write_json(path, self.command)
+        if not path.exists():
+            with suppress(FileExistsError):  # of another process, a moment ago
+                write_json(path, self.command, new=True)
+        self.refuse_other(
+            json.loads(path.read_text(encoding="utf-8")),
+            f"{self.path} holds unfinished work",
+            f"run that command again to finish it, or remove {self.path}",
+        )
 
     def refuse_other(self, found: dict[str, Any], what: str, remedy: str) -> None:
         """Compare with the command of something that is there already.
@@ -79,13 +80,7 @@ class WorkFolder:
     def write(self, path: Path, content: bytes) -> None:
         """Put a finished file into the folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{_unique()}")
-        try:
-            aside.write_bytes(content)
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
 
     def damaged(self, path: Path, error: Exception) -> ValueError:
         """Remove a finished file that cannot be read; the error that says so."""
@@ -103,51 +98,48 @@ class WorkFolder:
                 with it: on a file system without locks it begins anew.
         """
         target = self.path / name
-        if not target.is_dir():
-            kept = self.path / f"{name}.unfinished" if resumes and self._is_locked else None
-            for left in self.path.glob(f"{name}.*"):  # under the lock: of a process that was killed
+        if target.is_dir():
+            return target
+        kept = self.path / f"{name}.unfinished" if resumes and self.is_alone else None
+        if self.is_alone:
+            for left in self.path.glob(f"{name}.*"):
                 if left != kept:
                     shutil.rmtree(left)
-            aside = kept or self.path / f"{name}.{_unique()}"
-            aside.mkdir(exist_ok=True)
-            try:
-                make(aside)
-                os.rename(aside, target)
-            except BaseException:
-                if kept is None:
-                    shutil.rmtree(aside, ignore_errors=True)
+        writing = kept or aside(target)
+        writing.mkdir(exist_ok=True)
+        try:
+            make(writing)
+            flush(writing)
+            os.rename(writing, target)
+        except BaseException as error:
+            if kept is None:
+                shutil.rmtree(writing, ignore_errors=True)
+            taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if not (taken and target.is_dir()):  # by another process, which made the same
                 raise
+        sync(self.path)
         return target
 
     def remove(self) -> None:
-        """Remove the folder and all in it."""
+        """Remove the folder and all in it: locks last, since who gets one may look at the rest."""
+        for path in self.path.glob("*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name not in LOCKS:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
-    @contextlib.contextmanager
+    @contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process at a time; released by the system when it dies.
-
-        A file system without locks goes without: all files appear by renaming, and two who make the
-        same file make the same bytes.
-        """
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                file = open(self.path / "lock", "wb")  # noqa: SIM115
-                break
-        with file:
-            self._is_locked = False
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._is_locked = True
-            if not _is_at(file, self.path / "lock"):  # whoever had it finished and cleaned up
-                with self.locked():
-                    yield
-                return
-            yield
+        """Only one process at a time, as far as the file system lets it be known: `is_alone`."""
+        with only_process(self.path) as self.is_alone:
+            try:
+                yield
+            finally:
+                self.is_alone = False
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """Say of a full disk what is kept and what to do.
 
@@ -164,14 +156,3 @@ def explained(folder: Path) -> Iterator[None]:
             f"{os.strerror(error.errno)} while writing to {folder.parent}; finished work is kept "
             f"in {folder}: make room and run the same command again",
         ) from error
-
-
-def _is_at(file: Any, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _unique() -> str:
-    return f"aside-{socket.gethostname()}-{os.getpid()}"

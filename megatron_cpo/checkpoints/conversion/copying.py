@@ -52,7 +52,7 @@ def unstack(tensors: dict[str, StoredTensor]) -> dict[Key, StoredTensor]:
 
 
 class Copy:
-    """Copies every move.
+    """Copies the values of all moves.
 
     Args:
         megatron: the tensors of that side, layers one by one.
@@ -73,7 +73,7 @@ class Copy:
         self._panels = Semaphore(_PANELS)
 
     def run(self, progress: bool) -> None:
-        """Do it and flush it; the first error ends it and is raised."""
+        """Copy and flush all values; the first error ends it and is raised."""
         total = sum(
             2
             * torch.Size(move.sizes).numel()
@@ -101,7 +101,7 @@ class Copy:
         there, here = self._megatron[move.key], self._hugging_face[move.hugging_face]
         ends = (there, _shifted(box, move.row)), (here, _shifted(box, move.hf_row))
         source, target = reversed(ends) if self._to_megatron else ends
-        values = read_new(self._sources, *source)
+        values = self._cast(move, read_new(self._sources, *source))
         write_box(self._targets, *target, values)
         return 2 * values.nbytes
 
@@ -111,15 +111,54 @@ class Copy:
         parts = _columns(there.shape, box)
         with self._panels:
             if self._to_megatron:
-                values = move.permutation.to_megatron(read_new(self._sources, here, box))
+                values = self._cast(move, read_new(self._sources, here, box))
+                values = move.permutation.to_megatron(values)
                 for part, rows in parts:
                     write_box(self._targets, there, part, values[rows])
             else:
                 pieces = [read_new(self._sources, there, part) for part, _ in parts]
                 values = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                values = move.permutation.to_hugging_face(values)
+                values = move.permutation.to_hugging_face(self._cast(move, values))
                 write_box(self._targets, here, box, values)
             return 2 * values.nbytes
+
+    def verify(self, sample: int = 1 << 16) -> None:
+        """Read one box of each move back, a whole tensor where it is permuted, and compare.
+
+        Raises:
+            ValueError: a value is another on the two sides.
+        """
+        generator = torch.Generator().manual_seed(0)
+        with Files() as files:
+            for move in self._moves:
+                there, here = self._megatron[move.key], self._hugging_face[move.hugging_face]
+                if move.permutation is None:
+                    found = list(boxes(move.sizes, sample))
+                    box = found[int(torch.randint(len(found), (), generator=generator))]
+                    ours = read_new(files, there, _shifted(box, move.row))
+                    theirs = read_new(files, here, _shifted(box, move.hf_row))
+                else:
+                    whole = ((0,) * len(move.sizes), move.sizes)
+                    theirs = move.permutation.to_megatron(read_new(files, here, whole)).contiguous()
+                    ours = read_new(files, there, ((0,) * len(there.shape), there.shape))
+                source, target = (theirs, ours) if self._to_megatron else (ours, theirs)
+                cast = source.to(target.dtype)
+                if not torch.equal(cast.view(torch.uint8), target.view(torch.uint8)):
+                    raise ValueError(f"{move.hugging_face} was not written as it should be")
+
+    def _cast(self, move: Move, values: torch.Tensor) -> torch.Tensor:
+        """The values as their target stores them."""
+        there, here = self._megatron[move.key].dtype, self._hugging_face[move.hugging_face].dtype
+        dtype = there if self._to_megatron else here
+        if values.dtype == dtype:
+            return values
+        cast = values.to(dtype)
+        if not torch.equal(cast.isfinite(), values.isfinite()):
+            largest = values[values.isfinite()].abs().max()
+            raise ValueError(
+                f"--dtype: {move.hugging_face} has {largest:g}, more than {dtype} holds; bf16 does"
+            )
+        return cast
 
 
 def _shifted(box: Box, rows: int) -> Box:

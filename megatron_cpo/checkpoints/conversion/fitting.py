@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_cpo.checkpoints.conversion.families import model_of_config
 from megatron_cpo.checkpoints.conversion.families.model import Model
 from megatron_cpo.checkpoints.conversion.families.moves import (
     Key,
@@ -11,7 +12,7 @@ from megatron_cpo.checkpoints.conversion.families.moves import (
     hugging_face_shapes,
     megatron_shapes,
 )
-from megatron_cpo.checkpoints.formats.hugging_face import check_tied
+from megatron_cpo.checkpoints.formats.hugging_face import check_tied, read_json
 from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
 from megatron_cpo.checkpoints.formats.stored import Shape, StoredTensor
 
@@ -19,10 +20,32 @@ _ROWS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Megatron's tensors that may have more rows than there are tokens."""
 
 
+def described(folder: Path) -> Model:
+    """The model that a folder's `config.json` describes.
+
+    Raises:
+        ValueError: it is of no family that converts, or lacks a setting.
+    """
+    try:
+        return model_of_config(read_json(folder / "config.json"))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def nbytes(tensors: dict[str, tuple[torch.dtype, Shape]]) -> int:
+    """Bytes of their values."""
+    return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in tensors.values())
+
+
 def weights_of(
-    folder: Path, tensors: dict[str, StoredTensor], model: Model, moves: list[Move]
+    folder: Path, tensors: dict[str, StoredTensor], model: Model, moves: list[Move], cast: bool
 ) -> dict[str, StoredTensor]:
     """A Hugging Face model's weights, named as today's transformers names them.
+
+    Args:
+        cast: they will be, so dtypes may be mixed.
 
     Raises:
         ValueError: some are missing, of another shape than its configuration says, unknown, or of
@@ -39,10 +62,12 @@ def weights_of(
     dtypes: dict[str, torch.dtype] = {}
     for move in moves:
         dtype = named[move.hugging_face].dtype
-        if dtypes.setdefault(move.megatron, dtype) != dtype or not dtype.is_floating_point:
+        mixed = dtypes.setdefault(move.megatron, dtype) != dtype and not cast
+        if mixed or not dtype.is_floating_point:
             raise ValueError(
                 f"{folder}: {move.hugging_face} is {dtype}; Megatron's {move.megatron}, of which "
-                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]})"
+                f"it is a part, has one floating-point dtype ({dtypes[move.megatron]}); name one "
+                "with --dtype"
             )
     return named
 

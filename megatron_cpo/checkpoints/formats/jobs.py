@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from tqdm import tqdm
 
 from megatron_cpo.checkpoints.formats.stored import Files
+from megatron_cpo.progress import progress
 
 _FLUSHED = 1 << 26
 """Bytes after which what was written goes to the disk while the next jobs run."""
@@ -19,7 +19,7 @@ def run_jobs(
     targets: Files,
     total: int,
     description: str,
-    progress: bool,
+    show: bool,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Run jobs and flush what they wrote; the first error ends it and is raised.
@@ -29,7 +29,7 @@ def run_jobs(
         targets: the files that they write to.
         total: bytes of all jobs.
         description: the bar's.
-        progress: show a bar, if standard error is a terminal.
+        show: a bar, if standard error is a terminal.
         check: called often, from this thread.
     """
     # One writes while another computes. More than the cores, which a container may have fewer of
@@ -38,13 +38,7 @@ def run_jobs(
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     flusher = ThreadPoolExecutor(1)
-    bar = tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc=description,
-        disable=None if progress else True,
-    )
+    bar = progress(None, description, "B", total, hidden=not show)
     waiting: deque[Future[int]] = deque()
     flushing = flusher.submit(targets.flush)
     with bar:

@@ -36,7 +36,7 @@ _LINEAR = (
 )
 """Modules of a layer whose empty `_extra_state` Megatron asks for."""
 _TRANSFORMER_ENGINE = ("self_attention.core_attention",)
-"""Those that have one in some versions of Transformer Engine. What is not asked for is no harm."""
+"""Those that have one in some versions of Transformer Engine; others never read it."""
 
 
 class NewTorchDist:

@@ -15,8 +15,8 @@ from threading import local
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from megatron_cpo import progress as bars
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 from megatron_cpo.checkpoints.formats.stored import Box, Files, boxes, read_box
 from megatron_cpo.checkpoints.merging.matching import Match, match_checkpoints
@@ -105,7 +105,7 @@ def distances(
         )
 
     total = sum(tensor.nbytes for match in matches for tensor in match.tensors)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="diff", disable=not progress or None)
+    bar = bars.progress(None, "diff", "B", total, hidden=not progress)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -15,11 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_cpo.checkpoints.merging.assembling import assemble
-from megatron_cpo.checkpoints.merging.ranks import Alone
-from megatron_cpo.checkpoints.merging.streaming import Recipe
+from megatron_cpo.checkpoints.merging.assembling import MergeOptions, assemble
+from megatron_cpo.checkpoints.merging.streaming import Combination
 
 
 def merge(
@@ -27,13 +24,7 @@ def merge(
     cpo: str | Path,
     alpha: float | Sequence[float],
     output: str | Path,
-    *,
-    iteration: int | None = None,
-    dtype: str | torch.dtype | None = None,
-    allow_nan: bool = False,
-    verify: bool = False,
-    progress: bool = False,
-    ranks: Alone | None = None,
+    **options: Any,
 ) -> Path:
     """Write the checkpoint alpha * theta_MLE + (1 - alpha) * theta_CPO; returns its folder.
 
@@ -53,13 +44,9 @@ def merge(
         alpha: the share of the MLE model, in [0, 1]. Several: one pass over the inputs writes one
             checkpoint per value, `output/alpha-0.3` and so on, even for a sequence of one.
         output: a folder that does not exist. It appears when it is complete.
-        iteration: Megatron's iteration to read on both sides; the latest of each by default.
-        dtype: "fp32", "bf16", "fp16" or a torch dtype to store weights in; by default each tensor
-            has the dtype of the MLE side. The inputs' may differ.
-        allow_nan: go on where weights are NaN or infinite.
-        verify: before the output appears, read a sample of every tensor back and check it.
-        progress: show a bar with bytes and the time left, if standard error is a terminal.
-        ranks: `ranks.Ranks()` in each process of a torchrun, to share the work.
+        options: the fields of `assembling.MergeOptions`: `iteration`, `dtype` (by default each
+            tensor has the dtype of the MLE side; the inputs' may differ), `allow_nan`, `verify`,
+            `progress` and `ranks`.
 
     Raises:
         ValueError: the inputs cannot be read or do not fit each other, or the arguments are wrong.
@@ -69,26 +56,21 @@ def merge(
     folders = [""]
     if isinstance(alpha, Sequence):
         folders = [f"alpha-{share:.15g}" for share in alphas]
-    recipes = {
-        folder: Recipe(f"alpha {share:g}", (share, 1 - share))
+    combinations = {
+        folder: Combination(f"alpha {share:g}", (share, 1 - share))
         for folder, share in zip(folders, alphas, strict=True)
     }
 
     assemble(
         {"MLE": Path(mle), "CPO": Path(cpo)},
-        recipes,
+        combinations,
         Path(output),
-        lambda recipe, identities: {
+        lambda combination, identities: {
             "formula": "alpha * mle + (1 - alpha) * cpo",
-            "alpha": recipe.weights[0],
+            "alpha": combination.weights[0],
             **dict(zip(("mle", "cpo"), identities, strict=True)),
         },
-        iteration=iteration,
-        dtype=dtype,
-        allow_nan=allow_nan,
-        verify=verify,
-        progress=progress,
-        ranks=ranks,
+        MergeOptions(**options),
     )
     return Path(output)
 
@@ -106,7 +88,7 @@ def combine(
     The first is a model soup (Wortsman et al., arXiv:2203.05482), the second adds task vectors
     (Ilharco et al., arXiv:2212.04089). Both are one weighted sum: the base's weight is 1 minus the
     sum of the others. The output has the layout, configuration and tokenizer of the first
-    checkpoint. All else is as in `merge`, which explains the options, too.
+    checkpoint. All else is as in `merge`.
 
     Args:
         weights: one per checkpoint, of any sign with a base; without one they add up to 1. None
@@ -125,8 +107,8 @@ def combine(
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"--checkpoint: {', '.join(map(str, paths))}: give each checkpoint once")
 
-    def record(recipe: Recipe, identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        sides = [{"weight": w} | i for w, i in zip(recipe.weights, identities, strict=True)]
+    def record(combination: Combination, identities: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        sides = [{"weight": w} | i for w, i in zip(combination.weights, identities, strict=True)]
         parts = (
             {"checkpoints": sides}
             if base is None
@@ -135,8 +117,9 @@ def combine(
         return {"formula": formula, **parts}
 
     label = f"weights {' '.join(f'{weight:g}' for weight in weights)}"
-    recipes = {"": Recipe(label, tuple(weights))}
-    assemble({str(path): path for path in paths}, recipes, Path(output), record, **options)
+    combinations = {"": Combination(label, tuple(weights))}
+    inputs = {str(path): path for path in paths}
+    assemble(inputs, combinations, Path(output), record, MergeOptions(**options))
     return Path(output)
 
 

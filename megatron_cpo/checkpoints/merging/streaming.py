@@ -27,8 +27,8 @@ LIMIT = 1 << 21
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One weighted sum of the inputs."""
+class Combination:
+    """A linear combination: one weighted sum of the inputs."""
 
     label: str
     """How messages call it."""
@@ -47,8 +47,8 @@ class Stream:
 
     Args:
         names: how messages call the inputs.
-        recipes: the sums to write.
-        outputs: per recipe, where each tensor goes.
+        combinations: the sums to write.
+        outputs: per combination, where each tensor goes.
         allow_nan: False to raise ValueError for weights that are NaN or infinite.
         part, parts: do only the boxes of one of so many parts, which are about equal in bytes.
     """
@@ -57,7 +57,7 @@ class Stream:
         self,
         matches: Sequence[Match],
         names: Sequence[str],
-        recipes: Sequence[Recipe],
+        combinations: Sequence[Combination],
         outputs: Sequence[dict[str, StoredTensor]],
         allow_nan: bool,
         part: int = 0,
@@ -65,13 +65,13 @@ class Stream:
     ) -> None:
         # In the order of the first input's files, in which a disk reads fast.
         self._matches = sorted(matches, key=lambda match: _first_byte(match.tensors[0]))
-        self._names, self._recipes, self._outputs = names, recipes, outputs
+        self._names, self._combinations, self._outputs = names, combinations, outputs
         self._allow_nan, self._part, self._parts = allow_nan, part, parts
         self._sources, self._targets = Files(), Files(os.O_WRONLY)
         self._memory = local()
 
     def run(self, progress: bool, check: Callable[[], None] = lambda: None) -> None:
-        """Do it and flush it; the first error ends it and is raised. `check` is called often."""
+        """Write and flush all boxes; the first error ends it. `check` is called often."""
         jobs = (partial(job, match, box) for job, match, box in self._jobs())
         with self._sources, self._targets:
             total = self._total() // self._parts
@@ -110,22 +110,22 @@ class Stream:
         targets = [output[match.name] for output in self._outputs]
         plain = [  # untouched: NaNs have bits to keep, too
             copied if copied is not None and target.dtype == inputs[copied].dtype else None
-            for copied, target in zip((r.copied for r in self._recipes), targets, strict=True)
+            for copied, target in zip((c.copied for c in self._combinations), targets, strict=True)
         ]
         summed = [
-            (recipe.weights, target.dtype)
-            for recipe, target, copied in zip(self._recipes, targets, plain, strict=True)
+            (combination.weights, target.dtype)
+            for combination, target, copied in zip(self._combinations, targets, plain, strict=True)
             if copied is None
         ]
         sums = iter(self._memory.averager.average(inputs, summed))
-        for recipe, target, copied in zip(self._recipes, targets, plain, strict=True):
+        for combination, target, copied in zip(self._combinations, targets, plain, strict=True):
             if copied is not None:
                 result = inputs[copied]
             else:
                 result, whole = next(sums)
                 if not whole:
-                    self._check_fits(match, box, inputs, recipe, result)
-                finite = finite or (whole and all(recipe.weights))
+                    self._check_fits(match, box, inputs, combination, result)
+                finite = finite or (whole and all(combination.weights))
             write_box(self._targets, target, box, result)
             written += result.nbytes
         if not finite:
@@ -146,21 +146,21 @@ class Stream:
         match: Match,
         box: Box,
         inputs: Sequence[torch.Tensor],
-        recipe: Recipe,
+        combination: Combination,
         result: torch.Tensor,
     ) -> None:
         """The result is not finite: are the inputs to blame, or the stored dtype?"""
         if not self._allow_nan:
             self._check_finite(match, box, inputs)
         exact = torch.zeros(result.shape, dtype=torch.float64)
-        for weight, values in zip(recipe.weights, inputs, strict=True):
+        for weight, values in zip(combination.weights, inputs, strict=True):
             if weight:
                 exact += weight * values.double()
         too_large = exact.abs()[exact.isfinite() & ~result.isfinite()]
         if len(too_large):
-            kind = str(result.dtype).removeprefix("torch.")
+            kind, most = str(result.dtype).removeprefix("torch."), float(too_large.max())
             raise ValueError(
-                f"{match.name} at {recipe.label}: {float(too_large.max()):g} does not fit {kind}; "
+                f"{match.name} at {combination.label}: {most:g} does not fit {kind}; "
                 "--dtype bf16 or fp32 has room for it"
             )
 
@@ -204,7 +204,7 @@ def _first_byte(tensor: StoredTensor) -> tuple[str, int]:
 
 def verify_output(
     matches: Sequence[Match],
-    recipe: Recipe,
+    combination: Combination,
     written: dict[str, StoredTensor],
     sample: int = 1 << 16,
 ) -> None:
@@ -228,7 +228,7 @@ def verify_output(
             else:
                 exact = torch.zeros(box[1], dtype=torch.float64)
                 size = exact.clone()  # of what is added up: opposite terms cancel, not their error
-                for weight, values in zip(recipe.weights, inputs, strict=True):
+                for weight, values in zip(combination.weights, inputs, strict=True):
                     if weight:
                         exact += weight * values.double()
                         size += abs(weight) * values.double().abs()

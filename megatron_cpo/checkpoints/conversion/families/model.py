@@ -3,6 +3,7 @@
 A family adds what Hugging Face calls it (`gpt2.py`, `llama.py`).
 """
 
+import shlex
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -99,14 +100,14 @@ def arguments(model: Model) -> dict[str, Any]:
 
 
 def flags(arguments: dict[str, Any]) -> list[str]:
-    """The same as a command line, one string for each flag."""
+    """The same as a command line, one string for each flag, quoted as a shell reads it."""
     found = []
     for name, value in arguments.items():
         if name == "add_qkv_bias":
             continue  # there are no such biases but with all the others
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if not isinstance(value, bool):
-            found.append(f"{flag} {value}")
+            found.append(shlex.join([flag, str(value)]))
         elif value != (name in _FLAGS):
             found.append(flag)
     return found

@@ -11,8 +11,8 @@ from harness.ranks import run_ranks, run_script
 from harness.stores import write_store
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.model.attention import QUERY_BLOCK, live_blocks
-from megatron_cpo.model.context import TURN_BLOCK, row_order
+from megatron_cpo.model.attention import QUERY_TILE, live_tiles
+from megatron_cpo.model.context_parallel import STRIPE, row_order
 from megatron_cpo.model.flex import BLOCK, flex_attend, tree_block_mask
 from tests.forests import dense, ends_of, mask_of, qkv, random_parents, relative
 from tests.runs import MODEL
@@ -25,10 +25,10 @@ def test_zig_zag_by_hand() -> None:
 
 def test_long_rows_take_several_turns() -> None:
     """Blocks of a long row go to ranks 0 1 1 0 0 1 1 0."""
-    owners = torch.empty(8 * TURN_BLOCK, dtype=torch.long)
+    owners = torch.empty(8 * STRIPE, dtype=torch.long)
     for rank, indices in enumerate(row_order(len(owners), 2)):
         owners[indices] = rank
-    assert owners[::TURN_BLOCK].tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
+    assert owners[::STRIPE].tolist() == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -68,12 +68,12 @@ def test_short_turns_balance_packed_groups() -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_blocks_of_a_part_cover_its_rows_of_the_mask(ranks: int) -> None:
     """A rank's blocks together are its rows of the mask, with live keys alone."""
-    size = 16 * QUERY_BLOCK
+    size = 16 * QUERY_TILE
     parents = random_parents(size, seed=1, padding=10)
     mask = mask_of(parents)
     for own in row_order(size, ranks):
         rebuilt = torch.zeros(len(own), size, dtype=torch.bool)
-        for part in live_blocks(ends_of(parents), own=own):
+        for part in live_tiles(ends_of(parents), own=own):
             rebuilt[part.first : part.last, part.keys] = part.mask
             assert part.mask.any(dim=0).all()
         assert torch.equal(rebuilt, mask[own])

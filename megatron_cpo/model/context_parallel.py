@@ -7,8 +7,8 @@ Each layer gathers keys and values (Megatron's "all-gather" flavour), and one al
 
 A token's attention costs its depth, and groups are short beside a row, so any fine enough mixture
 balances packed trees, while one long document needs early and late tokens alike. The row is cut
-into blocks that are dealt out forth and back (0 1 2 3 3 2 1 0 0 1 ...): Megatron's zig-zag, which
-is one turn of this, but in turns of small blocks.
+into stripes that are dealt out forth and back (0 1 2 3 3 2 1 0 0 1 ...): Megatron's zig-zag, which
+is one turn of this, but in turns of narrow stripes.
 """
 
 from functools import lru_cache
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TURN_BLOCK = 128
-"""Tokens dealt out at a time: a block of FlexAttention, so that no block mixes distant tokens."""
+STRIPE = 128
+"""Tokens dealt out at a time: a block of FlexAttention, so that none mixes distant tokens."""
 
 
 @lru_cache(maxsize=8)
@@ -28,11 +28,11 @@ def row_order(size: int, ranks: int) -> Tensor:
     Args:
         size: tokens of a row, a multiple of 2 * `ranks`, which Megatron demands too.
     """
-    turns, rest = divmod(size, 2 * ranks * TURN_BLOCK)
+    turns, rest = divmod(size, 2 * ranks * STRIPE)
     if rest or not turns:
         turns = 1
-    blocks = torch.arange(size).view(turns, 2, ranks, -1)
-    forth, back = blocks[:, 0], blocks[:, 1].flip(1)
+    stripes = torch.arange(size).view(turns, 2, ranks, -1)
+    forth, back = stripes[:, 0], stripes[:, 1].flip(1)
     return torch.stack([forth, back], dim=1).permute(2, 0, 1, 3).reshape(ranks, -1)
 
 

@@ -30,7 +30,9 @@ def main() -> None:
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_cpo.host.compat import model_arguments
+    from megatron_cpo.host.reading import skip_on_every_rank
 
+    skip_on_every_rank()
     # Megatron 0.19 has no default here and fails on the missing one long after parsing.
     args = parse_and_validate_args(args_defaults={"eval_interval": 1000})
     # By name: the order of `pretrain`'s parameters, and what builds the model, differ by version.
@@ -52,6 +54,8 @@ def datasets_provider(train_valid_test_num_samples: Any, vp_stage: Any = None) -
     from megatron.training import get_args
     from megatron.training.utils import get_blend_and_blend_per_split
 
+    from megatron_cpo.host.reading import require_documents
+
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
@@ -68,6 +72,7 @@ def datasets_provider(train_valid_test_num_samples: Any, vp_stage: Any = None) -
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
+    require_documents(config, train_valid_test_num_samples)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
         dataset, train_valid_test_num_samples, lambda: True, config

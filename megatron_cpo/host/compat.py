@@ -25,6 +25,7 @@ BOUND = {
         "forward_step_func",
         "model_provider",
     ),
+    "megatron.training.training:dummy_train_step": ("data_iterator",),
     "megatron.training.training:training_log": ("loss_dict", "iteration", "skipped_iter"),
     # 0.17 parses inside `pretrain`, out of reach of a check before it.
     "megatron.training.arguments:parse_and_validate_args": ("extra_args_provider",),

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.host.reading import require_documents
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 
@@ -144,8 +145,7 @@ def _documents(args: argparse.Namespace, tokens: int, samples: int) -> Any:
             f"--cpo-fraction {args.cpo_fraction}: the other rows are plain text, so it needs "
             "--data-path (or --train-data-path) as well; pass it, or --cpo-fraction 1"
         )
-    if config.split_matrix is not None:  # plain rows are for training only: build no other split
-        config.split_matrix = [config.split_matrix[0], None, None]
+    require_documents(config, [samples, 0, 0])
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
     return builder.build()[0]
 

@@ -157,6 +157,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.store import read_manifest
     from megatron_cpo.host.loading import on_first_rank
+    from megatron_cpo.host.reading import skip_on_every_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
@@ -191,6 +192,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
                 print(reason, flush=True)
         return attach_tree_attention(chunks)
 
+    skip_on_every_rank()
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, vocabulary_size(get_tokenizer()), kinds, gate)

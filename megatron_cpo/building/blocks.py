@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_policy import BlockSampler
-from megatron_cpo.negatives.from_records import Context, Sampler, group_rng
+from megatron_cpo.negatives.from_records import Sampler, context_of, group_rng
 from megatron_cpo.negatives.ranking import BlockSimilarity, rank_candidates
-from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
 
 Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.float32]]]
@@ -31,7 +31,7 @@ Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.flo
 class Recipe:
     """What turns records into groups."""
 
-    pairs: PairReader
+    answers: Answers
     mix: Mapping[str, int]
     seed: int
     eod: int
@@ -51,7 +51,9 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 
 def make_block(records: range, recipe: Recipe) -> list[Group]:
     """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix."""
-    contexts = [_context(index, recipe) for index in records]
+    contexts = [
+        context_of(index, recipe.answers, recipe.eod, recipe.max_length) for index in records
+    ]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
     for kind, count in recipe.mix.items():
@@ -71,13 +73,6 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
             contexts, candidates, kinds, ranked, logps, strict=True
         )
     ]
-
-
-def _context(index: int, recipe: Recipe) -> Context:
-    prefix = recipe.pairs.prefix(index)
-    room = recipe.max_length - len(prefix) if recipe.max_length else None
-    truth = recipe.pairs.continuation(index)
-    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room)
 
 
 def pack_to_bytes(packed: Packed) -> bytes:

@@ -127,7 +127,13 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             return None
         dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
         reference = builder.policy.identity if builder.scores and builder.policy else None
-        manifest = {**work.command, "dropped": dropped["counts"], "reference": reference}
+        manifest = {
+            **work.command,
+            "dropped": dropped["counts"],
+            "notes": dropped["notes"],
+            "endings": builder.describe_endings(),
+            "reference": reference,
+        }
         writer = GroupWriter(config.output_prefix, manifest, builder.tokenizer.vocab_size)
         try:
             for block in progress(range(blocks), "put together", "blocks"):

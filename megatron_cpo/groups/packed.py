@@ -42,6 +42,8 @@ class Totals:
     """Sum of the similarities by kind."""
     reference_logp: dict[str, float] = field(default_factory=dict)
     """Sum of the reference log-probs by kind, nats; NaN where some were not scored."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Candidates of which something is to be said, by what."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""

@@ -50,7 +50,12 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
-        return policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+        stops = {context.stop for context in block}
+        drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings, stops)
+        return [
+            [_finished(context, tokens, limit) for tokens in samples]
+            for context, samples, limit in zip(block, drawn, limits, strict=True)
+        ]
 
     def mn(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
@@ -84,10 +89,20 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
     return max(limit, 1)
 
 
+def _finished(context: Context, tokens: Ints, limit: int) -> Ints:
+    """A sample with its end: the end token that was drawn, or y_1's ending where it was cut.
+
+    Behind y_1's own end token stands what stands there in y_1, such as a line break.
+    """
+    after = context.after if tokens[-1] == context.stop else tokens[:0]
+    if len(tokens) == limit or len(tokens) + len(after) > limit:  # what is cut has an end as well
+        return context.ended(tokens[:-1], limit)
+    return np.concatenate([tokens, after])
+
+
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The same places without the EOD at the end, which every copy keeps."""
-    if context.truth[-1] == context.eod:
-        places[:, -1] = False
+    """The same places without the ending, which every copy keeps."""
+    places[:, len(context.body) :] = False
     return places
 
 
@@ -96,11 +111,11 @@ def _fixed_share(
 ) -> NDArray[np.bool_]:
     """[count, t] places of `count` copies: exactly round(share * n) each, but at least 1.
 
-    n counts the tokens without EOD. The paper says "c% of the tokens", so the number is fixed and
-    the places are a uniform subset of that size; independent coins would leave every fifth
-    y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
+    n counts the tokens without the ending. The paper says "c% of the tokens", so the number is
+    fixed and the places are a uniform subset of that size; independent coins would leave every
+    fifth y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
     """
-    n = len(context.truth) - int(context.truth[-1] == context.eod)
+    n = len(context.body)
     places = np.zeros((count, len(context.truth)), dtype=bool)
     chosen = max(round(share * n), 1)
     # The smallest of independent uniforms are a uniform subset.

@@ -8,7 +8,7 @@ All ranks of a replica call the same methods with the same arguments; what the l
 finds goes to the others. Data-parallel replicas know nothing of each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_cpo.model.stages import Head, StagedModel
 from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
+from megatron_cpo.policies.ends import checkpoint_ends
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_checkpoint
 from megatron_cpo.tree import Ints, build_tree
@@ -47,6 +48,7 @@ class MegatronPolicy:
         positions: most tokens of a sequence.
         row_tokens: tokens of a row of chains or trees; a longer one has a row of its own.
         batch: most samples that grow at a time.
+        ends: tokens at which the model stops, beside `eod`.
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
@@ -61,8 +63,10 @@ class MegatronPolicy:
         positions: int,
         row_tokens: int,
         batch: int = 256,
+        ends: Collection[int] = (),
     ) -> None:
         self.chunks, self.identity = chunks, identity
+        self.ends = frozenset({eod, *ends})
         self.positions: int | None = positions
         self._eod, self._batch = eod, batch
         self._model = StagedModel(chunks, vocab_size, positions, row_tokens)
@@ -90,6 +94,7 @@ class MegatronPolicy:
             args.max_position_embeddings,
             args.seq_length,
             batch,
+            checkpoint_ends(args.load, args.tokenizer_model, int(tokenizer.vocab_size)),
         )
 
     @torch.no_grad()
@@ -100,6 +105,7 @@ class MegatronPolicy:
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
@@ -108,8 +114,9 @@ class MegatronPolicy:
 
         try:
             return sample_in_batches(
-                open_session, prefixes, limits, count, rngs, self._eod, self._batch
-            )
+                open_session, prefixes, limits, count, rngs, self._eod, self.ends.union(stops),
+                self._batch,
+            )  # fmt: skip
         finally:
             self._model.remember(None)
 

@@ -5,7 +5,7 @@ use the generators they are given and nothing else, so a group's negatives depen
 kind) and on the policy, never on which worker drew them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     """Of those, keep the most likely that together reach this probability; in (0, 1]."""
     max_new_tokens: int = 256
-    """Most tokens of a continuation, EOD included."""
+    """Most tokens of a continuation, its end included."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -60,6 +60,10 @@ class Policy(Protocol):
         """What decides its answers, for the manifest: JSON-able, no path of this machine."""
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which it stops, as far as that is known here."""
+
+    @property
     def positions(self) -> int | None:
         """Most tokens of prefix + continuation that it can read. None: no limit known."""
 
@@ -70,13 +74,15 @@ class Policy(Protocol):
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
-        """`count` continuations of each prefix, int32 ids, EOD last.
+        """`count` continuations of each prefix, int32 ids, an end token last.
 
         Args:
-            limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
+            limits: most tokens of a continuation of each prefix, end included, at least 1; one that
                 reaches it is cut there, with EOD as its last token.
             rngs: one generator a prefix.
+            stops: end tokens beside EOD and those that the model declares.
         """
 
     def replacements(

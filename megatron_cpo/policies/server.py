@@ -15,14 +15,15 @@ import importlib.util
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.records.tokenizing import PROBE, Encoder
+from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.tokenizing import PROBE
 from megatron_cpo.tree import Ints
 
 ATTEMPTS = 8
@@ -76,6 +77,7 @@ class ServerPolicy:
     kinds: tuple[str, ...] = ("an",)
     forks = False  # it asks in parallel by itself
     positions: int | None = None
+    ends: frozenset[int] = frozenset()  # the server knows
 
     def __init__(
         self,
@@ -109,15 +111,23 @@ class ServerPolicy:
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
-        """See `Policy`. The seeds of a group come from its generator."""
+        """See `Policy`. The seeds of a group come from its generator.
+
+        What the model declares as its ends the server knows; `stops` it is told where it speaks
+        token ids.
+        """
         seeds = [rng.integers(2**31, size=count).tolist() for rng in rngs]
 
         async def all_of_them() -> list[list[Ints]]:
             async with self._client() as client:
                 asked = zip(prefixes, limits, seeds, strict=True)
                 return await asyncio.gather(
-                    *(self._samples(client, x, limit, some, sampling) for x, limit, some in asked)
+                    *(
+                        self._samples(client, x, limit, some, sampling, stops)
+                        for x, limit, some in asked
+                    )
                 )
 
         return asyncio.run(all_of_them())
@@ -135,17 +145,27 @@ class ServerPolicy:
         raise ValueError(_only_samples("reference log-probs"))
 
     async def _samples(
-        self, client: Any, prefix: Ints, limit: int, seeds: list[int], sampling: Sampling
+        self,
+        client: Any,
+        prefix: Ints,
+        limit: int,
+        seeds: list[int],
+        sampling: Sampling,
+        stops: Collection[int],
     ) -> list[Ints]:
         """As many continuations as seeds; servers that give one a request are asked for each."""
         found: list[Ints] = []
-        eod = np.array([self._encoder.eod], dtype=np.int32)
+        ends = {self._encoder.eod, *stops}
+        # An answer that does not show its end had the one that is asked for, if that is one.
+        end = next(iter(stops)) if len(stops) == 1 else self._encoder.eod
         if limit == 1:
-            return [eod] * len(seeds)
+            return [np.array([end], dtype=np.int32)] * len(seeds)
         while len(found) < len(seeds):
             missing = len(seeds) - len(found)
             body = self._body(self._dialect, prefix, sampling)
             body |= {"max_tokens": limit - 1, "seed": seeds[len(found)], "n": missing}
+            if self._dialect == "token ids" and stops:
+                body["stop_token_ids"] = sorted(stops)
             choices = (await self._post(client, body)).get("choices")
             if not choices:
                 raise ValueError(
@@ -154,12 +174,16 @@ class ServerPolicy:
                 )
             for choice in choices[:missing]:
                 ids = choice.get("token_ids")
-                tokens = self._encoder.continuation(choice["text"]) if ids is None else ids
-                if tokens[-1:] == [self._encoder.eod]:
-                    tokens = tokens[:-1]
-                kept = np.array(tokens[: limit - 1], dtype=np.int32)
-                found.append(np.concatenate([kept, eod]))
+                tokens = self._tokens(prefix, choice["text"]) if ids is None else ids
+                ended = bool(tokens) and tokens[-1] in ends
+                *kept, last = tokens if ended else (*tokens, end)
+                found.append(np.array([*kept[: limit - 1], last], dtype=np.int32))
         return found
+
+    def _tokens(self, prefix: Ints, text: str) -> list[int]:
+        """An answer in text, as the tokenizer encodes it behind its prefix."""
+        ids = self._encoder.after(prefix, text)
+        return self._encoder.continuation(text) if ids is None else ids
 
     def _body(self, dialect: str, prefix: Ints, sampling: Sampling) -> Body:
         ids = prefix.tolist()

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_cpo.records.lines import check_file
-from megatron_cpo.records.reading import DEFAULT_TEMPLATE, SHAPES, check_template
+from megatron_cpo.records.shapes import DEFAULT_TEMPLATE, SHAPES, check_template
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,17 @@ class Source:
     inputs: tuple[str, ...]
     """JSON Lines files, or prefixes of Megatron indexed datasets (late pretraining)."""
     shape: str = "auto"
-    """`--format`: a key of `reading.SHAPES`, or `auto`."""
+    """`--format`: a key of `shapes.SHAPES`, or `auto`."""
     template: str = DEFAULT_TEMPLATE
-    """`--prompt-template` of instruction records; see `reading.fill_template`."""
+    """`--prompt-template` of instruction records; see `shapes.fill_template`."""
     prefix_fraction: float = 0.15
     """Share of the tokens of a whole text that is its prefix, in (0, 1)."""
     max_length: int | None = None
     """Most tokens of prefix + continuation, EOD included. Longer records are skipped and counted;
     longer texts, and documents of an indexed dataset, are cut into pieces. None: no limit."""
+    control_tokens: str = "text"
+    """What `<|im_end|>` and the like are in strings of records: `text`, or `parse`, for strings
+    that a chat template wrote already."""
     on_bad_record: str = "skip"
     """`skip` counts bad records, `refuse` stops at the first."""
 
@@ -42,6 +45,8 @@ class Source:
             )
         if self.on_bad_record not in ("skip", "refuse"):
             raise ValueError(f"--on-bad-record {self.on_bad_record}: give skip or refuse")
+        if self.control_tokens not in ("text", "parse"):
+            raise ValueError(f"--control-tokens {self.control_tokens}: give text or parse")
         if not 0 < self.prefix_fraction < 1:
             raise ValueError(
                 f"--prefix-fraction {self.prefix_fraction}: needs a number between 0 and 1, such "
@@ -86,9 +91,12 @@ def _sha256(path: str) -> str:
 
 INPUT_HELP = """\
 --input takes JSON Lines (.jsonl or .jsonl.gz) with one of these sets of fields in each line:
-  prompt + completion      optionally rejected, a string or a list; or prompt + chosen + rejected
+  prompt + completion      optionally rejected, a string or a list
+  chosen + rejected        strings or lists of messages, with or without prompt (TRL, UltraFeedback)
+                           or NeMo's chosen_response + rejected_response, context + completions
   instruction + response   and context (Dolly), or input and output (Alpaca); see --prompt-template
-  messages                 [{role, content} ...]; the last assistant turn is the continuation
+  messages                 [{role, content} ...] and perhaps tools; the last assistant turn is the
+                           continuation, as the tokenizer's chat template writes it
   text                     the first --prefix-fraction of its tokens is the prefix
 or the prefix of a Megatron indexed dataset (late pretraining), split like text.
 """
@@ -126,6 +134,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     add("--max-length", type=int, metavar="N",
         help="most tokens of prefix + candidate; longer records are skipped and counted, longer "
         "texts and documents are cut (default: --max-position-embeddings, or 1024)")  # fmt: skip
+    add("--control-tokens", default="text", choices=["text", "parse"],
+        help="control tokens spelt in a string, such as <|im_end|>, stay text, or, where a chat "
+        "template wrote the strings already, are what they name (default: text)")  # fmt: skip
     add("--on-bad-record", default="skip", choices=["skip", "refuse"],
         help="skip and count bad records, or stop at the first (default: skip)")  # fmt: skip
     return parser
@@ -149,5 +160,6 @@ def source_from_args(args: argparse.Namespace) -> Source:
         template=args.prompt_template.replace("\\n", "\n"),
         prefix_fraction=args.prefix_fraction,
         max_length=args.max_length if args.max_length is not None else positions or 1024,
+        control_tokens=args.control_tokens,
         on_bad_record=args.on_bad_record,
     )

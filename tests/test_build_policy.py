@@ -103,7 +103,7 @@ def test_shares_of_ranks(monkeypatch, world, tp, cp, pp):
 @pytest.fixture
 def store(tmp_path):
     path = write_jsonl(
-        tmp_path / "r.jsonl", *({"prompt": "1 7", "completion": f"{i} 3 4"} for i in range(90))
+        tmp_path / "r.jsonl", *({"prompt": "1 7 ", "completion": f"{i} 3 4"} for i in range(90))
     )
     config = BuildConfig(Source((path,)), str(tmp_path / "out" / "groups"), negatives="bn=2,tn=1")
     build_groups(config, ToyTokenizer(), run=Run(workers=1))

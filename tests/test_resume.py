@@ -193,7 +193,7 @@ def test_merge_says_what_is_missing(tokenizer, expected, tmp_path):
 
 
 def test_more_shards_than_blocks(tmp_path):
-    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "1", "completion": "2 3"},) * 3)
+    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "1 ", "completion": "2 3"},) * 3)
     config = BuildConfig(Source((path,)), str(tmp_path / "out" / "groups"), negatives="tn=1")
     reports = [
         build_groups(config, ToyTokenizer(), run=Run(share=share, shares=4)) for share in (3, 0, 1)
@@ -276,7 +276,7 @@ def test_a_dead_worker_is_reported_and_what_is_finished_kept(tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGKILL)
         return [context.truth] * count
 
-    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "1", "completion": "2 3"},) * 6)
+    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "1 ", "completion": "2 3"},) * 6)
     config = BuildConfig(
         Source((path,)), str(tmp_path / "groups"), negatives="tn=1", block_records=1
     )
@@ -329,7 +329,7 @@ def test_ray_builds_the_same_and_repeats_what_is_lost(tmp_path):
     for module in (__name__, "tests.texts"):  # a worker cannot import them
         ray.cloudpickle.register_pickle_by_value(sys.modules[module])
     path = write_jsonl(
-        tmp_path / "r.jsonl", *({"prompt": "1", "completion": f"{i} 3"} for i in range(20))
+        tmp_path / "r.jsonl", *({"prompt": f"{i} 1 ", "completion": f"{i} 3"} for i in range(20))
     )
     written = []
     for executor in ("ray", "local"):

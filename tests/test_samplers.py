@@ -1,5 +1,6 @@
 """Samplers: what they draw, how it is distributed, and that only the group decides it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,12 +8,13 @@ import numpy as np
 import pytest
 
 from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_policy import policy_samplers
 from megatron_cpo.negatives.from_records import (
     NEGATIVES,
-    Context,
     batch_negative,
     check_kinds,
+    context_of,
     given_negative,
     group_rng,
     parse_mix,
@@ -24,8 +26,8 @@ EOD = 99
 
 
 def context(pairs, index=0, room=None):
-    prefix = np.array([1, 2], dtype=np.int32)
-    return Context(index, pairs, prefix, pairs.continuation(index), EOD, room)
+    made = context_of(index, Answers(pairs), EOD, None)
+    return replace(made, room=room)
 
 
 def lists(candidates):

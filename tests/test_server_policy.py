@@ -30,8 +30,8 @@ from megatron_cpo.policies.flags import policy_from_args
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.server import ServerPolicy
+from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Encoder
 from megatron_cpo.work.job import Run
 from tests.policies import policy_arguments
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl

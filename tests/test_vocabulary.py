@@ -13,8 +13,8 @@ from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.negatives.from_records import group_rng
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.pairs import read_pairs
-from megatron_cpo.records.reading import Dropped
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.vocabulary import check_rows, describe_size, unused_ids, vocabulary_size
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl

@@ -31,6 +31,8 @@ class Embedder(Protocol):
 
     identity: dict[str, Any]
     """What decides its vectors, for the manifest."""
+    ends: Ints
+    """Tokens that end sequences and are not embedded; EOD, until the records are known."""
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
         """[sequences, d] float32; one without text, such as EOD alone, gives zeros."""
@@ -51,7 +53,7 @@ class SentenceEmbedder:
     """
 
     def __init__(self, name: str, tokenizer: Any) -> None:
-        self._tokenizer, self._eod = tokenizer, int(tokenizer.eod)
+        self._tokenizer, self.ends = tokenizer, np.array([tokenizer.eod], dtype=np.int32)
         self.model = _load_sentence_model(name)
         digest = hashlib.sha256(str(self.model).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
@@ -84,19 +86,19 @@ class SentenceEmbedder:
         return np.asarray(encoded, dtype=np.float32)
 
     def text(self, sequence: Ints) -> str:
-        """The text of a sequence, without EOD."""
-        return str(self._tokenizer.detokenize(sequence[sequence != self._eod].tolist()))
+        """The text of a sequence, without what ends it."""
+        return str(self._tokenizer.detokenize(sequence[~np.isin(sequence, self.ends)].tolist()))
 
 
 class PolicyEmbedder:
     """The policy's own mean-pooled hidden states."""
 
     def __init__(self, policy: Policy, eod: int) -> None:
-        self._policy, self._eod = policy, eod
+        self._policy, self.ends = policy, np.array([eod], dtype=np.int32)
         self.identity = {"name": "policy", **policy.identity}
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        return self._policy.embed([sequence[sequence != self._eod] for sequence in sequences])
+        return self._policy.embed([s[~np.isin(s, self.ends)] for s in sequences])
 
 
 class TruthEmbeddings:

@@ -12,7 +12,8 @@ from io import BytesIO
 from pathlib import Path
 
 from megatron_cpo.files import write_whole
-from megatron_cpo.records.reading import Dropped, read_records
+from megatron_cpo.records.dropped import Dropped
+from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
 
 LONGEST_SENTENCE = 1 << 20
@@ -96,7 +97,8 @@ def _texts(source: Source, dropped: Dropped) -> Iterator[str]:
         source.inputs, dropped, source.shape, source.template, columns=source.columns
     )
     for record in records:
-        yield from filter(None, (record.prefix, record.continuation, *record.rejected))
+        # In one piece, as it will be encoded: words behind a border are learned too.
+        yield from filter(None, ((record.prefix or "") + record.continuation, *record.rejected))
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -216,6 +216,6 @@ def test_a_megatron_head(rank):
 
 
 def test_pairs_keep_every_id(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "r.jsonl", {"prompt": "w1 far", "completion": "w2 far"})
+    path = write_jsonl(tmp_path / "r.jsonl", {"prompt": "w1 far", "completion": " w2 far"})
     [pair] = read_pairs(Source((path,)), tokenizer, Dropped())
     assert (pair.prefix.tolist(), pair.continuation.tolist()) == ([1, 104], [2, 104, 80])

@@ -140,14 +140,14 @@ class Encoder:
         known = prefix_text.rstrip()
         if rendered:
             known = re.sub(r"[^\S\r\n]+\Z", "", prefix_text)
-        texts = [self._body(prefix_text + answer, rendered) for answer in answers]
+        texts = [self._whole(prefix_text, answer, rendered) for answer in answers]
         if not rendered:
             texts = [self._unended(ids) for ids in texts]
         truth = texts[0]
         pieces = self._spelling.pieces(truth)
         ends = token_ends(pieces, (prefix_text + answers[0]).encode())
         if ends is None:
-            cut = common_start(truth, self._body(known, rendered))
+            cut = common_start(truth, self._body(known, rendered))  # numbers: all of the prefix
         else:
             cut = tokens_before(ends, len(known.encode()))
         cut = min([cut, *(common_start(truth, ids) for ids in texts[1:])])
@@ -195,6 +195,12 @@ class Encoder:
             return self.control.marked(text)
         ids = list(self.control.plain(text))
         return ids[len(self._head) : len(ids) - len(self._tail)]
+
+    def _whole(self, prefix: str, answer: str, rendered: bool) -> list[int]:
+        """Token ids of a prefix and an answer in one text; numbers are not run into each other."""
+        if self._spelling.has_text:
+            return self._body(prefix + answer, rendered)
+        return [*self._body(prefix), *self._body(answer)]
 
     def _unended(self, ids: list[int]) -> list[int]:
         """The ids without EOD at their end."""

@@ -22,6 +22,11 @@ class Spelling:
         self._bytes_of = token_bytes(tokenizer)
         self._known: dict[int, bytes] = {}
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the tokens stand for text; those of a tokenizer that lists none are numbers."""
+        return self._bytes_of is not None
+
     def pieces(self, ids: Iterable[int]) -> list[bytes] | None:
         """The bytes of each token; None if one has none, or the tokenizer cannot list its own."""
         if self._bytes_of is None:

@@ -53,7 +53,7 @@ def iteration_digest(folder: Path) -> str:
 def same_checkpoint(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two identities are of the same weights, in terms that both have."""
     name = "digest" if "digest" in one else "sha256"
-    return name in other and bool(one[name] == other[name])
+    return name in one and bool(one[name] == other.get(name))
 
 
 def short_digest(identity: dict[str, Any]) -> str:

@@ -9,7 +9,11 @@ from typing import Any
 from megatron_cpo.checkpoints.arguments import loaded_from, run_differences, said_of
 from megatron_cpo.checkpoints.folders import checkpoint_folder
 from megatron_cpo.checkpoints.formats.saved import saved_arguments
-from megatron_cpo.checkpoints.identity import checkpoint_identity, same_checkpoint
+from megatron_cpo.checkpoints.identity import (
+    checkpoint_identity,
+    refuse_other_models,
+    same_checkpoint,
+)
 from megatron_cpo.training.config import CPOConfig
 
 
@@ -34,10 +38,12 @@ def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> None:
         manifest: of the store that is trained on.
 
     Raises:
-        ValueError: says --finetune.
+        ValueError: says --finetune; or `--load` has no Megatron checkpoint, but another model.
     """
     iteration = _goes_on_at(args)
     folder = checkpoint_folder(args.load, args.ckpt_step)
+    if folder is None and args.load is not None:
+        refuse_other_models(args.load)
     saved = saved_arguments(folder) if folder is not None else {}
     digest = store_digest(manifest)
     if iteration is None or not saved:

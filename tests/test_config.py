@@ -183,6 +183,16 @@ REFUSED = [
     ),
     ("--cuda-graph-impl local", r"CUDA graphs.*pass --cuda-graph-impl none"),
     ("--moe-expert-capacity-factor 1.0", r"--moe-expert-capacity-factor.*drop the flag"),
+    ("--moe-expert-rank-capacity-factor 1.0", r"--moe-expert-capacity-factor or.*drop the flag"),
+    ("--moe-use-upcycling", r"--moe-use-upcycling.*in a run of its own"),
+    (
+        "--dataloader-inter-document-masking --cpo-fraction 0.5",
+        r"--dataloader-inter-document-masking or --fim-data with --cpo-fraction < 1.*drop the",
+    ),
+    ("--fim-data --cpo-fraction 0.5", r".*--fim-data with --cpo-fraction < 1.*drop the flag"),
+    ("--logits-load-dir a", r"--logits-load-dir or --logits-save-dir.*drop the flag"),
+    ("--logits-save-dir a", r"--logits-load-dir or --logits-save-dir.*drop the flag"),
+    ("--perform-rl-step", r"--perform-rl-step.*drop one of the two"),
     (
         "--moe-router-load-balancing-type sinkhorn",
         r"--moe-router-load-balancing-type sinkhorn or.*use aux_loss or none",

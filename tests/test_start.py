@@ -141,6 +141,8 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without --finetune: it was saved by a run without"):
         run_pretrain([*flags, "--load", mle, "--train-iters", "4"], 2)
     flags += ["--train-iters", "4"]
+    evaluate = ["--skip-train", "--eval-iters", "1", "--cpo-valid-data-path", store]
+    assert "cpo loss value" in run_pretrain([*flags, "--load", mle, *evaluate], 1)[0]
     half = [*flags, "--load", mle, "--finetune", "--save", cpo, "--exit-interval", "2"]
     run_pretrain(half, 1)
     [output] = run_pretrain([*flags, "--load", cpo, "--save", cpo], 1)

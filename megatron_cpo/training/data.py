@@ -132,6 +132,13 @@ class CPODatasets:
         return MixedDataset(groups, documents, tokens, self.config.fraction, rows)
 
 
+_PASSED_ON = (
+    *("num_dataset_builder_threads", "mid_level_dataset_surplus"),
+    *("allow_ambiguous_pad_tokens", "object_storage_cache_path"),
+)
+"""Flags of Megatron that go to its dataset under their own names."""
+
+
 def _documents(args: argparse.Namespace, tokens: int, samples: int) -> Any:
     """Megatron's own GPT dataset over --data-path, samples of `tokens` tokens, on every rank."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -171,6 +178,7 @@ def gpt_dataset_config(args: argparse.Namespace, tokens: int) -> Any:
         "eod_mask_loss": args.eod_mask_loss,
         "create_attention_mask": False,
     }
+    values |= {name: getattr(args, name) for name in _PASSED_ON if hasattr(args, name)}
     known = {f.name for f in fields(GPTDatasetConfig)}
     return GPTDatasetConfig(**{name: value for name, value in values.items() if name in known})
 

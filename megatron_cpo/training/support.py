@@ -41,9 +41,12 @@ _MODEL: tuple[Check, ...] = (
      "Megatron would wait forever when it logs the routers' losses; give each stage an E"),
     ("--mtp-num-layers", lambda a: bool(a.mtp_num_layers),
      "multi-token prediction looks ahead in the row, not down the tree; drop the flag"),
-    ("--moe-expert-capacity-factor",
-     lambda a: getattr(a, "moe_expert_capacity_factor", None) is not None,
+    ("--moe-expert-capacity-factor or --moe-expert-rank-capacity-factor",
+     lambda a: getattr(a, "moe_expert_capacity_factor", None) is not None
+     or getattr(a, "moe_expert_rank_capacity_factor", None) is not None,
      "which tokens are dropped would depend on what else is in the row; drop the flag"),
+    ("--moe-use-upcycling", lambda a: getattr(a, "moe_use_upcycling", False),
+     "its model is not that of the checkpoint; make it in a run of its own, and load that"),
     ("--moe-router-load-balancing-type sinkhorn or quantile_balancing",
      lambda a: bool({"sinkhorn", "quantile_balancing"} & set(_as_list(
          getattr(a, "moe_router_load_balancing_type", None)))),
@@ -111,6 +114,15 @@ _TRAINING: tuple[Check, ...] = (
     ("--reset-position-ids or --reset-attention-mask with --cpo-fraction < 1",
      lambda a: (a.reset_position_ids or a.reset_attention_mask) and a.cpo_fraction < 1,
      "plain rows are one chain for each sample; drop the flag"),
+    ("--dataloader-inter-document-masking or --fim-data with --cpo-fraction < 1",
+     lambda a: (getattr(a, "dataloader_inter_document_masking", False)
+                or getattr(a, "fim_data", False)) and a.cpo_fraction < 1,
+     "plain rows are Megatron's plain GPT samples; drop the flag"),
+    ("--logits-load-dir or --logits-save-dir",
+     lambda a: bool(getattr(a, "logits_load_dir", None) or getattr(a, "logits_save_dir", None)),
+     "the log-prob head makes no logits of whole rows; drop the flag"),
+    ("--perform-rl-step", lambda a: getattr(a, "perform_rl_step", False),
+     "its rollouts would take the place of the groups; drop one of the two"),
     ("--check-for-spiky-loss", lambda a: a.check_for_spiky_loss,
      "the CPO loss rises at first by design; drop the flag"),
 )  # fmt: skip

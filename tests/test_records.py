@@ -170,6 +170,14 @@ def test_no_usable_record(tmp_path, records, match):
     assert "--max-length" not in str(error.value)
 
 
+def test_of_many_inputs_a_few_are_named(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", {"text": ""}) for i in range(9)]
+    with pytest.raises(
+        ValueError, match=r"2\.jsonl and 6 more: no usable record .dropped: 9 empty"
+    ):
+        list(read_records(paths, Dropped()))
+
+
 def test_template():
     """{name} is replaced, a line that names an empty field goes, other braces stay."""
     fields = {"a": "1", "b": "", "c": "{a}"}

@@ -59,8 +59,9 @@ class Dropped:
 
     def nothing_usable(self, inputs: Sequence[str]) -> ValueError:
         """The error that says so, why, and what to do about it."""
+        more = f" and {len(inputs) - 3} more" if len(inputs) > 3 else ""
         return ValueError(
-            f"--input {' '.join(inputs)}: no usable record (dropped: {self.describe()}); "
+            f"--input {' '.join(inputs[:3])}{more}: no usable record (dropped: {self.describe()}); "
             f"{remedy(self.counts, self.names)}"
         )
 

@@ -74,7 +74,7 @@ def require_folder(args: Any) -> Path:
     advice = "; give the folder that --save wrote"
     if (Path(args.load) / "config.json").exists():
         advice = (
-            ": it is a Hugging Face model; convert it with tools/convert_checkpoint.py, or give "
+            ": it is a Hugging Face model; convert it with megatron-cpo convert, or give "
             f"--policy hf:{args.load} in place of --load"
         )
     raise ValueError(f"--load {args.load}: no Megatron checkpoint there (no {TRACKER}){advice}")

@@ -60,7 +60,7 @@ def ignore_library_warnings() -> None:
 
 @contextmanager
 def hidden_chatter() -> Iterator[None]:
-    """Hide what libraries print, and log but for errors; `say` still speaks.
+    """Hide what libraries print, and log but for errors; `say` and our own log still speak.
 
     Begin before Megatron is imported: its log handler keeps the standard output that it finds.
     What leaves it without a word of its own (not a mistake of the user's) shows the last lines that
@@ -70,13 +70,13 @@ def hidden_chatter() -> Iterator[None]:
     if verbose or _shown is not None:
         yield
         return
-    shown, level = sys.stdout, logging.root.manager.disable
     # Never closed: Megatron's log handler writes to it for as long as the process lives.
     hidden = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-    sys.stdout, _shown = hidden, shown
-    logging.disable(logging.WARNING)
+    shown, sys.stdout = sys.stdout, hidden
+    _shown = shown
     try:
-        yield
+        with _log_to(hidden):
+            yield
     except (ValueError, OSError, ImportError, Refused, KeyboardInterrupt):
         raise
     except BaseException:
@@ -85,4 +85,23 @@ def hidden_chatter() -> Iterator[None]:
         raise
     finally:
         sys.stdout, _shown = shown, None
-        logging.disable(level)
+
+
+@contextmanager
+def _log_to(hidden: TextIO) -> Iterator[None]:
+    """Log into a file; errors, and what this package logs, to people as well."""
+    root, ours = logging.getLogger(), logging.getLogger("megatron_cpo")
+    errors, own = logging.StreamHandler(), logging.StreamHandler()
+    errors.setLevel(logging.ERROR)
+    errors.addFilter(lambda record: not record.name.startswith("megatron_cpo."))
+    own.setFormatter(logging.Formatter(f"{sys.argv[0].replace('%', '%%')}: %(message)s"))
+    before, root.handlers = root.handlers, [logging.StreamHandler(hidden), errors]
+    ours.addHandler(own)
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = before
+        ours.removeHandler(own)
+        ours.setLevel(level)

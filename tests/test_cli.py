@@ -276,15 +276,23 @@ def chatter() -> None:
     """What Megatron prints and logs."""
     print("printed")
     logging.getLogger("megatron.core.x").warning("logged")
+    logging.getLogger("httpx").info("logged")
 
 
-def test_chatter_is_hidden_and_our_words_are_not(capsys) -> None:
+def test_chatter_is_hidden_and_our_words_are_not(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["megatron-cpo build"])
     with quiet.hidden_chatter():
         chatter()
         quiet.say("ours")
+        logging.getLogger("megatron_cpo.policies.x").info("51 requests answered")
+        logging.getLogger("megatron_cpo.policies.x").error("none answered")
+        logging.getLogger("ray").error("of a library")
     print("after")
     seen = capsys.readouterr()
-    assert (seen.out, seen.err) == ("ours\nafter\n", "")
+    assert seen.out == "ours\nafter\n"
+    ours = ["megatron-cpo build: 51 requests answered", "megatron-cpo build: none answered"]
+    assert seen.err.splitlines() == [*ours, "of a library"]
+    assert not logging.getLogger("megatron_cpo").handlers
 
 
 def test_verbose_hides_nothing(monkeypatch, capsys) -> None:

@@ -340,7 +340,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, kind):
     path = FORMATS[kind](tmp_path, ROWS)
     for name in [name for name in sys.modules if name.split(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, name, None)
-    message = r"needs the package pyarrow: pip install '.\[data\]'"
+    message = r"needs the package pyarrow: pip install '\.\[data\]' in a checkout"
     with pytest.raises(ValueError, match=message):
         read(path)
 

@@ -145,7 +145,7 @@ def test_httpx_is_named_when_it_is_missing(monkeypatch):
     for name in ("endpoint", "answers", "dialects", "server"):
         monkeypatch.delitem(sys.modules, f"megatron_cpo.policies.{name}", raising=False)
     args = policy_arguments("--policy", "http://ann:secret@127.0.0.1:9/v1")
-    said = r"^--policy http://127.0.0.1:9/v1: needs the package httpx: pip install '.\[server\]'"
+    said = r"^--policy http://127.0.0.1:9/v1: needs the package httpx: pip install '\.\[server\]'"
     with pytest.raises(ValueError, match=said):
         policy_from_args(args, ToyTokenizer())
 

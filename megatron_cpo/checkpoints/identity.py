@@ -87,7 +87,7 @@ def refuse_other_models(load: str) -> None:
     if (Path(load) / "config.json").exists():
         raise ValueError(
             f"--load {load}: no Megatron checkpoint there (no {TRACKER}): it is a Hugging Face "
-            "model; convert it with tools/convert_checkpoint.py, or, to draw and score, give "
+            "model; convert it with megatron-cpo convert, or, to draw and score, give "
             f"--policy hf:{load} in place of --load"
         )
 

@@ -78,7 +78,7 @@ def check_reference(
         raise ValueError(
             f"{config.data_path} was scored with {name} {scored!r} under the weights that this run "
             f"starts from with {ours!r}: the policy would not be its reference; score it again "
-            "with tools/build_negatives.py --score-only and the flags of this run"
+            "with megatron-cpo build --score-only and the flags of this run"
         )
     if (iteration := _goes_on_at(args)) is not None:
         what = f"it is the reference of {config.data_path}"

@@ -111,7 +111,7 @@ class Builder:
         self.endings = endings_of(pairs)
         if self.embedder is not None:
             self.embedder.ends = self._ends(self.endings)
-        peers = np.memmap(self.work.path / "shared" / "peers", PEERS, "r")
+        peers = np.asarray(np.memmap(self.work.path / "shared" / "peers", PEERS, "r"))
         self._answers = Answers(pairs, Encoder(self.tokenizer), peers)
         self._truths: TruthEmbeddings | None = None
         if "truths" in self.stages and self._writer:
@@ -226,7 +226,7 @@ class Builder:
         if self.config.ranker == "none":
             return unranked
         if self.config.ranker == "lexical":
-            weights = np.memmap(self.work.path / "shared" / "weights", np.float64, "r")
+            weights = np.asarray(np.memmap(self.work.path / "shared" / "weights", np.float64, "r"))
             return lexical(weights, self._ends(self.endings))
         assert self.embedder is not None
         if isinstance(self.embedder, SentenceEmbedder) and not self._writer:

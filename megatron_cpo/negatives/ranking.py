@@ -116,7 +116,7 @@ def _features(sequences: Sequence[Ints], ends: Ints) -> tuple[NDArray[np.int64],
     """Feature ids of the 1-grams and 2-grams of sequences without `ends`, and whose they are."""
     ids = np.concatenate(sequences).astype(np.int64)
     owners = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
-    text = ~np.isin(ids, ends)
+    text = np.logical_and.reduce([ids != end for end in ends])  # few: isin takes ten times as long
     ids, owners = ids[text], owners[text]
     pairs = (ids[:-1] + 1) * 1_000_003 + ids[1:]  # a prime apart; a 1-gram stays its own id
     same = owners[:-1] == owners[1:]

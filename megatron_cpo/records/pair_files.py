@@ -41,7 +41,8 @@ class PairReader:
 
         self._dataset = IndexedDataset(path_prefix)
         self._bounds = self._dataset.document_indices
-        self.borders: NDArray[Any] = np.memmap(path_prefix + ".borders", BORDERS, "r")
+        # A plain view: a memmap makes an object of its own of whatever is taken from it.
+        self.borders: NDArray[Any] = np.asarray(np.memmap(path_prefix + ".borders", BORDERS, "r"))
         """[records] rows of `BORDERS`."""
 
     def __len__(self) -> int:

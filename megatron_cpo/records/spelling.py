@@ -31,16 +31,13 @@ class Spelling:
         """The bytes of each token; None if one has none, or the tokenizer cannot list its own."""
         if self._bytes_of is None:
             return None
-        known, found = self._known, []
-        for i in ids:
-            piece = known.get(i)
+        known, ids = self._known, list(ids)
+        for i in {i for i in ids if i not in known}:
+            piece = self._bytes_of(i)
             if piece is None:
-                piece = self._bytes_of(i)
-                if piece is None:
-                    return None
-                known[i] = piece
-            found.append(piece)
-        return found
+                return None
+            known[i] = piece
+        return [known[i] for i in ids]
 
 
 def token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:

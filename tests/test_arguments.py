@@ -18,6 +18,7 @@ from megatron_cpo.checkpoints.arguments import (
 from megatron_cpo.checkpoints.conversion.convert import convert
 from megatron_cpo.checkpoints.formats.saved import saved_arguments
 from megatron_cpo.host.compat import parsed_flags
+from megatron_cpo.scoring.under_megatron import MODEL_FLAGS
 from tests.checkpoints import Trap
 from tests.tiny_models import save_hugging_face
 
@@ -137,6 +138,16 @@ def test_another_spelling_or_layout_is_the_same_model(model: str, same: str) -> 
     there, here = (parsed_flags(flags.split()) for flags in (model, f"{model} {same}"))
     here["moe_ffn_hidden_size"] = here["moe_ffn_hidden_size"] or there["moe_ffn_hidden_size"]
     assert run_differences(said_of(there), here) == []
+
+
+def test_a_manifest_says_a_part() -> None:
+    """What a store keeps of the run that scored it: no number of layers, and groups of no heads."""
+    flags = (LLAMA + "--no-rope-freq 2 --group-query-attention --num-query-groups 2").split()
+    here = parsed_flags(flags)
+    known = {name: here[name] for name in MODEL_FLAGS if name in here}
+    assert run_differences(said_of(known), here) == []
+    found = run_differences(said_of({**known, "rotary_base": 5}), here)
+    assert [difference.name for difference in found] == ["rotary_base"]
 
 
 def test_names_of_older_versions_are_known() -> None:

@@ -20,11 +20,12 @@ def require_finite(values: NDArray[np.floating[Any]], group: int, what: str, sou
         what: of each candidate, such as "log-prob".
         source: whose values they are.
     """
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
+    finite = np.isfinite(values)
+    if not finite.all():
+        wrong = int(finite.argmin())
         raise ValueError(
-            f"group {group}: the {what} of candidate {wrong[0]} is {values[wrong[0]]} under "
-            f"{source}, not a finite number; {REMEDY}"
+            f"group {group}: the {what} of candidate {wrong} is {values[wrong]} under {source}, "
+            f"not a finite number; {REMEDY}"
         )
 
 

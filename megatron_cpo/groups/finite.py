@@ -11,12 +11,12 @@ REMEDY = (
 )
 
 
-def require_finite(values: NDArray[np.floating[Any]], group: int, what: str, source: str) -> None:
+def require_finite(values: NDArray[np.floating[Any]], where: str, what: str, source: str) -> None:
     """Raise ValueError for a value that is NaN or infinite.
 
     Args:
         values: [K], of a group's candidates.
-        group: its place in the store.
+        where: begins the message, such as "group 7".
         what: of each candidate, such as "log-prob".
         source: whose values they are.
     """
@@ -24,7 +24,7 @@ def require_finite(values: NDArray[np.floating[Any]], group: int, what: str, sou
     if not finite.all():
         wrong = int(finite.argmin())
         raise ValueError(
-            f"group {group}: the {what} of candidate {wrong} is {values[wrong]} under {source}, "
+            f"{where}: the {what} of candidate {wrong} is {values[wrong]} under {source}, "
             f"not a finite number; {REMEDY}"
         )
 

@@ -104,9 +104,9 @@ def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Pac
         for name in VALUE_ROWS[:-1]:
             if len(getattr(group, name)) != k or k == 0:
                 raise ValueError(f"group has {k} candidates but {len(getattr(group, name))} {name}")
-        require_finite(group.similarities, index, "similarity to y_1", "the ranking")
+        require_finite(group.similarities, f"group {index}", "similarity to y_1", "the ranking")
         if not np.isnan(group.reference_logps).all():  # all NaN: not scored yet
-            require_finite(group.reference_logps, index, "log-prob", "the reference")
+            require_finite(group.reference_logps, f"group {index}", "log-prob", "the reference")
         tree = build_tree(group.prefix, group.candidates)
         tokens += sequences
         lengths += [len(sequence) for sequence in sequences]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
+from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates, without
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
@@ -73,7 +73,7 @@ class SentenceEmbedder:
 
     def text(self, sequence: Ints) -> str:
         """The text of a sequence, without what ends it."""
-        return str(self._tokenizer.detokenize(sequence[~np.isin(sequence, self.ends)].tolist()))
+        return str(self._tokenizer.detokenize(sequence[without(sequence, self.ends)].tolist()))
 
 
 class PolicyEmbedder:
@@ -84,7 +84,7 @@ class PolicyEmbedder:
         self.identity = {"name": "policy", **policy.identity}
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        return self._policy.embed([s[~np.isin(s, self.ends)] for s in sequences])
+        return self._policy.embed([s[without(s, self.ends)] for s in sequences])
 
 
 class TruthEmbeddings:

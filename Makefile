@@ -14,7 +14,7 @@ IN_VENV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup quickstart test lint parity bench clean
+.PHONY: help setup quickstart test duration lint parity bench clean
 
 help:  ## show this text
 	@echo 'megatron_cpo: sequence-level Contrastive Preference Optimization for Megatron-Core.'
@@ -31,17 +31,20 @@ help:  ## show this text
 setup: $(STAMP)  ## create .venv and install; does nothing when nothing changed
 	@echo 'setup: $(VENV) is up to date'
 
-$(STAMP): setup.py pyproject.toml constraints.txt scripts/setup.sh scripts/uv.sh
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/uv.sh
 	@bash scripts/setup.sh
 	@touch $@
 
 quickstart: $(STAMP)  ## build data, train and compare on this machine's CPU
 	$(IN_VENV) bash examples/quickstart.sh
 
-test: lint  ## lint, then the tests; ARGS="-k tree" picks some
+test: duration lint  ## lint, then the tests; ARGS="-k tree" picks some
 	$(BIN)/python -m pytest $(ARGS)
 	@# 5: none of the tests that ARGS picks is a GPU's.
 	@! nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
+
+duration:
+	@echo 'test: lint takes 1 minute, all tests 8 to 12 on two cores; ARGS="-k tree" picks some'
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .

@@ -60,7 +60,7 @@ def main() -> None:
     add("--max-length", type=int, default=usual.max_length, help="longest prefix + candidate")
     add("--negatives", default=usual.negatives, help="mix of negatives, such as bn=3,tn=8")
     add("--repeats", type=int, default=usual.repeats, help="timed repetitions of each step")
-    add("--data", type=Path, default=usual.data, help="JSONL, as tools/build_negatives.py takes")
+    add("--data", type=Path, default=usual.data, help="JSONL, as megatron-cpo build takes")
     add(
         "--bf16",
         action=argparse.BooleanOptionalAction,

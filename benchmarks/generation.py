@@ -41,6 +41,7 @@ def bench_generation(setting: Setting) -> Rows:
     dtype = str(setting.dtype).removeprefix("torch.")
     theirs = HuggingFacePolicy(folder, tokenizer, batch=PROMPTS * max(SAMPLES), dtype=dtype)
     ours._eod = theirs._eod = -1  # never drawn: as many tokens from each
+    ours.ends = theirs.ends = frozenset({-1})
     longest = setting.max_length - NEW_TOKENS
     prompts = [reader[i % len(reader)].prefix[-longest:] for i in range(PROMPTS)]
     rows = []

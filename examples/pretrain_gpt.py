@@ -1,116 +1,22 @@
-"""Pretrain with Megatron's own loop, for people who have the megatron-core wheel only.
+#!/usr/bin/env python
+"""Train with CPO where Megatron is the megatron-core wheel, which has no pretrain_gpt.py.
 
-Megatron's pretrain_gpt.py and pretrain_hybrid.py are not in the wheel; this is their plain path:
-next-token loss on indexed datasets, at any TP x PP x VPP x CP x DP, with Megatron's flags, on GPUs
-or CPU ranks. `install()` adds the `--cpo-*` flags; without one of them this is ordinary
-pretraining. The model is a GPT, or with `--hybrid-layer-pattern '*-*-'` a HybridModel of attention
-(`*`), MLP (`-`) and expert (`E`) layers.
+The reference by plain MLE, then CPO from it on the groups of `megatron-cpo build --load`:
 
-    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --tensor-model-parallel-size 2 ...
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --num-layers 4 ... \\
+        --data-path runs/text --save runs/mle
+    torchrun --nproc-per-node 2 examples/pretrain_gpt.py --num-layers 4 ... \\
+        --cpo-aux-loss --cpo-k 12 --cpo-data-path runs/groups --load runs/mle --finetune \\
+        --hidden-dropout 0 --save runs/cpo
+
+`torchrun ... -m megatron_cpo.pretrain_gpt` is the same where there is no checkout. A training
+script of your own needs two lines, before it imports Megatron:
+
+    from megatron_cpo import install
+    install()
 """
 
-from megatron_cpo import install
-
-install()  # before the Megatron imports below, which would otherwise bind the unwrapped names
-
-from functools import partial  # noqa: E402
-
-import torch  # noqa: E402
-from megatron.core import mpu  # noqa: E402
-from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
-    BlendedMegatronDatasetBuilder,
-)
-from megatron.core.datasets.gpt_dataset import (  # noqa: E402
-    GPTDataset,
-    GPTDatasetConfig,
-    MockGPTDataset,
-)
-from megatron.core.enums import ModelType  # noqa: E402
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank  # noqa: E402
-from megatron.training import get_args, pretrain  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.utils import (  # noqa: E402
-    get_blend_and_blend_per_split,
-    is_first_or_last_pipeline_stage,
-)
-
-from megatron_cpo.host.compat import model_arguments  # noqa: E402
-from megatron_cpo.host.reading import require_documents, skip_on_every_rank  # noqa: E402
-
-FIELDS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
-
-
-def datasets_provider(train_valid_test_num_samples, vp_stage=None):
-    """Train, validation and test sets of `--data-path` (or `--mock-data`), built on every rank."""
-    args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-    )
-    require_documents(config, train_valid_test_num_samples)
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(
-        dataset, train_valid_test_num_samples, lambda: True, config
-    ).build()
-
-
-# Every rank builds the datasets and reads its rows. The ranks of one tensor-parallel group read the
-# same ones, so nothing has to be broadcast.
-datasets_provider.is_distributed = True
-skip_on_every_rank()
-
-
-def get_batch(data_iterator, vp_stage=None):
-    """The next micro-batch, `FIELDS` in order, on this rank's device; None inside a pipeline."""
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return (None,) * len(FIELDS)
-    rows = next(data_iterator)
-    batch = {name: rows[name].cuda(non_blocking=True) for name in FIELDS if name in rows}
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
-    return tuple(batch.get(name) for name in FIELDS)
-
-
-def loss_func(loss_mask, output_tensor):
-    """(summed loss, number of tokens, report) of one micro-batch.
-
-    Megatron divides the sum by the count, per global batch with --calculate-per-token-loss.
-    """
-    loss_mask = loss_mask.view(-1).float()
-    loss = torch.sum(output_tensor.view(-1).float() * loss_mask)
-    num_tokens = loss_mask.sum().detach().to(torch.int)
-    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens])}
-
-
-def forward_step(data_iterator, model):
-    """Next-token losses of a micro-batch, [rows, tokens] in nats, and the function to sum them."""
-    tokens, position_ids, attention_mask, labels, loss_mask = get_batch(
-        data_iterator, get_attr_wrapped_model(model, "vp_stage")
-    )
-    losses = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
-    return losses, partial(loss_func, loss_mask)
-
+from megatron_cpo.pretrain_gpt import main
 
 if __name__ == "__main__":
-    # Megatron 0.19 has no default here and fails on the missing one long after parsing.
-    args = parse_and_validate_args(args_defaults={"eval_interval": 1000})
-    # By name: the order of `pretrain`'s parameters, and what builds the model, differ by version.
-    pretrain(
-        **model_arguments(args),
-        train_valid_test_dataset_provider=datasets_provider,
-        model_type=ModelType.encoder_or_decoder,
-        forward_step_func=forward_step,
-    )
+    main()

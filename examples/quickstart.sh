@@ -18,8 +18,9 @@ OUT=runs/quickstart
 
 # Without byte code every process compiles Megatron anew: 11 s, not 4 s.
 unset PYTHONDONTWRITEBYTECODE
-gpus=$(python -c 'import megatron_cpo, torch; print(torch.cuda.device_count())') || {
-    echo "quickstart: $(command -v python) cannot import megatron_cpo; run make quickstart" >&2
+command -v megatron-cpo >/dev/null &&
+    gpus=$(python -c 'import megatron_cpo, torch; print(torch.cuda.device_count())') || {
+    echo "quickstart: megatron_cpo is not installed for $(command -v python); run make quickstart" >&2
     exit 1
 }
 ranks=2
@@ -67,14 +68,14 @@ tail -n +$((TRAIN_RECORDS + 1)) "$RECORDS" >"$OUT/valid.jsonl"
 echo "quickstart: $ranks ranks, $gpus GPUs; everything goes to $OUT"
 
 title "1/5 A tokenizer of $VOCABULARY pieces, and the training records as tokens"
-run tokenizer.log 's/^/  /p' python tools/train_tokenizer.py \
+run tokenizer.log 's/^/  /p' megatron-cpo train-tokenizer \
     --input "$OUT/train.jsonl" --output "$OUT/tokenizer.model" --vocab-size "$VOCABULARY"
-run tokenize.log 's/^(.* documents;)/  \1/p' python tools/tokenize_lm.py \
+run tokenize.log 's/^(.* documents;)/  \1/p' megatron-cpo tokenize \
     --input "$OUT/train.jsonl" --output-prefix "$OUT/text" --max-length "$MAX_LENGTH" \
     "${tokenizer[@]}"
 
 title "2/5 The reference: a small GPT, $MLE_ITERATIONS iterations of plain MLE"
-run mle.log "$LM_LINES" "${train[@]}" examples/pretrain_gpt.py "${model[@]}" \
+run mle.log "$LM_LINES" "${train[@]}" -m megatron_cpo.pretrain_gpt "${model[@]}" \
     --data-path "$OUT/text" --data-cache-path "$OUT/cache" --split 100,0,0 --eval-iters 0 \
     --seq-length "$MAX_LENGTH" --micro-batch-size 4 --global-batch-size 8 \
     --train-iters "$MLE_ITERATIONS" --lr 3e-3 --lr-decay-style cosine --lr-warmup-iters 5 \
@@ -82,18 +83,18 @@ run mle.log "$LM_LINES" "${train[@]}" examples/pretrain_gpt.py "${model[@]}" \
 
 title "3/5 Groups of K=12: the paper's MixN, drawn from the reference and scored under it"
 for part in train valid; do
-    run "groups-$part.log" "$GROUP_LINES" "${train[@]}" tools/build_negatives.py \
+    run "groups-$part.log" "$GROUP_LINES" megatron-cpo --nproc-per-node "$ranks" build \
         --input "$OUT/$part.jsonl" --output-prefix "$OUT/groups-$part" --negatives MixN \
         --k 12 --max-length "$MAX_LENGTH" --load "$OUT/mle" "${model[@]}" \
         --tensor-model-parallel-size "$ranks" --seq-length "$ROW_LENGTH"
 done
 
 # Nobody should train on negatives that nobody has looked at.
-run inspect.log 's/^/  to look at in a browser: /p' python tools/inspect_negatives.py \
+run inspect.log 's/^/  to look at in a browser: /p' megatron-cpo inspect \
     "$OUT/groups-train" "${tokenizer[@]}" --html "$OUT/groups-train.html"
 
 title "4/5 CPO from the reference, tensor parallel over $ranks, $CPO_ITERATIONS iterations"
-run cpo.log "$CPO_LINES" "${train[@]}" examples/pretrain_gpt.py "${model[@]}" \
+run cpo.log "$CPO_LINES" "${train[@]}" -m megatron_cpo.pretrain_gpt "${model[@]}" \
     --cpo-aux-loss --cpo-k 12 \
     --cpo-data-path "$OUT/groups-train" --cpo-valid-data-path "$OUT/groups-valid" \
     --load "$OUT/mle" --finetune --tensor-model-parallel-size "$ranks" \
@@ -104,13 +105,13 @@ run cpo.log "$CPO_LINES" "${train[@]}" examples/pretrain_gpt.py "${model[@]}" \
     --save "$OUT/cpo" --save-interval "$CPO_ITERATIONS" "$@"
 
 title "5/5 What happened"
-python tools/summarize_run.py --log "$OUT/cpo.log"
+megatron-cpo summarize --log "$OUT/cpo.log"
 cat <<END
 
 Try next
   bash examples/quickstart.sh --cpo-objective ranked   # eq. 2: the whole order, not only the best
   bash examples/quickstart.sh --cpo-mle-weight 0       # the paper's own runs: CPO without MLE
-  python tools/merge_checkpoints.py --mle $OUT/mle --cpo $OUT/cpo --alpha 0.3 \\
+  megatron-cpo merge --mle $OUT/mle --cpo $OUT/cpo --alpha 0.3 \\
       --output $OUT/merged               # the paper's last step: average the weights
   tensorboard --logdir $OUT/tensorboard
 END

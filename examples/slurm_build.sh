@@ -18,7 +18,7 @@ INPUT=${1:?JSON Lines} OUTPUT=${2:?output prefix} MODEL=${3:?folder of a Hugging
 MAX_LENGTH=1024
 
 # Outside Slurm this is one shard that does everything.
-python tools/build_negatives.py \
+megatron-cpo build \
     --input "$INPUT" --output-prefix "$OUTPUT" --max-length "$MAX_LENGTH" \
     --negatives MixN --policy "hf:$MODEL" --score --rank minilm \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$MODEL" \

@@ -89,7 +89,8 @@ def run_script(argv: list[str], script: str = "examples/pretrain_gpt.py") -> Non
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as stop:  # Megatron's --exit-interval leaves this way
         if stop.code not in (None, 0):
-            raise RuntimeError(f"{script} exited with {stop.code!r}") from stop
+            why = f"{stop.code!r}: {stop.__cause__ or 'no reason is known'}"
+            raise RuntimeError(f"{script} exited with {why}") from stop
 
 
 def parse_losses(output: str) -> dict[str, list[float]]:

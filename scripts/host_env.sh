@@ -10,7 +10,7 @@ version=${1:?usage: scripts/host_env.sh VERSION of megatron-core, for example 0.
 folder=.venv-host-$version
 stamp=$folder/.installed
 
-if [[ ! -f $stamp || constraints.txt -nt $stamp || setup.py -nt $stamp ]]; then
+if [[ ! -f $stamp || constraints.txt -nt $stamp || pyproject.toml -nt $stamp ]]; then
     source scripts/uv.sh
     uv=$(find_uv)
     adopt_pip_settings .venv/bin/python

@@ -87,7 +87,7 @@ fi
 say "installing megatron_cpo, torch and Megatron (about 5 GB on disk; minutes when not cached)"
 "$uv" pip install --python .venv/bin/python --compile-bytecode \
     --constraint constraints.txt --build-constraint constraints.txt \
-    --editable '.[dev,plot]' || die \
+    --editable '.[dev]' || die \
     "the install failed; uv's message above says where." \
     "No connection or a certificate error: set uv's or pip's index, proxy and certificate variables." \
     "Out of space: it needs 6 GB here and as much again in uv's cache (UV_CACHE_DIR moves it)." \

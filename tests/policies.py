@@ -5,6 +5,7 @@ import argparse
 import numpy as np
 import torch
 
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import Context, group_rng
 from megatron_cpo.policies.flags import add_policy_arguments
 from megatron_cpo.records.source import add_source_arguments
@@ -17,10 +18,11 @@ def contexts(count, truth_tokens=(3, 12), room=None, eod=True):
     rng = np.random.default_rng(5)
     texts = [rng.integers(0, 99, rng.integers(*truth_tokens)).tolist() for _ in range(count)]
     pairs = ListedPairs(*([*text, EOD] if eod else text for text in texts))
+    answers, ending = Answers(pairs), np.array([EOD], dtype=np.int32)
     return [
         Context(
-            i, pairs, rng.integers(0, 99, 1 + i % 9).astype(np.int32), pairs.continuation(i), EOD,
-            room,
+            i, answers, rng.integers(0, 99, 1 + i % 9).astype(np.int32), pairs.continuation(i),
+            ending, not eod, room,
         )
         for i in range(count)
     ]  # fmt: skip
@@ -37,19 +39,19 @@ def probs(policy, tokens):
     return torch.softmax(logits[0, -1, : ToyTokenizer.vocab_size].double(), 0).numpy()
 
 
-def slow_sample(policy, prefix, limit, count, rng, sampling):
+def slow_sample(policy, prefix, limit, count, rng, sampling, ends=(EOD,)):
     """Continuations of one prefix, token by token, each by a forward over everything."""
     numbers = rng.random((limit, count))
     result = []
     for sample in range(count):
         tokens = []
-        while len(tokens) < limit - 1 and (not tokens or tokens[-1] != EOD):
+        while len(tokens) < limit - 1 and (not tokens or tokens[-1] not in ends):
             p = probs(policy, [*prefix, *tokens])
             order = np.sort(np.argsort(-p, kind="stable")[: sampling.top_k or len(p)])
             cumulative = np.cumsum(p[order])
             number = numbers[len(tokens), sample] * cumulative[-1]
             tokens.append(int(order[np.searchsorted(cumulative, number, side="right")]))
-        result.append(tokens if tokens and tokens[-1] == EOD else [*tokens, EOD])
+        result.append(tokens if tokens and tokens[-1] in ends else [*tokens, EOD])
     return result
 
 

@@ -46,7 +46,7 @@ def built(folder, tokenizer):
 
 def toy_config(tmp_path, *records, **options):
     """A config over a few records of numbers, for `ToyTokenizer`."""
-    records = records or [{"prompt": "1", "completion": f"{i} 3 4"} for i in range(5)]
+    records = records or [{"prompt": f"{i} 1 ", "completion": f"{i} 3 4"} for i in range(5)]
     path = write_jsonl(tmp_path / "r.jsonl", *records)
     flags = {k: options.pop(k) for k in ("max_length", "on_bad_record") if k in options}
     return BuildConfig(Source((path,), **flags), str(tmp_path / "out" / "store"), **options)
@@ -75,7 +75,10 @@ def test_groups(built, tokenizer):
         for tn in negatives[3:]:
             assert len(tn) < len(truth) or len(truth) == 2
             assert tn[:-1].tobytes() == truth[: len(tn) - 1].tobytes()
-    assert tokenizer.detokenize(reader[0].prefix.tolist()).endswith("Hanged\nResponse: ")
+    # White space at the end of the template belongs to the answer, so all candidates begin with it.
+    assert tokenizer.detokenize(reader[0].prefix.tolist()).endswith("Hanged\nResponse:")
+    newline = tokenizer.tokenize("\n")[-1]
+    assert {int(c[0]) for i in range(len(reader)) for c in reader[i].candidates} == {newline}
 
 
 def test_manifest(built, tokenizer):
@@ -93,7 +96,11 @@ def test_manifest(built, tokenizer):
         "max_length": MAX_LENGTH,
         "prefix_fraction": 0.15,
         "format": "auto",
-        "prompt_template": "Instruction: {instruction}\nContext: {context}\nResponse: ",
+        "prompt_template": "Instruction: {instruction}\nContext: {context}\nResponse:\n",
+        "border": "whole-text",
+        "control_tokens": "text",
+        "endings": [{"ids": [tokenizer.eod], "text": "</s>", "records": len(reader)}],
+        "notes": {},
         "dropped": {"longer than 256 tokens": 400 - len(reader)},
         "eod": tokenizer.eod,
         "reference": None,
@@ -180,8 +187,8 @@ def test_more_truncations_leave_the_batch_negatives_alone(tmp_path):
 
 
 def test_given_negatives(tmp_path):
-    records = [{"prompt": "1", "chosen": "2", "rejected": [str(i), "8", "9"]} for i in (3, 4)]
-    config = toy_config(tmp_path, *records, {"prompt": "1", "chosen": "5"}, negatives="given=2")
+    records = [{"prompt": "1 ", "chosen": "2", "rejected": [str(i), "8", "9"]} for i in (3, 4)]
+    config = toy_config(tmp_path, *records, {"prompt": "1 ", "chosen": "5"}, negatives="given=2")
     report = build_groups(config, ToyTokenizer())
     assert report.manifest["dropped"] == {"fewer than 2 rejected continuations": 1}
     group = GroupReader(config.output_prefix)[1]
@@ -310,7 +317,7 @@ def on_a_gpu(patch) -> None:
 
 @pytest.mark.parametrize("workers", [None, 2])
 def test_work_without_a_model_is_forked_on_a_machine_with_gpus(tmp_path, monkeypatch, workers):
-    records = ({"prompt": str(i), "completion": "2 3 4"} for i in range(4))
+    records = ({"prompt": f"{i} ", "completion": "2 3 4"} for i in range(4))
     config = toy_config(tmp_path, *records, negatives="tn=1", block_records=1)
     with monkeypatch.context() as patch:
         on_a_gpu(patch)

@@ -5,8 +5,9 @@ import argparse
 import pytest
 
 from megatron_cpo.records.columns import NAMES, Columns
+from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.lines import Unreadable
-from megatron_cpo.records.reading import Dropped, read_records
+from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source, add_source_arguments, source_from_args
 from tests.texts import write_jsonl
 

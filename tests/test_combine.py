@@ -211,8 +211,8 @@ def test_tool_modes(
     picture = tmp_path / "moved.png"
     assert run_tool(monkeypatch, "--diff", a, soup, "--picture", picture) == 0
     assert "all weights" in capsys.readouterr().out and picture.exists()
-    error = run_tool(monkeypatch, "--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no")
-    assert "give each a weight as PATH=WEIGHT" in str(error)
+    assert run_tool(monkeypatch, "--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no") == 1
+    assert "give each a weight as PATH=WEIGHT" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_all_flags_without_aux_loss_are_named(parser: argparse.ArgumentParser) -
 
 
 def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
-    message = r"--cpo-aux-loss needs --cpo-data-path PREFIX.*tools/build_negatives\.py"
+    message = r"--cpo-aux-loss needs --cpo-data-path PREFIX.*megatron-cpo build"
     with pytest.raises(ValueError, match=message):
         cpo_config(parser.parse_args(["--cpo-aux-loss"]))
 

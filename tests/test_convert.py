@@ -22,8 +22,7 @@ from megatron_cpo.checkpoints.conversion.families.model import (
     model_of_arguments,
 )
 from megatron_cpo.checkpoints.formats.beside import FLAGS
-from megatron_cpo.checkpoints.identity import folder_digest
-from tests.checkpoints import Trap, read_model, read_torch_dist
+from tests.checkpoints import Trap, digest_of_folder, read_model, read_torch_dist
 from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
 from tests.conversions import (
     CONFIGS,
@@ -132,7 +131,9 @@ def test_small_boxes(
     monkeypatch.setattr(copying, "LIMIT", 50)
     monkeypatch.setattr(copying, "PANEL", 300)
     there = to_megatron(models.hugging_face(name), tmp_path / "there")
-    assert folder_digest(there / "release") == folder_digest(models.megatron(name) / "release")
+    assert digest_of_folder(there / "release") == digest_of_folder(
+        models.megatron(name) / "release"
+    )
     assert_same_model(models.hugging_face(name), to_hugging_face(there, tmp_path / "back"))
 
 
@@ -145,7 +146,9 @@ def test_base_model_without_prefix(models: Models, tmp_path: Path) -> None:
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(4)}
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     there = to_megatron(source, tmp_path / "there")
-    assert folder_digest(there / "release") == folder_digest(models.megatron("gpt2") / "release")
+    assert digest_of_folder(there / "release") == digest_of_folder(
+        models.megatron("gpt2") / "release"
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -168,7 +171,9 @@ def test_pickled_weights(shards: int, models: Models, tmp_path: Path) -> None:
         index = {"metadata": {}, "weight_map": where}
         (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     there = to_megatron(source, tmp_path / "there")
-    assert folder_digest(there / "release") == folder_digest(models.megatron("llama") / "release")
+    assert digest_of_folder(there / "release") == digest_of_folder(
+        models.megatron("llama") / "release"
+    )
     assert not list(there.rglob("*.index.json"))
     os.truncate(source / files[-1], 5000)
     assert_refused(source, rf"{files[-1]} cannot be read .*save_pretrained", tmp_path)
@@ -200,7 +205,9 @@ def test_tied_head_that_was_saved(models: Models, tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
     save_file(tensors, source / "model.safetensors")
     there = to_megatron(source, tmp_path / "there")
-    assert folder_digest(there / "release") == folder_digest(models.megatron("gpt2") / "release")
+    assert digest_of_folder(there / "release") == digest_of_folder(
+        models.megatron("gpt2") / "release"
+    )
     tensors["lm_head.weight"][3, 3] += 1
     save_file(tensors, source / "model.safetensors")
     assert_refused(source, "ties the output layer .* set tie_word_embeddings to false", tmp_path)

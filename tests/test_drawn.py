@@ -1,10 +1,12 @@
 """AN, MN and PSS against their definitions, by a slow twin of a tiny Hugging Face model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_cpo.negatives.from_policy import policy_samplers
-from megatron_cpo.negatives.from_records import Context, group_rng
+from megatron_cpo.negatives.from_records import group_rng
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from tests.policies import EOD, contexts, probs, rngs, slow_sample
@@ -142,7 +144,7 @@ def test_copies_equal_to_the_truth_are_drawn_again(policy):
     p = probs(policy, context.prefix)
     truth = np.array([p[:99].argmax(), EOD], dtype=np.int32)
     assert 0.1 < p.max() < 0.9
-    sharp = Context(0, context.pairs, context.prefix, truth, EOD, None)
+    sharp = replace(context, truth=truth)
     drawn = policy_samplers(policy)["mn"]([sharp], 400, [group_rng(0, 0, "mn")])[0]
     equal = np.mean([c[0] == truth[0] for c in drawn])
     assert equal < p[truth[0]] ** 8 + 0.02

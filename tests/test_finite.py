@@ -29,8 +29,8 @@ from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Pair
 from megatron_cpo.scoring.under_policy import rescore
 from megatron_cpo.work.job import Run
 from tests.runs import MODEL

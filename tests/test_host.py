@@ -17,7 +17,6 @@ import torch
 
 from harness.ranks import ROOT, parse_losses, run_pretrain, run_ranks, run_script
 from harness.stores import write_store
-from megatron_cpo.__main__ import main
 from megatron_cpo.host import compat
 from tests.runs import CPO, MODEL, cpo_curves
 
@@ -185,21 +184,6 @@ def test_the_model_is_hooked_whichever_way_it_is_built() -> None:
     assert by_function["model_provider"] is provider, "the caller's arguments stay as they are"
 
 
-@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
-def test_main_without_a_script_says_how(
-    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["megatron_cpo", *argv])
-    main()
-    assert capsys.readouterr().out.startswith("usage: torchrun ... -m megatron_cpo SCRIPT")
-
-
-def test_main_names_a_missing_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["megatron_cpo", "pretrain_gtp.py", "--cpo-aux-loss"])
-    with pytest.raises(SystemExit, match=r"pretrain_gtp\.py: no such script\n\nusage: torchrun"):
-        main()
-
-
 def test_module_and_script_train_alike(store: str) -> None:
     """`-m megatron_cpo SCRIPT` gives the losses of a script that installs by itself."""
     flags = [*MODEL, *RUN, *CPO, "--cpo-data-path", store]
@@ -308,7 +292,7 @@ def test_truncated_store_is_refused(tmp_path: Path, suffix: str) -> None:
 def test_store_without_reference_is_refused(tmp_path: Path) -> None:
     store = write_store(tmp_path / "groups", 8, 5, longest=16, scored=False)
     [said] = refusals([*CPO, "--cpo-data-path", store])
-    assert f"{store} has no reference log-probs; score it with tools/build_negatives.py" in said
+    assert f"{store} has no reference log-probs; score it with megatron-cpo build" in said
 
 
 def test_flags_without_the_switch_are_refused(store: str) -> None:

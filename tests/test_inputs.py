@@ -18,9 +18,10 @@ from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.groups.store import FILES, read_manifest
 from megatron_cpo.records import lines as json_lines
 from megatron_cpo.records.columns import Columns
+from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.inputs import expand, files_of, read_fields
 from megatron_cpo.records.lines import Unreadable
-from megatron_cpo.records.reading import Dropped, read_records
+from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
 from tests.stored_records import CHAT, FORMATS, ROWS, arrow, lines, parquet, save_to_disk, zstd
 from tests.texts import ToyTokenizer, write_jsonl
@@ -339,7 +340,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, kind):
     path = FORMATS[kind](tmp_path, ROWS)
     for name in [name for name in sys.modules if name.split(".")[0] == "pyarrow"]:
         monkeypatch.setitem(sys.modules, name, None)
-    message = r"needs the package pyarrow: pip install 'megatron-cpo\[data\]'"
+    message = r"needs the package pyarrow: pip install '\.\[data\]' in a checkout"
     with pytest.raises(ValueError, match=message):
         read(path)
 

@@ -32,6 +32,8 @@ from megatron_cpo.inspection.view import (
 from megatron_cpo.tree import build_tree
 from tests.inspecting import group_of, odd_groups, write_groups
 
+ENDINGS = ((VOCAB_SIZE,),)
+
 
 @pytest.mark.parametrize("values", ["normal", "wide", "whole", "constant"])
 def test_histogram_counts_what_numpy_counts(values):
@@ -80,7 +82,7 @@ def test_statistics_against_a_slow_twin(tmp_path, monkeypatch):
     groups = odd_groups()
     reader = GroupReader(write_groups(tmp_path / "odd", groups))
     seen: list[int] = []
-    found = measure(reader, VOCAB_SIZE, lambda r: (seen.append(i) or i for i in r))
+    found = measure(reader, ENDINGS, lambda r: (seen.append(i) or i for i in r))
     assert seen == list(range(len(groups)))
 
     rows = [
@@ -150,7 +152,7 @@ def test_memory_does_not_grow_with_the_store(monkeypatch):
 
     def peak(groups):
         tracemalloc.start()
-        measure(Repeating(groups), VOCAB_SIZE)
+        measure(Repeating(groups), ENDINGS)
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used
@@ -163,7 +165,7 @@ def test_spans_rebuild_the_candidate_and_y_1():
     """Whatever the kind: a candidate's tokens, y_1's where they are compared, and the sharing."""
     marks = Counter()
     for index, group in enumerate(odd_groups()):
-        view = view_group(index, group, VOCAB_SIZE)
+        view = view_group(index, group, ENDINGS)
         tree = build_tree(group.prefix, group.candidates)
         assert view.tree_tokens == len(tree.tokens)
         truth = group.candidates[0][:-1].tolist()
@@ -203,7 +205,7 @@ def test_marks_by_hand():
         [1, 2, 3, 4, 7, 8, 0], [1, 2, 3, 0], [1, 20, 21, 22, 23, 24, 0], [1, 2, 3, 0],
         kinds="gt mn given given tn bn tn",
     )  # fmt: skip
-    view = view_group(0, group, 0)
+    view = view_group(0, group, ((0,),))
 
     def shape(c):
         return [
@@ -247,8 +249,8 @@ def test_kinds_of_later_releases(tmp_path):
             return later
 
     name = f"kind {len(KINDS) + 1}"
-    assert list(measure(Later(), VOCAB_SIZE).kinds) == ["gt", name]
-    assert view_group(0, later, VOCAB_SIZE).candidates[1].kind == name
+    assert list(measure(Later(), ENDINGS).kinds) == ["gt", name]
+    assert view_group(0, later, ENDINGS).candidates[1].kind == name
     assert kind_name(1) == "an"
 
 

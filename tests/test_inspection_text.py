@@ -10,7 +10,8 @@ import pytest
 from harness.stores import null_tokenizer
 from megatron_cpo.inspection.text import TokenText, visible
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments, store_tokenizer
-from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.tokenizing import tokenizer_identity
 from tests.inspecting import flags
 from tests.texts import DOLLY, dolly_tokenizer
 

@@ -36,6 +36,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (LLAMA, {"rope_scaling": LINEAR}, {"rope_parameters": LINEAR | {"rope_theta": 1e4}}),
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 1.0}}, {}),
     (LLAMA, {"rope_scaling": {"rope_type": "default", "factor": 8.0}}, {}),
+    (LLAMA, {"rope_scaling": "default"}, {"rope_scaling": None}),
     (LLAMA, {"rope_theta": 5e5, "rope_scaling": LLAMA3},
      {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
     (LLAMA | {"max_position_embeddings": 8192}, {"rope_scaling": LLAMA3},

@@ -56,6 +56,10 @@ OTHER: dict[str, tuple[str, Args, Args, str]] = {
     "norm": ("llama", {"normalization": "LayerNorm"}, {}, "normalization is 'LayerNorm' in"),
     "zero-centred norm": ("gpt2", {}, {"layernorm_zero_centered_gamma": True}, "zero_centered_gam"),
     "query groups": ("llama", {"num_query_groups": 1}, {}, "num_query_groups is 1 in .* and 2"),
+    "an output layer that is tied, and one of its own": (
+        "llama", {}, {"untie_embeddings_and_output_weights": False},
+        "its configuration ties the output layer to the embedding, but output_layer.weight is not",
+    ),
     "window": ("llama", {"window_size": (127, 0)}, {}, "window_size is 128 in .* and None"),
 }  # fmt: skip
 
@@ -108,9 +112,7 @@ def test_another_meaning_is_refused(
     family, *pair, message = OTHER[name]
     a, b = checkpoints(models, family, pair, tmp_path, monkeypatch)
     for tool in (lambda: merge(a, b, 0.3, tmp_path / "merged"), lambda: distances(a, b)):
-        with pytest.raises(
-            ValueError, match=rf"different (architectures|vocabularies): .*{message}"
-        ):
+        with pytest.raises(ValueError, match=message):
             tool()
 
 

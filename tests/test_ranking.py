@@ -10,6 +10,7 @@ from megatron_cpo.negatives.ranking import lexical, lexical_weights, rank_candid
 from tests.texts import ListedPairs
 
 EOD = 99
+ENDS = np.array([EOD])
 
 
 def arrays(*sequences):
@@ -18,7 +19,7 @@ def arrays(*sequences):
 
 def ranker(*truths):
     """The lexical ranker of records with these y_1."""
-    return lexical(lexical_weights(ListedPairs(*truths), EOD), EOD)
+    return lexical(lexical_weights(ListedPairs(*truths), ENDS), ENDS)
 
 
 def rank(candidates, similarity):
@@ -63,8 +64,8 @@ def test_a_block_equals_its_groups_one_by_one():
         arrays(*([*rng.integers(0, 9, rng.integers(0, 12)), EOD] for _ in range(1 + k % 5)))
         for k in range(40)
     ]
-    weights = lexical_weights(ListedPairs(*(g[0] for g in groups)), EOD)
-    similarity = lexical(weights, EOD)
+    weights = lexical_weights(ListedPairs(*(g[0] for g in groups)), ENDS)
+    similarity = lexical(weights, ENDS)
     together = similarity(groups)
     for group, got in zip(groups, together, strict=True):
         expected = [slow_cosine(group[0], c, weights) for c in group]

@@ -4,16 +4,10 @@ import gzip
 
 import pytest
 
-from megatron_cpo.records.reading import (
-    DEFAULT_TEMPLATE,
-    BadRecord,
-    Dropped,
-    Record,
-    check_template,
-    fill_template,
-    plain_chat,
-    read_records,
-)
+from megatron_cpo.records.dropped import BadRecord, Dropped
+from megatron_cpo.records.reading import read_records
+from megatron_cpo.records.record import EMPTY_ANSWER, Record
+from megatron_cpo.records.shapes import DEFAULT_TEMPLATE, check_template, fill_template
 from tests.texts import write_jsonl
 
 CHAT = [
@@ -43,16 +37,16 @@ def read(tmp_path, *records, refuse=False, **options):
         ({"prompt": "p", "chosen": "c", "rejected": "r"}, Record("p", "c", ("r",))),
         (
             {"instruction": "i", "context": "c", "response": "r", "category": "x"},
-            Record("Instruction: i\nContext: c\nResponse: ", "r"),
+            Record("Instruction: i\nContext: c\nResponse:\n", "r"),
         ),
         (
             {"instruction": "i", "context": "", "response": "r"},
-            Record("Instruction: i\nResponse: ", "r"),
+            Record("Instruction: i\nResponse:\n", "r"),
         ),
-        ({"instruction": "i", "response": "r"}, Record("Instruction: i\nResponse: ", "r")),
+        ({"instruction": "i", "response": "r"}, Record("Instruction: i\nResponse:\n", "r")),
         (
             {"instruction": "i", "input": "c", "output": "r", "text": "all of it"},
-            Record("Instruction: i\nContext: c\nResponse: ", "r"),
+            Record("Instruction: i\nContext: c\nResponse:\n", "r"),
         ),
         ({"text": "t", "url": "u"}, Record(None, "t")),
         (
@@ -70,11 +64,19 @@ def test_shapes_are_detected(tmp_path, fields, expected):
     assert not dropped.counts
 
 
-def test_shape_can_be_forced_and_chats_rendered_otherwise(tmp_path):
+def test_shape_can_be_forced(tmp_path):
     fields = {"messages": CHAT, "text": "t"}
     assert read(tmp_path, fields, shape="text")[0] == [Record(None, "t")]
-    records, _ = read(tmp_path, fields, render_chat=lambda messages: f"{len(messages)} before")
-    assert records == [Record("4 before", "See you")]
+
+
+@pytest.mark.parametrize("rejected", [["", "r"], ["r", " \n"]])
+def test_an_empty_rejected_answer_costs_that_answer(tmp_path, rejected):
+    """And not the record; it is counted."""
+    for name in ("completion", "chosen"):
+        records, dropped = read(tmp_path, {"prompt": "p", name: "c", "rejected": rejected})
+        assert records == [Record("p", "c", ("r",), notes=(EMPTY_ANSWER,))]
+        assert (dropped.counts, dropped.notes) == ({}, {EMPTY_ANSWER: 1})
+        assert dropped.first[EMPTY_ANSWER].endswith("r.jsonl:1")
 
 
 BAD = [
@@ -91,12 +93,13 @@ BAD = [
     ({"prompt": " ", "completion": "c"}, "empty prefix"),
     ({"prompt": "p", "completion": "c", "rejected": 5}, "field 'rejected' is neither"),
     ({"prompt": "p", "completion": "c", "rejected": [5]}, "field 'rejected' is neither"),
-    ({"prompt": "p", "completion": "c", "rejected": [""]}, "empty rejected continuation"),
+    ({"prompt": "p", "completion": "c", "label": False}, "a completion labelled false"),
     ({"instruction": "", "context": "c", "response": "r"}, "empty prefix"),
     ({"instruction": "i", "context": 1, "response": "r"}, "field 'context' is not a string"),
     ({"text": ""}, "empty continuation"),
-    ({"messages": "hi"}, "field 'messages' is not a list of objects"),
-    ({"messages": [{"role": "user"}]}, "field 'messages' is not a list of objects"),
+    ({"messages": "hi"}, "field 'messages' is not a list of messages"),
+    ({"messages": ["hi"]}, "field 'messages' is not a list of messages"),
+    ({"messages": [{"role": "user"}]}, "field 'messages' has a message without a role or a text"),
     ({"messages": CHAT[:2]}, "no assistant turn"),
     ({"messages": CHAT[2:3]}, "empty prefix"),
 ]
@@ -167,6 +170,14 @@ def test_no_usable_record(tmp_path, records, match):
     assert "--max-length" not in str(error.value)
 
 
+def test_of_many_inputs_a_few_are_named(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", {"text": ""}) for i in range(9)]
+    with pytest.raises(
+        ValueError, match=r"2\.jsonl and 6 more: no usable record .dropped: 9 empty"
+    ):
+        list(read_records(paths, Dropped()))
+
+
 def test_template():
     """{name} is replaced, a line that names an empty field goes, other braces stay."""
     fields = {"a": "1", "b": "", "c": "{a}"}
@@ -176,10 +187,6 @@ def test_template():
     check_template(DEFAULT_TEMPLATE)
     with pytest.raises(ValueError, match=r"--prompt-template 'Answer: \{\}' names no field"):
         check_template("Answer: {}")
-
-
-def test_plain_chat_ends_where_the_assistant_speaks():
-    assert plain_chat(CHAT[:2]) == "system: Be brief.\nuser: Hi\nassistant: "
 
 
 def test_a_line_of_50_mb_is_counted_and_never_held(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_cpo"
 ORDER = (
-    "objective", "tree", "files", "progress", "host", "model", "groups", "records",
+    "objective", "tree", "files", "progress", "quiet", "extras",
+    "host", "model", "groups", "records",
     "checkpoints.folders", "checkpoints.digest", "checkpoints.defaults", "checkpoints.meaning",
     "checkpoints.tokens", "checkpoints.formats", "checkpoints.identity", "checkpoints.merging",
     "checkpoints.conversion",
@@ -15,7 +16,7 @@ ORDER = (
     "training", "evaluation", "cli",
 )  # fmt: skip
 """A room imports those before it, never one after it."""
-NO_MEGATRON = ("objective", "tree", "files", "progress")
+NO_MEGATRON = ("objective", "tree", "files", "progress", "quiet", "extras")
 
 
 def room(module: str) -> str:

@@ -30,8 +30,8 @@ from megatron_cpo.policies.flags import policy_from_args
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.server import ServerPolicy
+from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Encoder
 from megatron_cpo.work.job import Run
 from tests.policies import policy_arguments
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
@@ -145,7 +145,7 @@ def test_httpx_is_named_when_it_is_missing(monkeypatch):
     for name in ("endpoint", "answers", "dialects", "server"):
         monkeypatch.delitem(sys.modules, f"megatron_cpo.policies.{name}", raising=False)
     args = policy_arguments("--policy", "http://ann:secret@127.0.0.1:9/v1")
-    said = r"^--policy http://127.0.0.1:9/v1: needs the package httpx: pip install '.*\[server\]'$"
+    said = r"^--policy http://127.0.0.1:9/v1: needs the package httpx: pip install '\.\[server\]'"
     with pytest.raises(ValueError, match=said):
         policy_from_args(args, ToyTokenizer())
 
@@ -237,9 +237,8 @@ def _generated(model, tokenizer, limits=(12, 1, 2, 9), count=3):
                     torch.tensor([prefix.tolist()]), do_sample=True, top_k=20, top_p=1.0,
                     max_new_tokens=limit - 1, eos_token_id=eod, pad_token_id=eod,
                 )  # fmt: skip
-                ids = encoder.continuation(
-                    words.decode(whole[0, len(prefix) :], skip_special_tokens=True)
-                )
+                text = words.decode(whole[0, len(prefix) :], skip_special_tokens=True)
+                ids = encoder.after(prefix, text)
             found[-1].append([*ids[: limit - 1], eod])
     return found
 

@@ -153,3 +153,18 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     flags[flags.index(store)] = other
     with pytest.raises(ValueError, match="its run trained on another store"):
         run_pretrain([*flags, "--load", cpo], 1)
+
+
+def test_another_programs_model_is_refused(tmp_path: Path) -> None:
+    """Megatron says that it found no checkpoint, and trains from random weights."""
+    for name, message in (
+        ("config.json", "Hugging Face model; convert"),
+        ("adapter_config.json", "PEFT"),
+    ):
+        folder = tmp_path / name.removesuffix(".json")
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        with pytest.raises(ValueError, match=message):
+            start(folder)
+    (tmp_path / "new").mkdir()
+    start(tmp_path / "new")

@@ -249,6 +249,17 @@ def test_a_store_is_unreadable_rather_than_mixed_while_it_is_replaced(
     assert (reader.manifest["reference"] == REFERENCE) == (operation == "score")
 
 
+def test_what_an_earlier_release_left_half_moved_is_finished(store: str) -> None:
+    """It wrote aside in PREFIX.writing, and moved the manifest out of it last."""
+    folder = Path(store + ".writing")
+    folder.mkdir()
+    for suffix in (".values.idx", ".json"):
+        os.replace(store + suffix, folder / f"store{suffix}")
+    assert finish_publishing(store)
+    GroupReader(store).verify()
+    assert names(folder.parent) == {f"store{suffix}" for suffix in (*FILES, ".json")}
+
+
 def test_replacing_a_store(store: str) -> None:
     write(Path(store), make_groups(3, seed=8))
     reader = GroupReader(store)
@@ -258,7 +269,7 @@ def test_replacing_a_store(store: str) -> None:
 
 
 def test_a_missing_manifest_is_refused(tmp_path) -> None:
-    message = r"nowhere\.json: no manifest there.*tools/build_negatives\.py --output-prefix"
+    message = r"nowhere\.json: no manifest there.*megatron-cpo build --output-prefix"
     with pytest.raises(ValueError, match=message):
         GroupReader(str(tmp_path / "nowhere"))
 

@@ -173,5 +173,5 @@ def test_log_without_cpo(tmp_path: Path) -> None:
 def test_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "run.log").write_text(run_text())
-    with pytest.raises(ImportError, match="pip install 'megatron-cpo\\[plot\\]'"):
+    with pytest.raises(ImportError, match=r"the package matplotlib: pip install '\.\[plot\]'"):
         summarize_run(tmp_path / "run.log", tmp_path / "run.png")

@@ -1,4 +1,7 @@
-"""Tokenising: boundaries, end of document, the 15% split, indexed datasets, tokenizer identity."""
+"""Tokenising: frames, end of document, the 15% split, indexed datasets, tokenizer identity.
+
+The border between prefix and continuation has a module of its own, `test_border.py`.
+"""
 
 import gzip
 import json
@@ -11,17 +14,13 @@ import pytest
 import torch
 
 from megatron_cpo.records import pair_files
+from megatron_cpo.records.dropped import BadRecord, Dropped
+from megatron_cpo.records.encoder import Encoder, Pair
 from megatron_cpo.records.pair_files import write_lm_dataset, write_pairs_resumed
 from megatron_cpo.records.pairs import read_pairs
-from megatron_cpo.records.reading import BadRecord, Dropped
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizer_training import train_sentencepiece
-from megatron_cpo.records.tokenizing import (
-    Encoder,
-    Pair,
-    chat_renderer,
-    tokenizer_identity,
-)
+from megatron_cpo.records.tokenizing import tokenizer_identity
 from tests.stored_records import parquet, save_to_disk
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl, write_pairs
 
@@ -61,13 +60,19 @@ def indexed(path, *documents):
 )
 def test_continuation_has_no_bos_and_one_eod(head, tail, prefix):
     encoder = Encoder(ToyTokenizer(head, tail))
-    pair = encoder.pair("1 2", "3 4", "5", "6 99")
+    pair = encoder.pair("1 2 ", "3 4", "5", "6 99")
     assert listed(pair) == [prefix, [3, 4, EOD], [5, EOD], [6, EOD]]
     assert pair.prefix.dtype == pair.continuation.dtype == np.int32
 
 
 def test_bos_that_a_chat_template_wrote_is_not_doubled():
-    assert Encoder(ToyTokenizer((7,))).prefix("7 1") == [7, 1]
+    pair = Encoder(ToyTokenizer((7,))).pair("7 1 ", "2", rendered=True)
+    assert listed(pair) == [[7, 1], [2, EOD]]
+
+
+def test_an_end_of_document_within_a_text_is_refused():
+    with pytest.raises(BadRecord, match=r"an end of document within the text"):
+        Encoder(ToyTokenizer()).pair("1 ", f"2 {EOD} 3")
 
 
 @pytest.mark.parametrize("texts", [("", "1"), ("1", " "), ("1", "2", "")])
@@ -102,9 +107,9 @@ def test_split(n, fraction, cut):
 def test_too_long_records_are_counted(tmp_path):
     """--max-length counts the prefix, the candidate and its EOD."""
     records = [
-        {"prompt": "1 2", "completion": "3 4"},  # 5 tokens
-        {"prompt": "1 2", "completion": "3 4 5"},
-        {"prompt": "1 2", "completion": "3", "rejected": "3 4 5"},
+        {"prompt": "1 2 ", "completion": "3 4"},  # 5 tokens
+        {"prompt": "1 2 ", "completion": "3 4 5"},
+        {"prompt": "1 2 ", "completion": "3", "rejected": "3 4 5"},
         {"text": "1 2 3 4"},
     ]
     source = Source((write_jsonl(tmp_path / "r.jsonl", *records),), max_length=5)
@@ -398,16 +403,3 @@ def test_identity_of_null_tokenizers():
     first, second, third = map(tokenizer_identity, made)
     assert first == third != second
     assert Encoder(made[0]).continuation("1 2 63") == [1, 2]
-
-
-def test_chat_template_of_the_tokenizer_is_used(tmp_path, tokenizer):
-    assert chat_renderer(tokenizer) is None
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
-        "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    render = chat_renderer(dolly_tokenizer(tmp_path, template))
-    assert render([{"role": "user", "content": "Hi"}]) == "<user>Hi<assistant>"
-    with pytest.raises(BadRecord, match=r"the chat template refuses the messages .no system"):
-        render([{"role": "system", "content": "Hi"}])

@@ -13,8 +13,8 @@ from megatron_cpo.model.vocabulary import VocabShard
 from megatron_cpo.negatives.from_records import group_rng
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.pairs import read_pairs
-from megatron_cpo.records.reading import Dropped
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.vocabulary import check_rows, describe_size, unused_ids, vocabulary_size
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
@@ -216,6 +216,6 @@ def test_a_megatron_head(rank):
 
 
 def test_pairs_keep_every_id(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "r.jsonl", {"prompt": "w1 far", "completion": "w2 far"})
+    path = write_jsonl(tmp_path / "r.jsonl", {"prompt": "w1 far", "completion": " w2 far"})
     [pair] = read_pairs(Source((path,)), tokenizer, Dropped())
     assert (pair.prefix.tolist(), pair.continuation.tolist()) == ([1, 104], [2, 104, 80])

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
+from megatron_cpo.records.border import BORDERS, Border
+from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.pair_files import PairReader, sequences_of
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizer_training import train_sentencepiece
-from megatron_cpo.records.tokenizing import Pair
 
 DOLLY = str(Path(__file__).parents[1] / "examples" / "data" / "dolly-400.jsonl")
 
@@ -27,10 +28,13 @@ def write_jsonl(path: Path, *records: Any) -> str:
 def write_pairs(pairs: Iterable[Pair], path_prefix: str, vocab_size: int = 100) -> PairReader:
     """Write pairs as a build does, at once and without the notes to go on from."""
     writer = IndexedWriter(path_prefix, store_dtype(vocab_size))
+    rows = []
     for pair in pairs:
         sequences = sequences_of(pair)
         writer.add(np.concatenate(sequences), [len(s) for s in sequences])
+        rows.append(pair.border.row())
     writer.close()
+    Path(f"{path_prefix}.borders").write_bytes(b"".join(rows))
     return PairReader(path_prefix)
 
 
@@ -74,13 +78,37 @@ class ToyTokenizer:
 
 
 class ListedPairs:
-    """Stands in for `PairReader`: pairs from lists."""
+    """Stands in for `PairReader`: pairs from lists, each of a prompt of its own.
 
-    def __init__(self, *continuations: list[int], rejected: tuple[list[int], ...] = ()) -> None:
+    Args:
+        continuations: y_1 of each record; one whose last token is ToyTokenizer's EOD ends there.
+        rejected: of every record.
+        prompts: which prompt each record has, if some share one.
+    """
+
+    def __init__(
+        self,
+        *continuations: list[int],
+        rejected: tuple[list[int], ...] = (),
+        prompts: str = "",
+    ) -> None:
         self._continuations, self._rejected = continuations, rejected
+        rows = [
+            Border(
+                prompts[i] if prompts else str(i),
+                str(tokens),
+                ending=tuple(tokens[-1:]) if tokens[-1] == ToyTokenizer.eod else (),
+            ).row()
+            for i, tokens in enumerate(continuations)
+        ]
+        self.borders = np.frombuffer(b"".join(rows), BORDERS)
 
     def __len__(self) -> int:
         return len(self._continuations)
+
+    def prefix(self, index: int) -> Any:
+        """The same prefix for every record."""
+        return np.array([1, 2], dtype=np.int32)
 
     def continuation(self, index: int) -> Any:
         """y_1 of a record."""

@@ -20,10 +20,10 @@ from megatron_cpo.groups.finite import require_finite
 from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_policy import BlockSampler
-from megatron_cpo.negatives.from_records import Context, Sampler, group_rng
+from megatron_cpo.negatives.from_records import Sampler, context_of, group_rng
 from megatron_cpo.negatives.ranking import BlockSimilarity, rank_candidates
-from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
 
 Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.float32]]]
@@ -34,7 +34,7 @@ Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.flo
 class Recipe:
     """What turns records into groups."""
 
-    pairs: PairReader
+    answers: Answers
     mix: Mapping[str, int]
     seed: int
     eod: int
@@ -66,7 +66,10 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
         ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
     """
     recipe.cut.clear()
-    contexts = [_context(index, recipe) for index in records]
+    contexts = [
+        context_of(index, recipe.answers, recipe.eod, recipe.max_length, recipe.cut)
+        for index in records
+    ]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
     read = [True] * len(contexts)
@@ -98,23 +101,22 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
     ]
 
 
-def _context(index: int, recipe: Recipe) -> Context:
-    prefix = recipe.pairs.prefix(index)
-    room = recipe.max_length - len(prefix) if recipe.max_length else None
-    truth = recipe.pairs.continuation(index)
-    return Context(index, recipe.pairs, prefix, truth, recipe.eod, room, recipe.cut)
-
-
-def count_ended(groups: Sequence[Group], eod: int, cut: Mapping[str, int]) -> dict[str, int]:
-    """Candidates by kind that end by themselves: in an EOD, and not because they were cut.
+def count_ended(
+    groups: Sequence[Group], ends: Ints, tail: int, cut: Mapping[str, int]
+) -> dict[str, int]:
+    """Candidates by kind that end by themselves: in an end token, and not because they were cut.
 
     Kinds that are cut on purpose are left out.
+
+    Args:
+        ends: the tokens that end a text.
+        tail: most tokens of an ending, such as an end of turn and a line break.
     """
     found: Counter[str] = Counter()
     for group in groups:
         for code, tokens in zip(group.kinds.tolist(), group.candidates, strict=True):
             if not REGISTRY[KINDS[code]].cut_short:
-                found[KINDS[code]] += int(tokens[-1] == eod)
+                found[KINDS[code]] += int(np.isin(tokens[-tail:], ends).any())
     for name, count in cut.items():
         found[name.split()[0]] -= count
     return dict(found)

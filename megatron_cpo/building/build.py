@@ -131,7 +131,12 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
             return None
         dropped = json.loads((work.path / "pairs" / "dropped.json").read_text(encoding="utf-8"))
         reference = builder.policy.identity if builder.scores and builder.policy else None
-        manifest = {**work.command, "reference": reference}
+        manifest = {
+            **work.command,
+            "notes": dropped["notes"],
+            "endings": builder.describe_endings(),
+            "reference": reference,
+        }
         writer = GroupWriter(config.output_prefix, manifest, vocabulary_size(builder.tokenizer))
         try:
             for block in progress(range(blocks), "put together", "blocks"):

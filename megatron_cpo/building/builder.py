@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_bl
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
+from megatron_cpo.negatives.answers import PEERS, Answers, Ending, endings_of, peers_of
 from megatron_cpo.negatives.embeddings import (
     Embedder,
     PolicyEmbedder,
@@ -27,12 +28,18 @@ from megatron_cpo.negatives.embeddings import (
 from megatron_cpo.negatives.from_policy import BlockSampler, policy_samplers
 from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
+from megatron_cpo.records.border import CONTRACT, EACH_SIDE
+from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader
-from megatron_cpo.records.tokenizing import Encoder, tokenizer_identity
+from megatron_cpo.records.tokenizing import tokenizer_identity
 from megatron_cpo.records.vocabulary import vocabulary_size
+from megatron_cpo.tree import Ints
 from megatron_cpo.work.executors import take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
 from megatron_cpo.work.job import block_records
+
+EARLIER = {"border": EACH_SIDE, "control_tokens": "parse"}
+"""What builds of releases that did not say so did."""
 
 
 class Builder:
@@ -66,7 +73,7 @@ class Builder:
             )
         check_kinds(config.mix, self._samplers)
         self.embedder = self._open_embedder()
-        self.work = WorkFolder(config.output_prefix, "build", self._command())
+        self.work = WorkFolder(config.output_prefix, "build", self._command(), EARLIER)
 
     @property
     def has_model(self) -> bool:
@@ -91,15 +98,22 @@ class Builder:
 
     def prepare(self, folder: Path) -> None:
         """Compute what all blocks need to know of all records, into a folder."""
+        pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
+        # np.save hides a full disk.
+        (folder / "peers").write_bytes(peers_of(pairs.borders).tobytes())
         if self.config.ranker == "lexical":
-            pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
-            weights = lexical_weights(pairs, self.eod)
-            (folder / "weights").write_bytes(weights.tobytes())  # np.save hides a full disk
+            weights = lexical_weights(pairs, self._ends(endings_of(pairs)))
+            (folder / "weights").write_bytes(weights.tobytes())
 
     def open(self) -> None:
         """Open what `prepare` and the tokeniser left in the work folder."""
         config = self.config
         pairs = PairReader(str(self.work.path / "pairs" / "pairs"))
+        self.endings = endings_of(pairs)
+        if self.embedder is not None:
+            self.embedder.ends = self._ends(self.endings)
+        peers = np.memmap(self.work.path / "shared" / "peers", PEERS, "r")
+        self._answers = Answers(pairs, Encoder(self.tokenizer), peers)
         self._truths: TruthEmbeddings | None = None
         if "truths" in self.stages and self._writer:
             assert self.embedder is not None
@@ -111,7 +125,7 @@ class Builder:
                 self._write_arrays,
             )
         self._recipe = Recipe(
-            pairs=pairs,
+            answers=self._answers,
             mix=config.mix,
             seed=config.seed,
             eod=self.eod,
@@ -138,6 +152,18 @@ class Builder:
 
         return work
 
+    def describe_endings(self) -> list[dict[str, Any]]:
+        """How y_1 end, for the manifest: last token ids, what they spell, in how many records."""
+        encoder = Encoder(self.tokenizer)
+        return [
+            {
+                "ids": list(ending.ids),
+                "text": (encoder.spelled(np.array(ending.ids)) or b"").decode(errors="replace"),
+                "records": ending.records,
+            }
+            for ending in self.endings
+        ]
+
     def counts(self) -> Counter[str]:
         """What a server's policy counted in all processes of all runs of this build, by line."""
         total: Counter[str] = Counter()
@@ -162,9 +188,17 @@ class Builder:
         groups = make_block(records, self._recipe)
         if self._writer:
             packed = pack_groups(groups, vocabulary_size(self.tokenizer), records.start)
-            packed.totals.cut = {name: n for name, n in self._recipe.cut.items() if n}
-            packed.totals.ended = count_ended(groups, self.eod, packed.totals.cut)
+            cut = {name: n for name, n in self._recipe.cut.items() if n}
+            tail = max((len(ending.ids) for ending in self.endings), default=1)
+            packed.totals.cut = cut
+            packed.totals.ended = count_ended(groups, self._ends(self.endings), tail, cut)
+            packed.totals.notes = dict(self._answers.notes)
+            self._answers.notes.clear()
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
+
+    def _ends(self, endings: Sequence[Ending]) -> Ints:
+        """The tokens that decoding stops at, which are no text."""
+        return np.array(sorted({self.eod, *(e.stop for e in endings)}), dtype=np.int32)
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         buffer = BytesIO()
@@ -190,7 +224,7 @@ class Builder:
             return unranked
         if self.config.ranker == "lexical":
             weights = np.memmap(self.work.path / "shared" / "weights", np.float64, "r")
-            return lexical(weights, self.eod)
+            return lexical(weights, self._ends(self.endings))
         assert self.embedder is not None
         if isinstance(self.embedder, SentenceEmbedder) and not self._writer:
             return unranked  # nobody sees what this rank would compute
@@ -208,6 +242,8 @@ class Builder:
             "prompt_template": source.template,
             "prefix_fraction": source.prefix_fraction,
             "max_length": source.max_length,
+            "border": CONTRACT,
+            "control_tokens": source.control_tokens,
             "negatives": config.mix,
             "seed": config.seed,
             "epoch": 0,
@@ -219,6 +255,7 @@ class Builder:
         }
         if self.policy is not None and use is not None:
             command["sampling"] = asdict(use.sampling) if "an" in config.mix else None
+            command["ends"] = sorted(self.policy.ends) if "an" in config.mix else None
             command["mask_share"] = use.mask_share if "mn" in config.mix else None
             command["replace_share"] = use.replace_share if "pss" in config.mix else None
         return command

@@ -1,4 +1,4 @@
-"""The flags of `tools/build_negatives.py`, and what they mean. No import of torch or Megatron."""
+"""The flags of `megatron-cpo build`, and what they mean. No import of torch or Megatron."""
 
 import argparse
 import os

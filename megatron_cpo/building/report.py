@@ -35,11 +35,14 @@ class BuildReport:
             *self._tokens(),
             *((f"{'y_1' if kind == 'gt' else 'negatives'}: {kind}", self._kind(kind, n))
               for kind in KINDS if (n := m["kinds"].get(kind))),
+            *self._endings(),
             *([("negatives: duplicates", f"{duplicates:,}")] if duplicates is not None else []),
             *((f"length: {kind}", _length(lengths[kind])) for kind in KINDS if kind in lengths),
             *((f"end: {kind}", text) for kind in KINDS if (text := self._end(kind))),
             *((f"dropped: {why}", f"{n:,}{self._first(why)}")
               for why, n in m.get("dropped", {}).items()),
+            *((f"noted: {what}", f"{n:,}{self._first(what)}")
+              for what, n in m.get("notes", {}).items()),
             *((what, f"{n:,}") for what, n in self.counts.items()),
         ]  # fmt: skip
         width = max(len(name) for name, _ in rows)
@@ -107,6 +110,11 @@ class BuildReport:
                     f"{limits[flag]}{policy if kind == 'an' else ''}"
                 )
         return found
+
+    def _endings(self) -> list[tuple[str, str]]:
+        """How y_1 end; of stores that say so."""
+        found = [f"{e['text']!r} {e['records']:,}" for e in self.manifest.get("endings", [])]
+        return [("y_1 ends in", ", ".join(found))] if found else []
 
     def _first(self, reason: str) -> str:
         return f", first {self.first_dropped[reason]}" if reason in self.first_dropped else ""

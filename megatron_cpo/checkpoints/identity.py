@@ -53,7 +53,7 @@ def iteration_digest(folder: Path) -> str:
 def same_checkpoint(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two identities are of the same weights, in terms that both have."""
     name = "digest" if "digest" in one else "sha256"
-    return name in other and bool(one[name] == other[name])
+    return name in one and bool(one[name] == other.get(name))
 
 
 def short_digest(identity: dict[str, Any]) -> str:
@@ -70,14 +70,26 @@ def require_folder(args: Any) -> Path:
     folder = checkpoint_folder(args.load, args.ckpt_step)
     if folder is not None:
         return folder
-    refuse_unusable(Path(args.load))
-    advice = "; give the folder that --save wrote"
-    if (Path(args.load) / "config.json").exists():
-        advice = (
-            ": it is a Hugging Face model; convert it with tools/convert_checkpoint.py, or give "
-            f"--policy hf:{args.load} in place of --load"
+    refuse_other_models(args.load)
+    raise ValueError(
+        f"--load {args.load}: no Megatron checkpoint there (no {TRACKER}); give the folder that "
+        "--save wrote"
+    )
+
+
+def refuse_other_models(load: str) -> None:
+    """ValueError for a folder that has no Megatron checkpoint, but another program's model.
+
+    Megatron itself would start from random weights. A folder that is empty, or not there, may be
+    where a run will save.
+    """
+    refuse_unusable(Path(load))
+    if (Path(load) / "config.json").exists():
+        raise ValueError(
+            f"--load {load}: no Megatron checkpoint there (no {TRACKER}): it is a Hugging Face "
+            "model; convert it with megatron-cpo convert, or, to draw and score, give "
+            f"--policy hf:{load} in place of --load"
         )
-    raise ValueError(f"--load {args.load}: no Megatron checkpoint there (no {TRACKER}){advice}")
 
 
 def require_checkpoint(args: Any) -> dict[str, Any]:

@@ -176,6 +176,8 @@ def rope_of_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     # In the order in which transformers 5 takes them.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if isinstance(rope, str):
+        rope = {"rope_type": rope}
     outside = {
         "rope_theta": config.get("rope_theta") or config.get("rotary_emb_base") or 10000.0,
         _PARTIAL: config.get(_PARTIAL) or 1.0,

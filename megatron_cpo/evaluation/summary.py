@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.extras import needs
 from megatron_cpo.groups.kinds import REGISTRY
 
 Metrics = dict[str, float]
@@ -191,9 +192,7 @@ def draw_curves(run: RunLog, png: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "drawing the curves needs matplotlib: pip install 'megatron-cpo[plot]'"
-        ) from error
+        raise ImportError(f"drawing the curves {needs('matplotlib', 'plot')}") from error
 
     figure = Figure(figsize=(11, 7.5), dpi=120, layout="constrained")
     loss, order, rewards, lm = figure.subplots(2, 2, sharex=True).flat

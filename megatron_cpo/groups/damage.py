@@ -36,7 +36,7 @@ def check_contents(reader: GroupReader, vocab_size: int, rank: int = 0, ranks: i
             raise ValueError(
                 f"group {group} of {path}: {VALUE_ROWS[row]} of candidate {candidate} is "
                 f"{part[at]}, not a finite number: the model that it comes from is broken, or the "
-                "file; score the store again with tools/build_negatives.py --score-only, or "
+                "file; score the store again with megatron-cpo build --score-only, or "
                 "rebuild it"
             )
     for first, part in _parts(f"{path}.bin", reader.dtype, rank, ranks):

@@ -20,8 +20,11 @@ class Lengths:
         """Include packed groups."""
         starts = np.cumsum(packed.sequences) - packed.sequences
         lengths = np.delete(packed.lengths, starts)  # without the prefixes
-        values = np.split(packed.values, np.cumsum(packed.value_lengths)[:-1])
-        kinds = np.concatenate(values[:: len(VALUE_ROWS)]).astype(np.int64)
+        # The kinds are the first of the value rows of each group.
+        first_rows = np.zeros((len(starts), len(VALUE_ROWS)), dtype=bool)
+        first_rows[:, 0] = True
+        of_kinds = np.repeat(first_rows.ravel(), packed.value_lengths)
+        kinds = packed.values[of_kinds].astype(np.int64)
         missing = int(lengths.max()) + 1 - self._counts.shape[1]
         if missing > 0:
             self._counts = np.pad(self._counts, ((0, 0), (0, missing)))

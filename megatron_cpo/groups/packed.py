@@ -49,6 +49,8 @@ class Totals:
     cut: dict[str, int] = field(default_factory=dict)
     """Candidates that were cut, with an end put there, by `kind flag`: who draws them says at
     which flag's limit."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Candidates of which something is to be said, by what."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""

@@ -158,7 +158,7 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no manifest there, so {path_prefix} is not a finished group store; "
-            "build one with tools/build_negatives.py --output-prefix, "
+            "build one with megatron-cpo build --output-prefix, "
             "and give its PREFIX without a suffix"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -186,7 +186,7 @@ def check_sizes(path_prefix: str, manifest: dict[str, Any]) -> None:
             raise ValueError(
                 f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
                 f"says {expected['bytes']} bytes: the file is truncated or from another "
-                "build; copy it again or rebuild with tools/build_negatives.py"
+                "build; copy it again or rebuild with megatron-cpo build"
             )
 
 

@@ -92,6 +92,7 @@ class GroupWriter:
         manifest = {"format_version": FORMAT_VERSION, **self._manifest, **manifest}
         for name in ("groups", "k", "kinds", "tree_tokens", "sequence_tokens", "longest_sequence"):
             manifest[name] = getattr(totals, name)
+        manifest["notes"] = {**manifest.get("notes", {}), **totals.notes}
         manifest["reference"] = manifest.get("reference")
         manifest["statistics"] = {
             **{

@@ -1,7 +1,9 @@
 """Starting Megatron outside its training loop, and loading a model with a checkpoint's weights."""
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,11 +11,36 @@ import torch
 from megatron_cpo.host.compat import build_gpt
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raise ValueError where Megatron refuses flags by an assertion, at times without a word."""
+    try:
+        yield
+    except AssertionError as error:
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these flags: {said}") from error
+
+
+def open_tokenizer(args: Any) -> Any:
+    """Megatron's tokenizer of its parsed flags.
+
+    Raises:
+        ValueError: the flags name none that is there.
+    """
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    with _refusals():
+        return build_tokenizer(args)
+
+
 def score_args(extra_args_provider: Any = None) -> Any:
     """Megatron's parsed and validated arguments for scoring; nothing is trained or saved.
 
     Args:
         extra_args_provider: adds the caller's own flags to Megatron's parser.
+
+    Raises:
+        ValueError: Megatron refuses the flags.
     """
     from megatron.training import global_vars
     from megatron.training.arguments import parse_and_validate_args
@@ -28,7 +55,8 @@ def score_args(extra_args_provider: Any = None) -> Any:
         return parser
 
     defaults = {"micro_batch_size": 1, "train_iters": 1, "eval_interval": 1, "lr": 0.0}
-    args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
+    with _refusals():
+        args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
     args.no_load_optim = args.no_load_rng = args.finetune = True
     return args
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def skip_on_every_rank() -> None:
-    """Let `--iterations-to-skip` pass over a batch on every rank; twice is once.
+    """Let `--iterations-to-skip` pass over a batch on every rank; a second call changes nothing.
 
     Megatron's own step reads it on the first rank of a tensor-parallel group and broadcasts it, so
     where all ranks read their rows themselves the others would fall behind, and be a batch apart

@@ -27,7 +27,7 @@ def describe_store(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     return [(label, visible(text)) for label, text in facts if text]
 
 
-UNSCORED = "No reference log-probs yet: build_negatives.py --score-only adds them."
+UNSCORED = "No reference log-probs yet: megatron-cpo build --score-only adds them."
 IDS = "Token ids are shown; --tokenizer-model PATH, where the tokenizer is, shows text."
 
 

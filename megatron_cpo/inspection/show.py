@@ -1,4 +1,4 @@
-"""The two things `tools/inspect_negatives.py` does: print a store, write its page."""
+"""The two things `megatron-cpo inspect` does: print a store, write its page."""
 
 import argparse
 from pathlib import Path
@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_cpo.files import write_whole
+from megatron_cpo.groups.endings import Endings, endings_of
 from megatron_cpo.groups.store import GroupReader, read_manifest
 from megatron_cpo.inspection.facts import IDS
 from megatron_cpo.inspection.page import render_page
 from megatron_cpo.inspection.statistics import measure
 from megatron_cpo.inspection.terminal import print_group, print_summary
 from megatron_cpo.inspection.text import TokenText
-from megatron_cpo.inspection.tokenizer import quiet_import, store_tokenizer
+from megatron_cpo.inspection.tokenizer import store_tokenizer
 from megatron_cpo.inspection.view import view_group
 from megatron_cpo.progress import progress
 
@@ -32,15 +33,15 @@ def print_store(
     Raises:
         ValueError: it is not a store, has no such group, or the tokenizer is another one.
     """
-    reader, text, eod = _open(path_prefix, groups, args)
+    reader, text, endings = _open(path_prefix, groups, args)
     console = console or Console(highlight=False)
     if not groups:
-        found = measure(reader, eod, _progress)
+        found = measure(reader, endings, _progress)
         print_summary(console, Path(path_prefix).name, reader.manifest, found)
     if not text.has_text:
         console.print(Text(IDS, "dim"))
     for index in groups or [0]:
-        print_group(console, view_group(index, reader[index], eod), text)
+        print_group(console, view_group(index, reader[index], endings), text)
 
 
 def write_page(
@@ -58,11 +59,11 @@ def write_page(
     """
     if most < 1:
         raise ValueError(f"--html-groups {most}: needs at least 1")
-    reader, text, eod = _open(path_prefix, groups, args)
+    reader, text, endings = _open(path_prefix, groups, args)
     spaced = np.linspace(0, len(reader) - 1, min(most, len(reader))).astype(int).tolist()
     chosen = list(dict.fromkeys([*groups, *spaced]))[: max(most, len(groups))]
-    found = measure(reader, eod, _progress)
-    views = [view_group(index, reader[index], eod) for index in chosen]
+    found = measure(reader, endings, _progress)
+    views = [view_group(index, reader[index], endings) for index in chosen]
     page = render_page(Path(path_prefix).name, reader.manifest, found, views, text)
     content = page.encode()
     Path(html).parent.mkdir(parents=True, exist_ok=True)
@@ -72,19 +73,17 @@ def write_page(
 
 def _open(
     path_prefix: str, groups: list[int], args: argparse.Namespace
-) -> tuple[GroupReader, TokenText, int | None]:
-    """The store, its text, and its EOD; what can be refused without Megatron is so at once."""
+) -> tuple[GroupReader, TokenText, Endings]:
+    """The store, its text, and how it ends; what is refused without Megatron is so at once."""
     manifest = read_manifest(path_prefix)
     for group in groups:
         if not 0 <= group < manifest["groups"]:
             raise ValueError(
                 f"--group {group}: {path_prefix} has groups 0 to {manifest['groups'] - 1}"
             )
-    with quiet_import():
-        tokenizer = store_tokenizer(manifest, args)
-        reader = GroupReader(path_prefix)
-    eod = (manifest.get("tokenizer") or {}).get("eod", manifest.get("eod"))
-    return reader, TokenText(tokenizer), eod
+    tokenizer = store_tokenizer(manifest, args)
+    reader = GroupReader(path_prefix)
+    return reader, TokenText(tokenizer), endings_of(manifest)
 
 
 def _progress(groups: range) -> Any:

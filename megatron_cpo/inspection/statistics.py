@@ -1,7 +1,7 @@
 """Numbers of a whole store in one pass over its groups, in memory that does not grow with them."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import batched, chain
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.endings import Endings, ending_length
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import Group, GroupReader
 
@@ -177,13 +178,13 @@ class StoreStatistics:
 
 def measure(
     reader: GroupReader,
-    eod: int | None,
+    endings: Endings,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> StoreStatistics:
     """Statistics of every group of a store, read once, in order.
 
     Args:
-        eod: the id that ends a candidate; None counts no candidate as without one.
+        endings: what may end a candidate; none at all counts no candidate as without one.
         progress: wraps the iterable of group numbers, for a progress bar.
     """
     found = StoreStatistics()
@@ -194,7 +195,7 @@ def measure(
         earlier = [repeats(group) for group in groups]
         found.duplicates.update(sum(e is not None for e in of_group) for of_group in earlier)
         _add_groups(found, groups, sizes[indices[0] : indices[-1] + 1])
-        _add_candidates(codes, groups, list(chain.from_iterable(earlier)), eod)
+        _add_candidates(codes, groups, list(chain.from_iterable(earlier)), endings)
     found.kinds = {kind_name(code): codes[code] for code in sorted(codes)}
     return found
 
@@ -256,7 +257,7 @@ def _add_candidates(
     codes: dict[int, KindStatistics],
     groups: list[Group],
     repeated: list[int | None],
-    eod: int | None,
+    endings: Endings,
 ) -> None:
     """Add the candidates of a chunk of groups, kind by kind; `repeated` as `repeats` gives it."""
     kinds = np.concatenate([group.kinds for group in groups])
@@ -267,7 +268,8 @@ def _add_candidates(
     earlier = np.array([-1 if r is None else r for r in repeated])
     counts = [len(group.candidates) for group in groups]
     truth = np.repeat(np.cumsum([0, *counts[:-1]]), counts)  # where the group's y_1 is
-    ends = np.array(list(_last_tokens(groups)))
+    candidates = (c for group in groups for c in group.candidates)
+    ended = np.array([not endings or ending_length(c, endings) > 0 for c in candidates])
     for code in np.unique(kinds).tolist():
         of = kinds == code
         kind = codes.setdefault(code, KindStatistics())
@@ -276,14 +278,10 @@ def _add_candidates(
         kind.duplicates += int((earlier[of] >= 0).sum())
         kind.equal_to_truth += int((earlier[of] == 0).sum())
         kind.empty += int((lengths[of] == 0).sum())
-        kind.without_eod += 0 if eod is None else int((ends[of] != eod).sum())
+        kind.without_eod += int((~ended[of]).sum())
         kind.likelier += int((logps[of] > logps[truth[of]]).sum())
         kind.likelier_per_token += int((per_token[of] > per_token[truth[of]]).sum())
         kind.tokens.add(lengths[of])
         kind.similarity.add(similarity[of])
         kind.logp.add(logps[of])
         kind.logp_per_token.add(per_token[of])
-
-
-def _last_tokens(groups: list[Group]) -> Iterator[int]:
-    return (int(c[-1]) if len(c) else -1 for group in groups for c in group.candidates)

@@ -4,10 +4,10 @@ A *cell* is what is shown for one token, or for the few tokens that spell one ch
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from megatron_cpo.records.tokenizing import vocabulary
+from megatron_cpo.records.spelling import token_bytes
 
 # What would move the cursor, turn the line around, or not be seen at all. The last but one are
 # bytes that are no UTF-8, as `surrogateescape` keeps them. Joiners (U+200C, U+200D) stay: scripts
@@ -27,7 +27,7 @@ class TokenText:
     """
 
     def __init__(self, tokenizer: Any | None = None) -> None:
-        self._bytes_of = _token_bytes(tokenizer) if tokenizer is not None else None
+        self._bytes_of = token_bytes(tokenizer) if tokenizer is not None else None
         self.has_text = self._bytes_of is not None
         self.separator = "" if self.has_text else " "
         """What stands between two cells."""
@@ -86,43 +86,3 @@ def _waits_for_more(raw: bytes) -> bool:
     except UnicodeDecodeError as error:
         return error.reason == "unexpected end of data"
     return False
-
-
-def _token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:
-    """The bytes of a token by id (None: no such id); None for a tokenizer that has no text."""
-    encoding: Any = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    if hasattr(encoding, "decode_single_token_bytes"):  # tiktoken
-
-        def of_tiktoken(i: int) -> bytes | None:
-            try:
-                return bytes(encoding.decode_single_token_bytes(i))
-            except KeyError:
-                return None
-
-        return of_tiktoken
-    pieces = vocabulary(tokenizer)
-    if not pieces:
-        return None
-    byte_of = {character: bytes([byte]) for byte, character in enumerate(_byte_characters())}
-    # A byte-level BPE starts from all 256 bytes, so it has each as a token.
-    byte_level = set(byte_of) <= set(pieces.values())
-
-    def of_piece(i: int) -> bytes | None:
-        piece = pieces.get(i)
-        if piece is None or isinstance(piece, bytes):
-            return piece
-        if byte_level:
-            known = all(character in byte_of for character in piece)  # not so in added tokens
-            return b"".join(byte_of[c] for c in piece) if known else piece.encode()
-        if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
-
-    return of_piece
-
-
-def _byte_characters() -> list[str]:
-    """What byte-level BPE writes for each byte: itself if printable, else characters from 256."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

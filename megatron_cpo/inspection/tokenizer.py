@@ -6,8 +6,6 @@ needs. They are declared here because Megatron's parser takes seconds to import.
 
 import argparse
 import json
-import logging
-import warnings
 from typing import Any
 
 from megatron_cpo.records.tokenizing import tokenizer_identity
@@ -28,9 +26,9 @@ _REST = {
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of `build_negatives.py` that say which tokenizer it was."""
+    """Add the flags of `megatron-cpo build` that say which tokenizer it was."""
     add = parser.add_argument_group(
-        "tokenizer, as given to build_negatives.py (none: token ids are shown)"
+        "tokenizer, as given to build (none: token ids are shown)"
     ).add_argument
     add("--tokenizer-model", metavar="PATH", help="its model file, folder or name")
     add("--tokenizer-type", metavar="TYPE", help="Megatron's name of it (default: the store's)")
@@ -70,8 +68,8 @@ def store_tokenizer(manifest: dict[str, Any], args: argparse.Namespace) -> Any |
             f"the library {stored.get('library')}, whose type is not known here; give its "
             "--tokenizer-type, or no tokenizer flag to see token ids"
         )
-    with quiet_import():
-        from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
     try:
         tokenizer = build_tokenizer(
             argparse.Namespace(**{**_REST, **vars(args), "tokenizer_type": kind})
@@ -89,13 +87,3 @@ def store_tokenizer(manifest: dict[str, Any], args: argparse.Namespace) -> Any |
             "built with, or none to see token ids"
         )
     return tokenizer
-
-
-class quiet_import(warnings.catch_warnings):
-    """Without the remarks on Transformer Engine and Apex that importing Megatron prints."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore", UserWarning)
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        return entered

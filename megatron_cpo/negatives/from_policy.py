@@ -9,7 +9,7 @@ A policy works on many records at a time, so these samplers take a block of cont
 that of the generator of each group, as in `from_records.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,18 +51,20 @@ def policy_samplers(
         block: Sequence[Context], count: int, rngs: Sequence[np.random.Generator]
     ) -> list[list[Ints]]:
         limits = [_limit(context, settings, policy.positions) for context in block]
+        stops = {context.stop for context in block}
+        ends = policy.ends | stops
         try:
-            drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings)
+            drawn = policy.sample([c.prefix for c in block], limits, count, rngs, settings, stops)
         except NotDrawn as error:
             raise ValueError(f"record {block[error.place].index + 1} in use: {error}") from error
         for context, limit, samples in zip(block, limits, drawn, strict=True):
             _require_tokens(policy, context, samples)
             flag = "--max-new-tokens" if limit == settings.max_new_tokens else "--max-length"
-            cut = sum(_was_cut(tokens, limit, context.eod) for tokens in samples)
+            cut = sum(_was_cut(tokens, limit, ends) for tokens in samples)
             context.cut[cut_at("an", flag)] += cut
         return [
-            [_ended(tokens, context.eod) for tokens in samples]
-            for context, samples in zip(block, drawn, strict=True)
+            [_finished(context, tokens, limit, ends) for tokens in samples]
+            for context, samples, limit in zip(block, drawn, limits, strict=True)
         ]
 
     def mn(
@@ -97,23 +99,32 @@ def _limit(context: Context, sampling: Sampling, positions: int | None) -> int:
     return max(limit, 1)
 
 
-def _was_cut(tokens: Ints, limit: int, eod: int) -> bool:
+def _was_cut(tokens: Ints, limit: int, ends: Collection[int]) -> bool:
     """Whether a sample did not come to its end; see `Policy.sample`."""
-    return len(tokens) >= limit or not _has_end(tokens, eod)
+    return len(tokens) >= limit or not _has_end(tokens, ends)
 
 
-def _ended(tokens: Ints, eod: int) -> Ints:
-    return tokens if _has_end(tokens, eod) else np.append(tokens, np.int32(eod))
+def _has_end(tokens: Ints, ends: Collection[int]) -> bool:
+    return len(tokens) > 0 and int(tokens[-1]) in ends
 
 
-def _has_end(tokens: Ints, eod: int) -> bool:
-    return len(tokens) > 0 and int(tokens[-1]) == eod
+def _finished(context: Context, tokens: Ints, limit: int, ends: Collection[int]) -> Ints:
+    """A sample with its end: the end token that was drawn, or y_1's ending where it was cut.
+
+    Behind y_1's own end token stands what stands there in y_1, such as a line break.
+    """
+    body = tokens[:-1] if _has_end(tokens, ends) else tokens
+    if _was_cut(tokens, limit, ends):  # what is cut has an end as well
+        return context.ended(body, limit)
+    after = context.after if tokens[-1] == context.stop else tokens[:0]
+    if len(tokens) + len(after) > limit:
+        return context.ended(body, limit)
+    return np.concatenate([tokens, after])
 
 
 def _text(context: Context, places: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The same places without the EOD at the end, which every copy keeps."""
-    if context.truth[-1] == context.eod:
-        places[:, -1] = False
+    """The same places without the ending, which every copy keeps."""
+    places[:, len(context.body) :] = False
     return places
 
 
@@ -122,11 +133,11 @@ def _fixed_share(
 ) -> NDArray[np.bool_]:
     """[count, t] places of `count` copies: exactly round(share * n) each, but at least 1.
 
-    n counts the tokens without EOD. The paper says "c% of the tokens", so the number is fixed and
-    the places are a uniform subset of that size; independent coins would leave every fifth
-    y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
+    n counts the tokens without the ending. The paper says "c% of the tokens", so the number is
+    fixed and the places are a uniform subset of that size; independent coins would leave every
+    fifth y_1 of 10 tokens as it is. A y_1 of one token has that one replaced.
     """
-    n = len(context.truth) - int(context.truth[-1] == context.eod)
+    n = len(context.body)
     places = np.zeros((count, len(context.truth)), dtype=bool)
     chosen = max(round(share * n), 1)
     # The smallest of independent uniforms are a uniform subset.

@@ -16,9 +16,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY
-from megatron_cpo.records.pair_files import PairReader
+from megatron_cpo.negatives.answers import SPARE, Answers
 from megatron_cpo.tree import Ints
 
+OWN_PROMPT = "bn negatives that answer their own prompt as another record does"
+OTHER_BORDER = "bn negatives whose first tokens are those behind another prompt"
+"""What is counted, and only drawn where there is nothing else."""
+MOST = 1000
+"""Records that are looked at before such negatives are taken."""
 PRESETS = {"MixN": {"bn": 3, "mn": 5, "tn": 3}, "AN": {"an": 11}, "BN4": {"bn": 4}}
 """The paper's mixes, by its names."""
 
@@ -28,16 +33,60 @@ class Context:
     """What a sampler may look at: one group, and the records it may draw from."""
 
     index: int
-    """The group, which is also its record in `pairs`."""
-    pairs: PairReader
+    """The group, which is also its record in `answers`."""
+    answers: Answers
     prefix: Ints
     truth: Ints
-    """y_1, with EOD at its end unless the text goes on there (a piece of a longer document)."""
-    eod: int
+    """y_1, with its ending unless the text goes on there (a piece of a longer document)."""
+    ending: Ints
+    """The tokens that end a candidate: those that end y_1, or EOD where its text goes on."""
+    goes_on: bool
     room: int | None
-    """Most tokens a candidate may have after this prefix, EOD included. None: no limit."""
+    """Most tokens a candidate may have after this prefix, ending included. None: no limit."""
     cut: Counter[str] = field(default_factory=Counter)
     """Told by samplers of candidates that they cut at a limit, as `cut_at` names it."""
+
+    @property
+    def body(self) -> Ints:
+        """y_1 without its ending."""
+        return self.truth if self.goes_on else self.truth[: len(self.truth) - len(self.ending)]
+
+    @property
+    def after(self) -> Ints:
+        """The tokens of the ending that follow the one that decoding stops at."""
+        return self.ending[len(self.ending) - self.answers.after(self.index) :]
+
+    @property
+    def stop(self) -> int:
+        """The token that decoding stops at, as y_1 does."""
+        return int(self.ending[len(self.ending) - 1 - self.answers.after(self.index)])
+
+    def ended(self, tokens: Ints, most: int) -> Ints:
+        """Tokens cut to a length and ended as y_1 is, ending included."""
+        return np.concatenate([tokens[: max(most - len(self.ending), 0)], self.ending])
+
+
+def context_of(
+    index: int,
+    answers: Answers,
+    eod: int,
+    max_length: int | None,
+    cut: Counter[str] | None = None,
+) -> Context:
+    """What the samplers of a group may look at.
+
+    Args:
+        max_length: most tokens of prefix + candidate.
+        cut: where samplers count what they cut.
+    """
+    prefix, truth = answers.pairs.prefix(index), answers.pairs.continuation(index)
+    ending = answers.ending(index)
+    goes_on = not len(ending)
+    if goes_on:
+        ending = np.array([eod], dtype=np.int32)
+    room = max_length - len(prefix) if max_length else None
+    counter = Counter() if cut is None else cut
+    return Context(index, answers, prefix, truth, ending, goes_on, room, counter)
 
 
 def cut_at(kind: str, flag: str) -> str:
@@ -49,45 +98,57 @@ Sampler = Callable[[Context, int, np.random.Generator], list[Ints]]
 
 
 def batch_negative(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:
-    """BN: continuations of `count` other records, drawn without replacement.
+    """BN: answers of `count` other records, drawn without replacement, behind this prefix.
 
-    Never the group's own record. Records whose continuation equals y_1 or an earlier draw come
-    last, so they are taken only when a few spare draws do not avoid them. What does not fit in the
-    room is cut, with EOD as its last token.
+    Never the group's own record, and a record of the same prompt only when there are no others.
+    Records whose answer equals y_1 or an earlier draw come later, so they are taken only when a few
+    spare draws do not avoid them; those that answer as a record of the same prompt come after all.
+    What does not fit in the room is cut, with y_1's ending as its last tokens.
 
     Raises:
         ValueError: there are fewer than `count` other records.
     """
-    others = len(context.pairs) - 1
-    check_batch_negatives(count, len(context.pairs))
-    spare = 8
-    draws = rng.choice(others, size=min(count + spare, others), replace=False)
+    answers = context.answers
+    check_batch_negatives(count, len(answers))
     seen = {context.truth.tobytes()}
     fresh: list[Ints] = []
     equal: list[Ints] = []
+    last: list[tuple[Ints, str]] = []
     cut: set[bytes] = set()
-    for other in draws:
-        tokens = context.pairs.continuation(int(other + (other >= context.index)))
+    for number, other in enumerate(answers.others(context.index, count, rng)):
+        found = len(fresh) + len(equal)
+        if number >= count + SPARE and found + len(last) * (number >= MOST) >= count:
+            break
+        stands = answers.behind(context.index, other)
+        tokens = answers.pairs.continuation(other) if stands is None else stands
         if context.room is not None and len(tokens) > context.room:
-            tokens = np.append(tokens[: context.room - 1], np.int32(context.eod))
+            tokens = context.ended(tokens, context.room)
             cut.add(tokens.tobytes())
         key = tokens.tobytes()
-        (equal if key in seen else fresh).append(tokens)
-        seen.add(key)
+        if answers.is_right(context.index, other):
+            last.append((tokens, OWN_PROMPT))
+        elif stands is None:
+            last.append((tokens, OTHER_BORDER))
+        else:
+            (equal if key in seen else fresh).append(tokens)
+            seen.add(key)
         if len(fresh) == count:
             break
     drawn = [*fresh, *equal][:count]
+    for tokens, remark in last[: count - len(drawn)]:
+        answers.notes[remark] += 1
+        drawn.append(tokens)
     context.cut[cut_at("bn", "--max-length")] += sum(tokens.tobytes() in cut for tokens in drawn)
     return drawn
 
 
 def truncation_negative(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:
-    """TN: y_1 cut after c tokens, EOD appended; c is uniform over 0 < c < n, n without EOD.
+    """TN: y_1 cut after c tokens, its ending appended; c is uniform over 0 < c < n, n without it.
 
     Cuts are distinct while there are enough; a short y_1 gives every cut before it repeats any. A
-    y_1 of one token has no such cut: its truncation is EOD alone.
+    y_1 of one token has no such cut: its truncation is the ending alone.
     """
-    n = len(context.truth) - int(context.truth[-1] == context.eod)
+    n = len(context.body)
     if n < 2:
         cuts = np.zeros(count, dtype=int)
     elif n - 1 >= count:
@@ -95,12 +156,12 @@ def truncation_negative(context: Context, count: int, rng: np.random.Generator) 
     else:
         again = rng.integers(1, n, size=count - (n - 1))
         cuts = np.concatenate([1 + rng.permutation(n - 1), again])
-    return [np.append(context.truth[:cut], np.int32(context.eod)) for cut in cuts]
+    return [np.concatenate([context.truth[:cut], context.ending]) for cut in cuts]
 
 
 def given_negative(context: Context, count: int, rng: np.random.Generator) -> list[Ints]:
     """The record's own rejected continuations, the first `count` in order (DPO uses one)."""
-    return context.pairs.rejected(context.index)[:count]
+    return context.answers.pairs.rejected(context.index)[:count]
 
 
 NEGATIVES: dict[str, Sampler] = {

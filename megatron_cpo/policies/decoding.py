@@ -5,7 +5,7 @@ tokens, and keeps only the rows that go on. Finished rows leave at once, so a st
 still growing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ def sample_in_batches(
     count: int,
     rngs: Sequence[np.random.Generator],
     eod: int,
+    ends: Collection[int],
     rows: int,
 ) -> list[list[Ints]]:
     """`count` continuations of each prefix, as `Policy.sample`.
@@ -40,6 +41,8 @@ def sample_in_batches(
 
     Args:
         open_session: (prefixes, count) to a session that has read them.
+        eod: the last token of a continuation that is cut.
+        ends: tokens that end a continuation, `eod` among them.
     """
     # A number for every (token, sample), whatever is used of it: draws do not depend on the batch.
     uniforms = [rng.random((n, count)) for n, rng in zip(limits, rngs, strict=True)]
@@ -51,14 +54,19 @@ def sample_in_batches(
     for first in range(0, len(order), together):
         batch = order[first : first + together]
         session = open_session([prefixes[i] for i in batch], count)
-        grown = _grow(session, [uniforms[i] for i in batch], [limits[i] for i in batch], eod)
+        numbers, most = [uniforms[i] for i in batch], [limits[i] for i in batch]
+        grown = _grow(session, numbers, most, eod, np.array(sorted(ends)))
         for place, i in enumerate(batch):
             result[i] = grown[place * count : (place + 1) * count]
     return result
 
 
 def _grow(
-    session: Session, uniforms: list[NDArray[np.float64]], limits: list[int], eod: int
+    session: Session,
+    uniforms: list[NDArray[np.float64]],
+    limits: list[int],
+    eod: int,
+    ends: NDArray[np.int64],
 ) -> list[Ints]:
     """The continuations of a batch: rows of the first prefix, then of the second, and so on."""
     count = uniforms[0].shape[1]
@@ -72,8 +80,9 @@ def _grow(
     while len(live):
         chosen = session.choose(numbers[live, step])
         tokens[live, step] = chosen
-        lengths[live] = step + 1 + (chosen != eod)  # EOD follows what it is not
-        goes_on = np.flatnonzero((chosen != eod) & (chosen >= 0) & (step + 2 < limit[live]))
+        open_ended = ~np.isin(chosen, ends)
+        lengths[live] = step + 1 + open_ended  # EOD follows what is no end
+        goes_on = np.flatnonzero(open_ended & (chosen >= 0) & (step + 2 < limit[live]))
         live, step = live[goes_on], step + 1
         if len(live):
             session.advance(goes_on, chosen[goes_on])

@@ -9,7 +9,7 @@ asked without it, and the user is told once.
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ import numpy as np
 from megatron_cpo.policies.answers import Exhausted, Refused
 from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.records.tokenizing import PROBE, Encoder
+from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.tokenizing import PROBE
 from megatron_cpo.tree import Ints
 
 Body = dict[str, Any]
@@ -100,8 +101,20 @@ class Questions:
         without = {"without": sorted(self.left_out)} if self.left_out else {}
         return {"dialect": self._dialect, **without}
 
-    def body(self, prefix: Ints, sampling: Sampling, tokens: int, seed: int, samples: int) -> Body:
-        """A request for so many samples of at most so many tokens, EOD not counted."""
+    def body(
+        self,
+        prefix: Ints,
+        sampling: Sampling,
+        tokens: int,
+        seed: int,
+        samples: int,
+        stops: Collection[int] = (),
+    ) -> Body:
+        """A request for so many samples of at most so many tokens, EOD not counted.
+
+        Args:
+            stops: end tokens beside EOD, of which a server is told that speaks ids.
+        """
         ids = prefix.tolist()
         text = self._tokenizer.detokenize(self._encoder.unframed(ids))
         body = {
@@ -113,6 +126,8 @@ class Questions:
             "n": samples,
             **DIALECTS[self._dialect](ids, text, sampling, self._encoder.eod),
         }
+        if stops and self._dialect == "token ids":
+            body["stop_token_ids"] = sorted({self._encoder.eod, *stops})
         return {name: value for name, value in body.items() if name not in self.left_out}
 
     async def find_dialect(

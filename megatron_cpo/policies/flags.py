@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from megatron_cpo.extras import needs
 from megatron_cpo.policies.address import KEY_VARIABLE, ShownAddress, is_address
 from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.records.source import source_from_args
@@ -77,10 +78,7 @@ def policy_from_args(
             from megatron_cpo.policies.endpoint import Endpoint
             from megatron_cpo.policies.server import ServerPolicy
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--policy {which}: needs the package {error.name}: pip install "
-                "'megatron-cpo[server]'"
-            ) from error
+            raise ValueError(f"--policy {which}: {needs(error.name, 'server')}") from error
 
         endpoint = Endpoint(which, key_variable=args.policy_key_env, in_flight=args.policy_batch)
         policy = ServerPolicy(endpoint, tokenizer, sampling_from_args(args), args.policy_model)

@@ -5,7 +5,7 @@ Sampling pads on the left, so that all rows grow at the same place: prefixes are
 cache is copied to the samples, and finished rows are dropped from it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import Session, sample_in_batches
+from megatron_cpo.policies.ends import declared_ends
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.policies.same_tokenizer import check_tokenizer
 from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
@@ -67,6 +68,8 @@ class HuggingFacePolicy:
         self._model.to(self._device).eval()
         self._vocab_size, self._eod = vocabulary_size(tokenizer), int(tokenizer.eod)
         self._unused = torch.from_numpy(unused_ids(tokenizer)).long().to(self._device)
+        self.ends = declared_ends(Path(path), self._vocab_size) | {self._eod}
+        """Tokens at which the model stops."""
         check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
         self._head_alone = self._applies_head_alone()
@@ -91,6 +94,7 @@ class HuggingFacePolicy:
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
@@ -100,8 +104,9 @@ class HuggingFacePolicy:
             )
 
         return sample_in_batches(
-            open_session, prefixes, limits, count, rngs, self._eod, self._batch
-        )
+            open_session, prefixes, limits, count, rngs, self._eod, self.ends.union(stops),
+            self._batch,
+        )  # fmt: skip
 
     @torch.no_grad()
     def replacements(

@@ -8,7 +8,7 @@ All ranks of a replica call the same methods with the same arguments; what the l
 finds goes to the others. Data-parallel replicas know nothing of each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron_cpo.model.vocabulary import NO_IDS, VocabShard
 from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import sample_in_batches
+from megatron_cpo.policies.ends import checkpoint_ends
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.vocabulary import unused_ids, vocabulary_size
 from megatron_cpo.tree import Ints, build_tree
@@ -49,6 +50,7 @@ class MegatronPolicy:
         row_tokens: tokens of a row of chains or trees; a longer one has a row of its own.
         batch: most samples that grow at a time.
         unused: ids below `vocab_size` that no token has, and that are not drawn.
+        ends: tokens at which the model stops, beside `eod`.
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
@@ -64,8 +66,10 @@ class MegatronPolicy:
         row_tokens: int,
         batch: int = 256,
         unused: Ints = NO_IDS,
+        ends: Collection[int] = (),
     ) -> None:
         self.chunks, self.identity = chunks, identity
+        self.ends = frozenset({eod, *ends})
         self.positions: int | None = positions
         self._eod, self._batch = eod, batch
         self._model = StagedModel(chunks, vocab_size, positions, row_tokens, unused)
@@ -95,6 +99,7 @@ class MegatronPolicy:
             args.seq_length,
             batch,
             unused_ids(tokenizer),
+            checkpoint_ends(args.load, args.tokenizer_model, vocabulary_size(tokenizer)),
         )
 
     @torch.no_grad()
@@ -105,6 +110,7 @@ class MegatronPolicy:
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
         """See `Policy`."""
 
@@ -113,8 +119,9 @@ class MegatronPolicy:
 
         try:
             return sample_in_batches(
-                open_session, prefixes, limits, count, rngs, self._eod, self._batch
-            )
+                open_session, prefixes, limits, count, rngs, self._eod, self.ends.union(stops),
+                self._batch,
+            )  # fmt: skip
         finally:
             self._model.remember(None)
 

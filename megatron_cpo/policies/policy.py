@@ -6,7 +6,7 @@ kind) and on the policy, never on which worker drew them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ class Sampling:
     top_p: float = 1.0
     """Of those, keep the most likely that together reach this probability; in (0, 1]."""
     max_new_tokens: int = 256
-    """Most tokens of a continuation, EOD included."""
+    """Most tokens of a continuation, its end included."""
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -74,6 +74,10 @@ class Policy(Protocol):
         """What decides its answers, for the manifest: JSON-able, no path of this machine."""
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which it stops, as far as that is known here."""
+
+    @property
     def positions(self) -> int | None:
         """Most tokens of prefix + continuation that it can read. None: no limit known."""
 
@@ -84,18 +88,20 @@ class Policy(Protocol):
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
-        """`count` continuations of each prefix, int32 ids, EOD last.
+        """`count` continuations of each prefix, int32 ids, an end token last.
 
         None at all of a prefix that leaves no room for one: the build leaves such a record out, and
         counts it.
 
         Args:
-            limits: most tokens of a continuation of each prefix, EOD included, at least 1; one that
-                reaches it is cut there, with EOD as its last token: an EOD that is drawn comes
+            limits: most tokens of a continuation of each prefix, end included, at least 1; one that
+                reaches it is cut there, with EOD as its last token: an end that is drawn comes
                 before. One that was cut and does not reach it, as in text that was encoded again,
-                has no EOD at its end.
+                has no end token at its end.
             rngs: one generator a prefix.
+            stops: end tokens beside EOD and those that the model declares.
 
         Raises:
             NotDrawn: nothing can be drawn for one of the prefixes, and it is not known why.

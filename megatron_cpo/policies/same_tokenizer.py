@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.records.tokenizing import PROBE, Encoder, vocabulary
+from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.spelling import vocabulary
+from megatron_cpo.records.tokenizing import PROBE
 from megatron_cpo.records.vocabulary import describe_size, vocabulary_size
 
 

@@ -15,7 +15,7 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,8 @@ from megatron_cpo.policies.dialects import (
 )
 from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.policy import NotDrawn, Sampling
-from megatron_cpo.records.tokenizing import Encoder, vocabulary
+from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.tree import Ints
 
 BROKEN = ("abort", "error", "content_filter")
@@ -62,7 +63,8 @@ class ServerPolicy:
     ) -> None:
         self._endpoint, self._tokenizer = endpoint, tokenizer
         self._encoder = Encoder(tokenizer)
-        self._ids = max([int(tokenizer.vocab_size) - 1, *vocabulary(tokenizer)]) + 1
+        self.ends = frozenset({self._encoder.eod})  # those of the model the server knows
+        self._ids = vocabulary_size(tokenizer)
         self._context: int | None = None
         self._shortened = 0
         self._one_each = self._warned = False
@@ -81,8 +83,12 @@ class ServerPolicy:
         count: int,
         rngs: Sequence[np.random.Generator],
         sampling: Sampling,
+        stops: Collection[int] = (),
     ) -> list[list[Ints]]:
         """See `Policy`. The seeds of a group come from its generator.
+
+        What the model declares as its ends the server knows; `stops` it is told where it speaks
+        token ids.
 
         Raises:
             ValueError: the server cannot be reached, or its answer cannot be used.
@@ -92,7 +98,7 @@ class ServerPolicy:
         async def all_of_them() -> list[list[Ints]]:
             async with self._endpoint, asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._samples(place, *asked, sampling))
+                    group.create_task(self._samples(place, *asked, sampling, stops))
                     for place, asked in enumerate(zip(prefixes, limits, seeds, strict=True))
                 ]
             return [task.result() for task in tasks]
@@ -133,15 +139,23 @@ class ServerPolicy:
         return limit if self._context is None else min(limit, self._context - len(prefix))
 
     async def _samples(
-        self, place: int, prefix: Ints, limit: int, seeds: list[int], sampling: Sampling
+        self,
+        place: int,
+        prefix: Ints,
+        limit: int,
+        seeds: list[int],
+        sampling: Sampling,
+        stops: Collection[int],
     ) -> list[Ints]:
         """As many continuations as seeds, or none if the server cannot read the prefix.
 
         Servers that give one a request are asked for each.
         """
         found: list[Ints] = []
+        # An answer that does not show its end had the one that is asked for, if that is one.
+        end = next(iter(stops)) if len(stops) == 1 else self._encoder.eod
         if limit == 1:
-            return [np.array([self._encoder.eod], dtype=np.int32)] * len(seeds)
+            return [np.array([end], dtype=np.int32)] * len(seeds)
         alone = False
         while len(found) < len(seeds):
             room = self._room(prefix, limit)
@@ -150,7 +164,7 @@ class ServerPolicy:
             alone = alone or self._one_each
             asked = 1 if alone else len(seeds) - len(found)
             seed = seeds[len(found)]
-            body = self._questions.body(prefix, sampling, room - 1, seed, asked)
+            body = self._questions.body(prefix, sampling, room - 1, seed, asked, stops)
             try:
                 choices = (await self._endpoint.post("completions", body)).get("choices")
             except Refused as error:
@@ -169,7 +183,9 @@ class ServerPolicy:
                     "the server's log and start again: what is finished is kept"
                 )
             self._one_each |= alone
-            found += [self._tokens(choice, room - 1) for choice in choices[:asked]]
+            for choice in choices[:asked]:
+                ids = self._ids_of(choice, prefix)
+                found.append(_ended(ids, choice, room - 1, self.ends.union(stops), end))
         return found
 
     def _learns_context(self, refusal: str, prefix: Ints, room: int) -> bool:
@@ -194,13 +210,12 @@ class ServerPolicy:
             logger.warning(f"{error}, asked for {what}: such records are left out; {remedy}")
         self._warned = True
 
-    def _tokens(self, choice: Any, most: int) -> Ints:
-        """The ids of a sample, at most so many, and EOD unless the server cut it short.
+    def _ids_of(self, choice: Any, prefix: Ints) -> list[int]:
+        """The ids of a sample; a text is encoded as it stands behind its prefix.
 
         Raises:
             ValueError: it has no ids of the build's tokenizer, nor a text.
         """
-        eod = self._encoder.eod
         fields = choice if isinstance(choice, dict) else {}
         ids, text = fields.get("token_ids"), fields.get("text")
         if fields.get("finish_reason") in BROKEN:
@@ -209,7 +224,8 @@ class ServerPolicy:
                 "log and start again: what is finished is kept"
             )
         if ids is None and isinstance(text, str):
-            ids = self._encoder.continuation(text)
+            ids = self._encoder.after(prefix, text)
+            ids = self._encoder.continuation(text) if ids is None else ids
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise self._endpoint.error(
                 f"answers with a choice that has neither a text nor a list of token ids "
@@ -221,9 +237,7 @@ class ServerPolicy:
                 f"to {self._ids - 1}; build with the tokenizer of the server's model "
                 f"({self._model})"
             )
-        end = ids.index(eod) if eod in ids else len(ids)
-        ended = eod in ids or fields.get("finish_reason") != "length"  # else its context was full
-        return np.array([*ids[: min(end, most)], *([eod] if ended else [])], dtype=np.int32)
+        return ids
 
     async def _open(self, model: str | None, sampling: Sampling) -> None:
         """Find out which model is served, how much it can read, and how to ask for samples."""
@@ -249,6 +263,20 @@ class ServerPolicy:
             self._questions = Questions(self._model, self._tokenizer)
             await self._questions.find_dialect(endpoint, sampling, names)
         self._one_each = "n" in self._questions.left_out
+
+
+def _ended(
+    ids: list[int], choice: dict[str, Any], most: int, ends: Collection[int], end: int
+) -> Ints:
+    """At most so many tokens of a sample and its end.
+
+    None follows where the server stopped for length before the limit: its context was full.
+    """
+    at = next((place for place, token in enumerate(ids) if token in ends), None)
+    if at is not None:
+        return np.array([*ids[: min(at, most)], ids[at] if at <= most else end], dtype=np.int32)
+    full = len(ids) < most and choice.get("finish_reason") == "length"
+    return np.array([*ids[:most], *([] if full else [end])], dtype=np.int32)
 
 
 def _context(listed: list[dict[str, Any]], model: str) -> int | None:

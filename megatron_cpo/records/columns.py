@@ -51,9 +51,9 @@ class Columns:
 
         Names that were given win over those that the record has, and over other shapes.
         """
+        if not self.names and None not in fields.values():
+            return fields
         present = {name: value for name, value in fields.items() if value is not None}
-        if not self.names:
-            return present
         renamed = {}
         for ours, theirs in self.names:
             value = _at(fields, theirs)
@@ -61,6 +61,8 @@ class Columns:
                 renamed[ours] = value
             elif ours not in _OPTIONAL:
                 return Unreadable(f"no field {theirs!r}, as --{ours}-field says")
+        if not self.names:
+            return present
         hidden = _ANSWERS.difference(*self._families())
         hidden |= {name for ours, _ in self.names for name in (ours, _OTHER_NAME.get(ours, ours))}
         kept = {name: value for name, value in present.items() if name not in hidden}

@@ -66,27 +66,27 @@ def _units(file: BufferedReader, path: str) -> Iterator[tuple[str, Any]]:
     """(place, unit): the bytes of a line, a decoded value, or why there is neither."""
     if file.peek(3)[:3] == codecs.BOM_UTF8:  # the mark some editors put first
         file.read(3)
-    decided, number = False, 0
-    while start := file.peek(1):
-        number += 1
-        if not decided and start.lstrip().startswith(b"["):  # it may be one line of any length
+    number, line = 1, b""
+    while not line.strip():
+        if file.peek(1).lstrip().startswith(b"["):  # it may be one line of any length
             yield from _values(file, b"", path, number)
             return
-        line = file.readline(LONGEST_LINE + 1)
-        if not decided and line.strip():
-            if _spans_lines(line):
-                yield from _values(file, line, path, number)
-                return
-            decided = True
-        yield f"{path}:{number}", _rest_skipped(file, line) if _is_cut(line) else line.strip()
+        if not (line := file.readline(LONGEST_LINE + 1)):
+            return
+        if _spans_lines(line):
+            yield from _values(file, line, path, number)
+            return
+        yield f"{path}:{number}", _line(file, line)
+        number += 1
+    while line := file.readline(LONGEST_LINE + 1):
+        yield f"{path}:{number}", _line(file, line)
+        number += 1
 
 
-def _is_cut(line: bytes) -> bool:
-    return len(line) > LONGEST_LINE and not line.endswith(b"\n")
-
-
-def _rest_skipped(file: BufferedReader, line: bytes) -> Unreadable:
-    """Read on to the end of a line that is too long, and keep nothing."""
+def _line(file: BufferedReader, line: bytes) -> bytes | Unreadable:
+    """A line; of one that is too long the end is read as well, and nothing kept."""
+    if len(line) <= LONGEST_LINE or line.endswith(b"\n"):
+        return line.strip()
     while line and not line.endswith(b"\n"):
         line = file.readline(1 << 20)
     return Unreadable(f"line longer than {LONGEST_LINE >> 20} MiB")

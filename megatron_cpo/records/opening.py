@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.extras import needs
+
 WANTED = (
     "give JSON Lines or a JSON array (plain, .gz, .bz2, .xz or .zst), Parquet or Arrow files, a "
     "folder of datasets' save_to_disk, or the prefix of a Megatron indexed dataset"
@@ -114,9 +116,7 @@ def pyarrow(path: str, module: str = "") -> Any:
     try:
         return import_module(f"pyarrow{module}")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--input {path}: needs the package pyarrow: pip install 'megatron-cpo[data]'"
-        ) from error
+        raise ValueError(f"--input {path}: {needs('pyarrow', 'data')}") from error
 
 
 def _unpacked(stored: io.BufferedReader, packed: str, path: str) -> io.BufferedReader:

@@ -1,13 +1,15 @@
 """Pairs on disk, in Megatron's `IndexedDataset`: for building groups, and as documents for MLE.
 
 Both come from one reader, so that the reference model is trained on exactly the tokens that the
-groups compare. What grows with the number of records is only the index of a dataset.
+groups compare. What grows with the number of records is only the index of a dataset. Beside the
+dataset of a build lies what is remembered of each record's text, a row of `BORDERS` each.
 
 Tokenising the records of a build goes on where it was killed: every few lines a note says how far
 the files of the dataset have come. Who finds one cuts the files off there, skips the lines that are
 done with, and writes on: the same bytes in the end.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -15,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_cpo.files import aside, sync, write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
+from megatron_cpo.records.border import BORDERS
+from megatron_cpo.records.dropped import Dropped
+from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.pairs import read_pairs
-from megatron_cpo.records.reading import Dropped
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Pair
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.tree import Ints
 
@@ -37,6 +41,8 @@ class PairReader:
 
         self._dataset = IndexedDataset(path_prefix)
         self._bounds = self._dataset.document_indices
+        self.borders: NDArray[Any] = np.memmap(path_prefix + ".borders", BORDERS, "r")
+        """[records] rows of `BORDERS`."""
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -83,6 +89,7 @@ def write_pairs_resumed(
     note, prefix = folder / "note.json", str(folder / "pairs")
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
     writer, skip = _writer(note, prefix, store_dtype(vocabulary_size(tokenizer)), dropped)
+    borders = _borders(prefix, writer.sizes()[-1] // 4)
     lines = 0
 
     def advance(more: int, read: int) -> None:
@@ -90,20 +97,32 @@ def write_pairs_resumed(
         lines += more
         show(read)
         if more and lines > skip and lines % NOTE_LINES == 0 and writer.sizes()[-1]:
-            content = {"lines": lines, "sizes": writer.sizes()}
-            write_json(note, {**content, "counts": dropped.counts, "first": dropped.first})
+            borders.flush()
+            write_json(note, {"lines": lines, "sizes": writer.sizes(), **dropped.content()})
 
     try:
         for pair in read_pairs(source, tokenizer, dropped, rejected, advance, skip):
             sequences = sequences_of(pair)
             writer.add(np.concatenate(sequences), [len(s) for s in sequences])
+            borders.write(pair.border.row())
         writer.close()
+        borders.close()
     except BaseException:
         writer.leave()
+        with contextlib.suppress(OSError):
+            borders.close()
         raise
     note.unlink(missing_ok=True)
-    write_json(folder / "dropped.json", {"counts": dropped.counts, "first": dropped.first})
+    write_json(folder / "dropped.json", dropped.content())
     return PairReader(prefix)
+
+
+def _borders(prefix: str, rows: int) -> Any:
+    """The file of borders, open behind as many rows as there are documents."""
+    file = open(f"{prefix}.borders", "r+b" if rows else "wb")  # noqa: SIM115  # closed by the caller
+    file.truncate(rows * BORDERS.itemsize)
+    file.seek(rows * BORDERS.itemsize)
+    return file
 
 
 def _writer(note: Path, prefix: str, dtype: Any, dropped: Dropped) -> tuple[IndexedWriter, int]:
@@ -111,10 +130,12 @@ def _writer(note: Path, prefix: str, dtype: Any, dropped: Dropped) -> tuple[Inde
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
         writer = IndexedWriter(prefix, dtype, found["sizes"])
+        if Path(f"{prefix}.borders").stat().st_size < found["sizes"][-1] // 4 * BORDERS.itemsize:
+            raise ValueError(f"{prefix}.borders: has not the rows that were written")
     except (FileNotFoundError, ValueError):
         note.unlink(missing_ok=True)
         return IndexedWriter(prefix, dtype), 0
-    dropped.counts, dropped.first = found["counts"], found["first"]
+    dropped.take(found)
     return writer, found["lines"]
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.documents import read_documents
+from megatron_cpo.records.dropped import BadRecord, Dropped
+from megatron_cpo.records.encoder import Encoder, Pair
 from megatron_cpo.records.inputs import indexed_prefix
 from megatron_cpo.records.lines import Advance
-from megatron_cpo.records.reading import BadRecord, Dropped, read_records
+from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
-from megatron_cpo.records.tokenizing import Encoder, Pair, chat_renderer
 from megatron_cpo.tree import Ints
 
 
@@ -44,17 +46,18 @@ def read_pairs(
     for pair, where in (
         _pairs_of_datasets(indexed, source, tokenizer, encoder, dropped, advance, skip)
         if indexed
-        else _pairs_of_records(source, tokenizer, encoder, dropped, advance, skip)
+        else _pairs_of_records(source, tokenizer, encoder, dropped, rejected, advance, skip)
     ):
         if len(pair.rejected) < rejected:
             dropped.skip(f"fewer than {rejected} rejected continuations", where)
             continue
-        pair = Pair(pair.prefix, pair.continuation, pair.rejected[:rejected])
         longest = max(map(len, (pair.continuation, *pair.rejected)))
         if source.max_length and len(pair.prefix) + longest > source.max_length:
             dropped.skip(f"longer than {source.max_length} tokens", where)
             continue
         usable += 1
+        for remark in pair.notes:
+            dropped.note(remark, where)
         yield pair
     if not usable:
         raise dropped.nothing_usable(source.inputs)
@@ -65,26 +68,31 @@ def _pairs_of_records(
     tokenizer: Any,
     encoder: Encoder,
     dropped: Dropped,
+    rejected: int,
     advance: Advance,
     skip: int,
 ) -> Iterator[tuple[Pair, str]]:
-    render = chat_renderer(tokenizer)
+    rendered = source.control_tokens == "parse"
     for record in read_records(
         source.inputs,
         dropped,
         source.shape,
         source.template,
-        render,
+        Chat(tokenizer),
         advance,
         skip,
         source.columns,
     ):
         if record.prefix is None:
-            text = encoder.text(record.continuation)
+            text = encoder.text(record.continuation, rendered)
+            for remark in () if rendered else encoder.notes(record.continuation):
+                dropped.note(remark, record.source)
             yield from _pieces(text, record.source, source, encoder, dropped)
             continue
         try:
-            pair = encoder.pair(record.prefix, record.continuation, *record.rejected)
+            texts = (record.prefix, record.continuation, *record.rejected[:rejected])
+            as_rendered = record.rendered or rendered
+            pair = encoder.pair(*texts, rendered=as_rendered, end=record.end)
         except BadRecord as error:
             dropped.bad(str(error), record.source)
         else:

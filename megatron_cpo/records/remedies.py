@@ -4,8 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SETS = "prompt+completion, prompt+chosen, instruction+response, messages or text"
+SETS = "prompt+completion, prompt+chosen, chosen+rejected, instruction+response, messages or text"
 _REMEDIES = (
+    (
+        r"^no .*prompt|^missing field",
+        f"a record needs {SETS}; name other fields with --prompt-field, --completion-field and "
+        "their like",
+    ),
     (r"longer than \d+ tokens", "raise --max-length, or give shorter records"),
     (
         r"rejected",
@@ -15,11 +20,6 @@ _REMEDIES = (
     (r"tokens to split", "give texts of at least two tokens"),
     (r"not UTF-8", "write the file anew as UTF-8, by iconv -t UTF-8"),
     (r"^no field", "name the fields that the data has"),
-    (
-        r"^no .*prompt|^missing field",
-        f"a record needs {SETS}; name other fields with --prompt-field, --completion-field and "
-        "their like",
-    ),
     (r"^not JSON|^not a JSON|MiB$", f"each line must be a JSON object with {SETS}"),
     (r"messages|assistant|chat", "a chat is a list of {role, content} with an assistant's turn"),
     (r"is not a string", "give text there, or name another field with --prompt-field and its like"),

@@ -3,8 +3,6 @@
 import argparse
 import hashlib
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 from megatron_cpo.records.columns import NAMES, Columns
 from megatron_cpo.records.inputs import expand, files_of, indexed_prefix
 from megatron_cpo.records.opening import WANTED, check_file
-from megatron_cpo.records.reading import DEFAULT_TEMPLATE, SHAPES, check_template
+from megatron_cpo.records.shapes import DEFAULT_TEMPLATE, SHAPES, check_template
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,17 @@ class Source:
     """Files, folders and patterns, see `inputs.py`, or prefixes of Megatron indexed datasets (late
     pretraining)."""
     shape: str = "auto"
-    """`--format`: a key of `reading.SHAPES`, or `auto`."""
+    """`--format`: a key of `shapes.SHAPES`, or `auto`."""
     template: str = DEFAULT_TEMPLATE
-    """`--prompt-template` of instruction records; see `reading.fill_template`."""
+    """`--prompt-template` of instruction records; see `shapes.fill_template`."""
     prefix_fraction: float = 0.15
     """Share of the tokens of a whole text that is its prefix, in (0, 1)."""
     max_length: int | None = None
     """Most tokens of prefix + continuation, EOD included. Longer records are skipped and counted;
     longer texts, and documents of an indexed dataset, are cut into pieces. None: no limit."""
+    control_tokens: str = "text"
+    """What `<|im_end|>` and the like are in strings of records: `text`, or `parse`, for strings
+    that a chat template wrote already."""
     on_bad_record: str = "skip"
     """`skip` counts bad records, `refuse` stops at the first."""
     names: tuple[tuple[str, str], ...] = ()
@@ -46,6 +47,8 @@ class Source:
             )
         if self.on_bad_record not in ("skip", "refuse"):
             raise ValueError(f"--on-bad-record {self.on_bad_record}: give skip or refuse")
+        if self.control_tokens not in ("text", "parse"):
+            raise ValueError(f"--control-tokens {self.control_tokens}: give text or parse")
         if not 0 < self.prefix_fraction < 1:
             raise ValueError(
                 f"--prefix-fraction {self.prefix_fraction}: needs a number between 0 and 1, such "
@@ -97,31 +100,16 @@ def _sha256(path: str) -> str:
 INPUT_HELP = """\
 --input takes JSON Lines or a JSON array, plain or packed (.gz .bz2 .xz .zst), Parquet and Arrow
 files, folders of datasets' save_to_disk, and patterns of these, with one of these sets of fields:
-  prompt + completion      optionally rejected, a string or a list; or prompt + chosen + rejected
+  prompt + completion      optionally rejected, a string or a list
+  chosen + rejected        strings or lists of messages, with or without prompt (TRL, UltraFeedback)
+                           or NeMo's chosen_response + rejected_response, context + completions
   instruction + response   and context (Dolly), or input and output (Alpaca); see --prompt-template
-  messages                 [{role, content} ...]; the last assistant turn is the continuation
+  messages                 [{role, content} ...] and perhaps tools; the last assistant turn is the
+                           continuation, as the tokenizer's chat template writes it
   text                     the first --prefix-fraction of its tokens is the prefix
 or the prefix of a Megatron indexed dataset (late pretraining), split like text. Fields of other
-names: --prompt-field and its like. Tables and .zst need pip install 'megatron-cpo[data]'.
+names: --prompt-field and its like. Tables and .zst need the extra [data].
 """
-
-
-def answer_help(
-    description: str | None, add_arguments: Callable[[argparse.ArgumentParser], object]
-) -> None:
-    """If --help was asked for, print it and exit: without the seconds that Megatron's parser takes.
-
-    Args:
-        description: the tool's docstring.
-        add_arguments: adds the tool's own flags.
-    """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        parser = argparse.ArgumentParser(
-            description=f"{description}\n{INPUT_HELP}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_arguments(parser)
-        parser.parse_args()
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -140,6 +128,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "texts and documents are cut (default: --max-position-embeddings, or 1024)")  # fmt: skip
     for name in NAMES:
         add(f"--{name}-field", metavar="NAME", help=f"what the data calls {name}; a.b is b in a")
+    add("--control-tokens", default="text", choices=["text", "parse"],
+        help="control tokens spelt in a string, such as <|im_end|>, stay text, or, where a chat "
+        "template wrote the strings already, are what they name (default: text)")  # fmt: skip
     add("--on-bad-record", default="skip", choices=["skip", "refuse"],
         help="skip and count bad records, or stop at the first (default: skip)")  # fmt: skip
     return parser
@@ -163,6 +154,7 @@ def source_from_args(args: argparse.Namespace) -> Source:
         template=args.prompt_template.replace("\\n", "\n"),
         prefix_fraction=args.prefix_fraction,
         max_length=args.max_length if args.max_length is not None else positions or 1024,
+        control_tokens=args.control_tokens,
         on_bad_record=args.on_bad_record,
         names=tuple((n, given) for n in NAMES if (given := getattr(args, f"{n}_field", None))),
     )

@@ -5,14 +5,15 @@ is told, and texts with the sign that it writes for an unknown piece itself. Suc
 to it in parts, so that all of them is seen, and counted.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from megatron_cpo.records.reading import Dropped, read_records
+from megatron_cpo.files import write_whole
+from megatron_cpo.records.dropped import Dropped
+from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
 
 LONGEST_SENTENCE = 1 << 20
@@ -87,9 +88,7 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Tra
     if failed:
         raise failed[0]
     Path(model_path).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{model_path}.writing-{os.getpid()}")
-    aside.write_bytes(model.getvalue())
-    os.replace(aside, model_path)
+    write_whole(Path(model_path), model.getvalue())
     return training
 
 
@@ -98,7 +97,8 @@ def _texts(source: Source, dropped: Dropped) -> Iterator[str]:
         source.inputs, dropped, source.shape, source.template, columns=source.columns
     )
     for record in records:
-        yield from filter(None, (record.prefix, record.continuation, *record.rejected))
+        # In one piece, as it will be encoded: words behind a border are learned too.
+        yield from filter(None, ((record.prefix or "") + record.continuation, *record.rejected))
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -7,6 +7,8 @@ writes the store.
 
 from typing import Any
 
+import torch
+
 from megatron_cpo.checkpoints.arguments import check_model
 from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
@@ -14,6 +16,7 @@ from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
 from megatron_cpo.model.attach import attach_tree_attention
+from megatron_cpo.quiet import say
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import STAGE, ScoreFolder
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
@@ -48,7 +51,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
-    from megatron.training import get_tokenizer, print_rank_0
+    from megatron.training import get_tokenizer
 
     require_folder(args)
     if model is None:
@@ -69,7 +72,8 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
     described = model_name(reference)
     # The last rank may be putting the store together, so rank 0 looks once all are here.
     if on_first_rank(is_scored):
-        print_rank_0(f"{path_prefix} is scored under {described} already: it is left as it is")
+        if torch.distributed.get_rank() == 0:
+            say(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
     tokens = vocabulary_size(get_tokenizer())
@@ -92,7 +96,8 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             f"{work.path}: {len(missing)} of {len(blocks)} blocks are not there, the first is "
             f"{missing[0]}; see that all ranks share this folder, and run the same command again"
         )
-    print_rank_0(f"scored {len(reader)} groups under {described}")
+    if torch.distributed.get_rank() == 0:
+        say(f"scored {len(reader)} groups under {described}")
 
 
 def reference_identity(args: Any) -> dict[str, Any]:

@@ -65,8 +65,19 @@ class Scorer:
         return work
 
 
-def rescore(path_prefix: str, tokenizer: Any, use: PolicyUse, run: Run) -> BuildReport | None:
+def rescore(
+    path_prefix: str, tokenizer: Any, use: PolicyUse, run: Run | None = None
+) -> BuildReport | None:
     """Score this run's share of a store's groups under the policy of `use`.
+
+    The store gets log pi(y_k | x) of every candidate, nats, summed over its tokens, float32 [K] a
+    group, and its manifest the policy's identity as the reference.
+
+    Args:
+        path_prefix: the store's PREFIX.
+        tokenizer: Megatron's, the store's.
+        use: opens the policy; nothing else of it counts here.
+        run: which share of the groups, and with what; None: all, in this process.
 
     Returns:
         The report once all are scored; None while blocks of other shares are missing.
@@ -75,6 +86,7 @@ def rescore(path_prefix: str, tokenizer: Any, use: PolicyUse, run: Run) -> Build
         ValueError: as `Scorer`, or another policy has begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
+    run = run or Run()
     scorer = Scorer(path_prefix, tokenizer, use)
     work = scorer.work
     with explained(work.path):

@@ -14,7 +14,7 @@ class CPOConfig:
     """Settings of the CPO loss (arXiv:2502.16433); a field is the flag `--cpo-<field>`."""
 
     data_path: str
-    """PREFIX of the group store to train on (tools/build_negatives.py --output-prefix)."""
+    """PREFIX of the group store to train on (megatron-cpo build --output-prefix)."""
     valid_data_path: str | None = None
     """PREFIX of the store to evaluate on; None: Megatron's --split divides `data_path`."""
     k: int = 12
@@ -43,7 +43,7 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "data_path": (
         str,
         "PREFIX",
-        "Group store to train on, from tools/build_negatives.py.",
+        "Group store to train on, from megatron-cpo build.",
     ),
     "valid_data_path": (
         str,
@@ -143,7 +143,7 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     if not values["data_path"]:
         raise ValueError(
             "--cpo-aux-loss needs --cpo-data-path PREFIX, a group store; build one with "
-            "tools/build_negatives.py --output-prefix PREFIX"
+            "megatron-cpo build --output-prefix PREFIX"
         )
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
     beta = values["beta"]

@@ -49,7 +49,7 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
         )
     if manifest["reference"] is None:
         raise ValueError(
-            f"{path} has no reference log-probs; score it with tools/build_negatives.py "
+            f"{path} has no reference log-probs; score it with megatron-cpo build "
             f"--score-only --output-prefix {path} --load CHECKPOINT and the model's flags"
         )
 

@@ -91,7 +91,7 @@ class StepZeroGate:
         return line + (
             "FAILED: the policy is not its reference. Check that the store was scored with the "
             "model, position and precision flags of this run; "
-            "if they differ, score it again with tools/build_negatives.py --score-only"
+            "if they differ, score it again with megatron-cpo build --score-only"
         )
 
 
@@ -102,7 +102,7 @@ def _why_not(
         return (
             f"step-0 gate: does not apply: the reference log-probs are of {_describe(reference)}, "
             f"training starts from {_describe(start)}. Right for a resumed run; else score the "
-            "store again with tools/build_negatives.py --score-only, or start from its reference"
+            "store again with megatron-cpo build --score-only, or start from its reference"
         )
     if hidden_dropout > 0:
         return (

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 
 from megatron_cpo.host import compat
+from megatron_cpo.host.help import readable
+from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
 
+USAGE = "%(prog)s [Megatron's flags] [--cpo-aux-loss --cpo-data-path PREFIX --cpo-...]"
 _MARK = "_megatron_cpo"
 
 
@@ -33,6 +36,7 @@ def install() -> None:
     """
     from megatron_cpo.host import cpu as cpu_host
 
+    ignore_import_warnings()
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
@@ -69,7 +73,7 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
             from megatron_cpo.host import cpu as cpu_host
 
             cpu_host.set_parser_defaults(parser)
-        return add_cpo_args(parser)
+        return readable(parser, usage=USAGE, first=add_cpo_args)
 
     bound.arguments["extra_args_provider"] = provider
     parsed = original(*bound.args, **bound.kwargs)

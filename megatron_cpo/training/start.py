@@ -9,7 +9,11 @@ from typing import Any
 from megatron_cpo.checkpoints.arguments import loaded_from, run_differences, said_of
 from megatron_cpo.checkpoints.folders import checkpoint_folder
 from megatron_cpo.checkpoints.formats.saved import saved_arguments
-from megatron_cpo.checkpoints.identity import checkpoint_identity, same_checkpoint
+from megatron_cpo.checkpoints.identity import (
+    checkpoint_identity,
+    refuse_other_models,
+    same_checkpoint,
+)
 from megatron_cpo.training.config import CPOConfig
 
 
@@ -34,10 +38,12 @@ def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> None:
         manifest: of the store that is trained on.
 
     Raises:
-        ValueError: says --finetune.
+        ValueError: says --finetune; or `--load` has no Megatron checkpoint, but another model.
     """
     iteration = _goes_on_at(args)
     folder = checkpoint_folder(args.load, args.ckpt_step)
+    if folder is None and args.load is not None:
+        refuse_other_models(args.load)
     saved = saved_arguments(folder) if folder is not None else {}
     digest = store_digest(manifest)
     if iteration is None or not saved:
@@ -72,7 +78,7 @@ def check_reference(
         raise ValueError(
             f"{config.data_path} was scored with {name} {scored!r} under the weights that this run "
             f"starts from with {ours!r}: the policy would not be its reference; score it again "
-            "with tools/build_negatives.py --score-only and the flags of this run"
+            "with megatron-cpo build --score-only and the flags of this run"
         )
     if (iteration := _goes_on_at(args)) is not None:
         what = f"it is the reference of {config.data_path}"

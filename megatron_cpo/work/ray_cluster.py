@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_cpo.extras import needs
 from megatron_cpo.work.job import Job
 
 CALL_BLOCKS = 4
@@ -46,8 +47,7 @@ def run_ray(job: Job, stage: str, blocks: Sequence[int], workers: int) -> Iterat
         import ray.data
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--executor ray needs the package {error.name}: pip install 'megatron-cpo[ray]', or "
-            "leave --executor out"
+            f"--executor ray {needs(error.name, 'ray')}; or leave --executor out"
         ) from error
     if not blocks:
         return

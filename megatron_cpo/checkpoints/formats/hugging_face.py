@@ -127,8 +127,8 @@ def check_tied(
     """ValueError if the output layer that is stored is not the embedding, though both are one."""
     if embedding is None or not same_values(tensors[head], tensors[embedding]):
         raise ValueError(
-            f"{folder}: config.json ties the output layer to the embedding, but {head} is not "
-            f"{embedding}; set tie_word_embeddings to false there if both are meant, or remove "
+            f"{folder}: its configuration ties the output layer to the embedding, but {head} is "
+            f"not {embedding}; set tie_word_embeddings to false there if both are meant, or remove "
             f"{head}"
         )
 

@@ -39,6 +39,7 @@ from megatron_cpo.checkpoints.tokens import Vocabulary, vocabulary_of_files
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|(.*\.)?(rng|rerun_state_machine)_state/")
 """Entries that a merged checkpoint leaves out."""
 _COMMON = MetadataIndex("common_state/shard_0_1")
+_HEAD = "output_layer.weight"
 _TOKENIZER_FILES = ("tokenizer_model", "vocab_file", "merge_file")
 
 
@@ -51,9 +52,7 @@ class TorchDistCheckpoint:
     """
 
     format = "torch_dist"
-    embedding: str | None = None
-    head: str | None = None
-    """Megatron stores an output layer only where it is not the embedding."""
+    embedding: str | None = "embedding.word_embeddings.weight"
 
     def __init__(self, path: Path, iteration: int | None = None) -> None:
         self.name = path.name
@@ -69,6 +68,7 @@ class TorchDistCheckpoint:
         check_sizes([(self.folder / name, end) for name, end in sorted(ends)])
         self.tensors = self._locate_tensors()
         self.weights = {name: name for name in self.tensors}
+        self.head = _HEAD if _HEAD in self.tensors else None
         self.args = args = _arguments(self.folder, self._stored)
         """Megatron's arguments of the run that wrote it, by destination."""
         self.architecture = architecture_of_arguments(args)
@@ -266,6 +266,11 @@ def _read_metadata(folder: Path) -> Metadata:
         )
     config = folder / "metadata.json"
     backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else None
+    if backend is None:
+        raise ValueError(
+            f"{folder} has torch's .metadata but not Megatron's metadata.json: FSDP or another "
+            "program saved it; gather its weights with that (accelerate merge-weights, say)"
+        )
     if backend != "torch_dist":
         raise ValueError(f"{config} says {backend!r}; only torch_dist checkpoints can be merged")
     return _unpickled_metadata(folder)

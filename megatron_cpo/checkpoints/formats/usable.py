@@ -19,6 +19,7 @@ _ADAPTER = re.compile(
 _QUANTISED = re.compile(
     r".*\.(qweight|qzeros|g_idx|scales|SCB|weight_format|absmax|nested_absmax|quant_map"
     r"|nested_quant_map|quant_state\..*|weight_packed|weight_shape|weight_scale(_inv|_2)?|W_q"
+    r"|q_weight|q_scale(_max)?|q_invperm|q_groups|weight_scales|weight\._(data|scale|shift|packed)"
     r"|weight_zero_point|(input|output|k|v)_scale|(weight|input|output)_quantizer\..*|_amax)"
     r"|.*_proj_(blocks|scales)"
 )

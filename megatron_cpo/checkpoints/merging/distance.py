@@ -20,6 +20,7 @@ from megatron_cpo import progress as bars
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 from megatron_cpo.checkpoints.formats.stored import Box, Files, boxes, read_box
 from megatron_cpo.checkpoints.merging.matching import Match, match_checkpoints
+from megatron_cpo.extras import needs
 
 _LIMIT = 1 << 18
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
@@ -174,7 +175,7 @@ def draw(found: dict[tuple[str, str], Distance], path: str | Path, a: Any, b: An
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("--picture needs matplotlib: pip install 'megatron-cpo[plot]'") from error
+        raise ValueError(f"--picture {needs('matplotlib', 'plot')}") from error
     layers = {k: d for k, d in by_part(found).items() if k.startswith("layer ")}
     if not layers:
         raise ValueError("--picture: the checkpoints have no layers to draw")

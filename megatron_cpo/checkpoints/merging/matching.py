@@ -90,8 +90,9 @@ def _heads(checkpoints: Sequence[Checkpoint]) -> set[str]:
         if other not in tied and "tied" in other.architecture and not _has_embedding_as_head(other):
             own = f"an output layer of its own, {other.head}" if other.head else "no output layer"
             raise ValueError(
-                f"different architectures: {other.folder} has {own} (tie_word_embeddings is false "
-                f"there), that of {tied[0].folder} is its embedding (tie_word_embeddings is true)"
+                f"different architectures: {other.folder} has {own} "
+                f"({_shown_tied(other)} there), that of {tied[0].folder} is its embedding "
+                f"({_shown_tied(tied[0])})"
             )
     return {checkpoint.head for checkpoint in checkpoints if tied and checkpoint.head}
 
@@ -99,6 +100,12 @@ def _heads(checkpoints: Sequence[Checkpoint]) -> set[str]:
 def _is_tied(checkpoint: Checkpoint) -> bool:
     setting = checkpoint.architecture.get("tied")
     return bool(setting.value) if setting else False
+
+
+def _shown_tied(checkpoint: Checkpoint) -> str:
+    setting = checkpoint.architecture["tied"]
+    value = setting.value if setting.source == "tie_word_embeddings" else not setting.value
+    return f"{setting.source} is {str(value).lower()}"
 
 
 def _has_embedding_as_head(checkpoint: Checkpoint) -> bool:
@@ -118,8 +125,7 @@ def _stored(checkpoint: Checkpoint, name: str, heads: set[str]) -> StoredTensor:
 
 def _check_architecture(one: Checkpoint, other: Checkpoint) -> None:
     found = differences(one.architecture, other.architecture)
-    if one.format == "Hugging Face":
-        found.pop("tied", None)  # which the tensors tell better
+    found.pop("tied", None)  # which the tensors tell better
     for ours, theirs in found.values():
         raise ValueError(
             f"different architectures: {ours.source} is {ours.value!r} in {one.folder} and "

@@ -99,7 +99,7 @@ def test_a_policy_whose_weights_are_none_is_refused(
 ) -> None:
     """And no store is written; run again it is refused again."""
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"^group 0: {message}.*check that model, or run it"):
+        with pytest.raises(ValueError, match=f"^record 0: {message}.*check that model, or run it"):
             build(tmp_path, broken, negatives, **options)
     assert not list((tmp_path / "out").glob("groups.*n"))
 
@@ -126,7 +126,7 @@ def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
         samplers={"tn": in_blocks(NEGATIVES["tn"])}, similarity=similarity, score=None,
         ranker="minilm",
     )  # fmt: skip
-    message = f"^group 1: the similarity to y_1 of candidate 2 is {bad} under minilm, not a fin"
+    message = f"^record 1: the similarity to y_1 of candidate 2 is {bad} under minilm, not a fin"
     with pytest.raises(ValueError, match=message):
         make_block(range(3), recipe)
 
@@ -244,7 +244,7 @@ def test_a_row_is_looked_at_when_it_is_read(store: str) -> None:
         return rows[row]
 
     change(store, 7, "reference_logps", 1, math.nan)
-    message = f"^group 7: the log-prob of candidate 1 is nan under the reference of {store}, not a"
+    message = f"^group 7 of {store}: the log-prob of candidate 1 is nan under its reference, not a"
     with pytest.raises(ValueError, match=message):
         read_row_of(7, scored=True)
     assert 7 in read_row_of(7)["group_indices"]
@@ -293,7 +293,7 @@ def test_a_checkpoint_whose_weights_are_none(tmp_path: Path, store: str) -> None
 
     records = write_jsonl(tmp_path / "r.jsonl", {"prompt": "1 2", "completion": "3 4 5"})
     flags = ["--input", records, "--output-prefix", str(tmp_path / "drawn"), "--negatives", "an=2"]
-    message = "group 0: the logits of mle iteration 1 are NaN or infinite, so nothing can be drawn"
+    message = "record 0: the logits of mle iteration 1 are NaN or infinite, so nothing can be drawn"
     with pytest.raises(Exception, match=message):
         run_pretrain([*model, *flags], 1, script="tools/build_negatives.py")
 

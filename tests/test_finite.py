@@ -25,6 +25,7 @@ from megatron_cpo.groups.dataset import GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.groups.store import VALUE_ROWS, GroupReader
 from megatron_cpo.groups.writing import write_reference_logps
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
@@ -122,7 +123,7 @@ def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
         return found
 
     recipe = Recipe(
-        pairs=pairs, mix={"tn": 2}, seed=1, eod=99, max_length=None,
+        answers=Answers(pairs), mix={"tn": 2}, seed=1, eod=99, max_length=None,
         samplers={"tn": in_blocks(NEGATIVES["tn"])}, similarity=similarity, score=None,
         ranker="minilm",
     )  # fmt: skip

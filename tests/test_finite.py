@@ -30,6 +30,7 @@ from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.border import Border
 from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.source import Source
 from megatron_cpo.scoring.under_policy import rescore
@@ -115,7 +116,9 @@ def test_scoring_a_store_under_such_a_policy_is_refused(tmp_path: Path, broken: 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
-    pairs = write_pairs([Pair([1, 2], [i, i + 1, 99]) for i in (3, 5, 7)], str(tmp_path / "pairs"))
+    borders = [Border(str(i), str(i), ending=(99,)) for i in (3, 5, 7)]
+    records = [Pair([1, 2], [i, i + 1, 99], (), b) for i, b in zip((3, 5, 7), borders, strict=True)]
+    pairs = write_pairs(records, str(tmp_path / "pairs"))
 
     def similarity(candidates: Any) -> list[np.ndarray]:
         found = [np.full(len(group), 0.5, dtype=np.float32) for group in candidates]

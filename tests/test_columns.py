@@ -4,16 +4,22 @@ import argparse
 
 import pytest
 
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.columns import NAMES, Columns
 from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.lines import Unreadable
-from megatron_cpo.records.reading import read_records
+from megatron_cpo.records.reading import parse_record, read_records
+from megatron_cpo.records.shapes import DEFAULT_TEMPLATE
 from megatron_cpo.records.source import Source, add_source_arguments, source_from_args
 from tests.texts import write_jsonl
 
 RECORD = {
     "question": "q",
-    "meta": {"answers": ["first", "second"], "bad.one": "b"},
+    "meta": {
+        "answers": ["first", "second"],
+        "bad.one": "b",
+        "chat": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "m"}],
+    },
     "a.b": "dotted",
     "text": "whole",
     "messages": [{"role": "assistant", "content": "m"}],
@@ -23,38 +29,43 @@ RECORD = {
     "rejected": "r",
     "context": "con",
     "nothing": None,
+    "conversations": [{"from": "gpt", "value": "s"}],
+    "chosen_response": "nemo",
+    "rejected_response": "worse",
+    "completions": [{"rank": 0}],
+    "output": "o",
 }
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        # Other shapes, and another name for the same, give way to what was named.
-        ({"prompt": "question"}, {"prompt": "q", "completion": "c", "chosen": "ch"}),
-        ({"prompt": "question", "completion": "a.b"}, {"prompt": "q", "completion": "dotted"}),
-        ({"prompt": "question", "chosen": "text"}, {"prompt": "q", "chosen": "whole"}),
-        ({"completion": "meta.answers.1"}, {"prompt": "p", "completion": "second"}),
-        ({"rejected": "meta.bad.one"},
-         {"rejected": "b", "completion": "c", "chosen": "ch", "messages": RECORD["messages"]}),
-        ({"completion": "prompt", "prompt": "completion"}, {"prompt": "c", "completion": "p"}),
-        ({"text": "question"}, {"text": "q"}),
-        ({"messages": "meta.answers"}, {"messages": ["first", "second"], "chosen": "ch"}),
+        ({}, ("p", "ch", ("r",))),
+        ({"prompt": "question"}, ("q", "ch", ("r",))),
+        ({"prompt": "question", "completion": "a.b"}, ("q", "dotted", ("r",))),
+        ({"prompt": "question", "chosen": "text"}, ("q", "whole", ("r",))),
+        ({"prompt": "question", "chosen": "text", "rejected": "meta.bad.one"},
+         ("q", "whole", ("b",))),
+        ({"completion": "meta.answers.1"}, ("p", "second", ("r",))),
+        ({"rejected": "meta.bad.one"}, ("p", "ch", ("b",))),
+        ({"completion": "prompt", "prompt": "completion"}, ("c", "p", ("r",))),
+        ({"text": "question"}, (None, "q", ())),
+        ({"messages": "meta.chat"}, ("user: u\nassistant: ", "m", ())),
         ({"instruction": "question", "response": "text"},
-         {"instruction": "q", "response": "whole"}),
+         ("Instruction: q\nContext: con\nResponse:\n", "whole", ())),
         ({"instruction": "question", "context": "a.b", "response": "chosen"},
-         {"instruction": "q", "context": "dotted", "response": "ch"}),
+         ("Instruction: q\nContext: dotted\nResponse:\n", "ch", ())),
+        ({"instruction": "question", "chosen": "text"},
+         ("Instruction: q\nContext: con\nResponse:\n", "whole", ("r",))),
     ],
 )  # fmt: skip
-def test_names_of_the_data(names, expected):
-    """Of the names that decide a shape, those are left that belong to it."""
-    found = Columns(tuple(names.items())).of(RECORD)
-    decisive = {"messages", "completion", "chosen", "response", "output", "text"}
-    shown = {
-        name: found.get(name) for name in [*found, *expected] if name in decisive | expected.keys()
-    }
-    assert shown == expected
-    assert "nothing" not in found
-    assert found["question"] == "q"  # a template may name it
+def test_what_is_named_wins(names, expected):
+    """Over other shapes, and over other names for the same, of a record that has them all."""
+    fields = Columns(tuple(names.items())).of(RECORD)
+    record = parse_record(fields, "auto", DEFAULT_TEMPLATE, Chat())
+    assert (record.prefix, record.continuation, record.rejected) == expected
+    assert "nothing" not in fields
+    assert fields["question"] == "q"  # a template may name it
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.ranks import run_pretrain
 from harness.stores import VOCAB_SIZE, random_group, write_store
+from megatron_cpo.building.blocks import Recipe, in_blocks, make_block
 from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint
@@ -24,14 +25,18 @@ from megatron_cpo.groups.dataset import GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.groups.store import VALUE_ROWS, GroupReader
 from megatron_cpo.groups.writing import write_reference_logps
+from megatron_cpo.negatives.answers import Answers
+from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.border import Border
+from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.source import Source
 from megatron_cpo.scoring.under_policy import rescore
 from megatron_cpo.work.job import Run
 from tests.runs import MODEL
-from tests.texts import ToyTokenizer, write_jsonl
+from tests.texts import ToyTokenizer, write_jsonl, write_pairs
 from tests.tiny_models import save_hugging_face
 
 K, GROUPS = 5, 12
@@ -107,6 +112,27 @@ def test_scoring_a_store_under_such_a_policy_is_refused(tmp_path: Path, broken: 
     with pytest.raises(ValueError, match=r"^group 0: the log-prob of candidate 0 is nan under br"):
         rescore(prefix, ToyTokenizer(), use, Run(workers=1))
     assert GroupReader(prefix).manifest["reference"] is None
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
+    borders = [Border(str(i), str(i), ending=(99,)) for i in (3, 5, 7)]
+    records = [Pair([1, 2], [i, i + 1, 99], (), b) for i, b in zip((3, 5, 7), borders, strict=True)]
+    pairs = write_pairs(records, str(tmp_path / "pairs"))
+
+    def similarity(candidates: Any) -> list[np.ndarray]:
+        found = [np.full(len(group), 0.5, dtype=np.float32) for group in candidates]
+        found[1][2] = bad
+        return found
+
+    recipe = Recipe(
+        answers=Answers(pairs), mix={"tn": 2}, seed=1, eod=99, max_length=None,
+        samplers={"tn": in_blocks(NEGATIVES["tn"])}, similarity=similarity, score=None,
+        ranker="minilm",
+    )  # fmt: skip
+    message = f"^record 1: the similarity to y_1 of candidate 2 is {bad} under minilm, not a fin"
+    with pytest.raises(ValueError, match=message):
+        make_block(range(3), recipe)
 
 
 def test_what_goes_into_a_store_is_looked_at() -> None:

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_cpo.building.blocks import count_ended
 from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
+from megatron_cpo.groups.endings import longest_first
 from megatron_cpo.groups.kinds import KINDS
-from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.groups.store import Group, GroupReader, read_manifest
 from megatron_cpo.negatives.from_policy import policy_samplers
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
@@ -154,7 +156,7 @@ def test_stores_of_before_are_reported_as_they_were(tmp_path):
 class Fixed:
     """A policy that answers with these samples."""
 
-    kinds, positions = ("an",), None
+    kinds, positions, ends = ("an",), None, frozenset({EOD})
 
     def __init__(self, *samples):
         self._samples = [np.array(tokens, dtype=np.int32) for tokens in samples]
@@ -173,3 +175,18 @@ def test_a_sample_without_an_end_was_cut():
             [1, 2, EOD], [1, 2, EOD], [EOD], [1, 2, 3, 4, 5, 6, 7, 8, EOD]
         ]  # fmt: skip
         assert context.cut == {"an --max-new-tokens": 3}
+
+
+def test_ends_of_turns_are_ends():
+    """A turn that ends as its template ends it, a policy's own end token, and neither of both."""
+    kinds = np.array([KINDS.index(kind) for kind in ("gt", "an", "an", "an", "bn", "tn")])
+    candidates = [[1, 5, 6], [5, 6], [2, 7], [2, 6], [5, 6], [5, 6]]
+    group = Group(
+        np.array([1], dtype=np.int32),
+        [np.array(tokens, dtype=np.int32) for tokens in candidates],
+        kinds,
+        *(np.zeros(6, dtype=np.float32) for _ in range(3)),
+    )
+    endings = longest_first([(5, 6), (EOD,), (7,)])
+    assert count_ended([group], endings, {}) == {"gt": 1, "an": 2, "bn": 1}
+    assert count_ended([group], endings, {"bn --max-length": 1}) == {"gt": 1, "an": 2, "bn": 0}

@@ -29,7 +29,7 @@ from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.flags import policy_from_args
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
-from megatron_cpo.policies.server import ServerPolicy
+from megatron_cpo.policies.server import ServerPolicy, _ended
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
@@ -101,7 +101,7 @@ def test_token_ids_are_used_as_they_are(folder, url):
 
 
 def test_a_server_of_texts(folder, url):
-    """OpenAI's fields alone: answers are encoded again, within the limits, EOD last."""
+    """OpenAI's fields alone: answers are encoded again, within the limits, EOD last if they end."""
     tokenizer = dolly_tokenizer(folder)
     everything = Sampling(top_k=0)
     policy = opened(url, tokenizer, everything, "plain")
@@ -112,7 +112,30 @@ def test_a_server_of_texts(folder, url):
         assert len(found) == 3
         for tokens in found:
             assert len(tokens) <= limit
-            assert tokens[-1] == tokenizer.eod
+            # This server does not say why it stopped.
+            assert (tokens[-1] == tokenizer.eod) != (len(tokens) == limit - 1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason", "expected"),
+    [
+        ([1, 2], "stop", [1, 2, 99]),
+        ([1, 2, 99], "stop", [1, 2, 99]),
+        ([1, 2, 98, 4], "stop", [1, 2, 98]),
+        ([1, 2], "length", [1, 2]),  # its context was full, or more was drawn than is left
+        ([1, 2, 3, 4], "length", [1, 2, 3, 4]),
+        ([1, 2, 3, 4, 5], "length", [1, 2, 3, 4]),
+        ([1, 2, 3, 99], "length", [1, 2, 3, 99]),
+        ([1, 2], None, [1, 2, 99]),
+        ([1, 2, 3, 4], None, [1, 2, 3, 4]),
+        ([], "stop", [99]),
+        ([], "length", []),
+    ],
+)
+def test_a_sample_that_was_cut_has_no_end(ids, reason, expected):
+    """Of at most 4 tokens; 98 and 99 end it."""
+    choice = {} if reason is None else {"finish_reason": reason}
+    assert _ended(ids, choice, 4, {98, 99}, 99).tolist() == expected
 
 
 def test_errors_half_the_time_are_tried_again_and_counted(folder, url):
@@ -222,7 +245,7 @@ def test_transformers_serve(folder, tmp_path):
 
 
 def _generated(model, tokenizer, limits=(12, 1, 2, 9), count=3):
-    """The samples of `draw` by `generate`, as text and encoded again."""
+    """The samples of `draw` by `generate`, as text and encoded again; EOD last if they end."""
     network = AutoModelForCausalLM.from_pretrained(model)
     eod = tokenizer.eod
     words, encoder = AutoTokenizer.from_pretrained(model), Encoder(tokenizer)
@@ -230,7 +253,7 @@ def _generated(model, tokenizer, limits=(12, 1, 2, 9), count=3):
     for place, (prefix, limit) in enumerate(zip(prefixes(tokenizer), limits, strict=True)):
         found.append([])
         for seed in group_rng(1, place, "an").integers(2**31, size=count).tolist():
-            ids = []
+            ids, end = [], [eod]
             if limit > 1:
                 torch.manual_seed(seed)
                 whole = network.generate(
@@ -238,8 +261,8 @@ def _generated(model, tokenizer, limits=(12, 1, 2, 9), count=3):
                     max_new_tokens=limit - 1, eos_token_id=eod, pad_token_id=eod,
                 )  # fmt: skip
                 text = words.decode(whole[0, len(prefix) :], skip_special_tokens=True)
-                ids = encoder.after(prefix, text)
-            found[-1].append([*ids[: limit - 1], eod])
+                ids, end = encoder.after(prefix, text), end if whole[0, -1] == eod else []
+            found[-1].append([*ids[: limit - 1], *end])
     return found
 
 

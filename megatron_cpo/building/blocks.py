@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.endings import Endings, ending_length
 from megatron_cpo.groups.finite import require_finite
 from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
@@ -102,21 +103,19 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
 
 
 def count_ended(
-    groups: Sequence[Group], ends: Ints, tail: int, cut: Mapping[str, int]
+    groups: Sequence[Group], endings: Endings, cut: Mapping[str, int]
 ) -> dict[str, int]:
-    """Candidates by kind that end by themselves: in an end token, and not because they were cut.
+    """Candidates by kind that end by themselves: in an ending, and not because they were cut.
 
     Kinds that are cut on purpose are left out.
-
-    Args:
-        ends: the tokens that end a text.
-        tail: most tokens of an ending, such as an end of turn and a line break.
     """
     found: Counter[str] = Counter()
+    alone = {ending[0] for ending in endings if len(ending) == 1}  # almost all are
     for group in groups:
         for code, tokens in zip(group.kinds.tolist(), group.candidates, strict=True):
             if not REGISTRY[KINDS[code]].cut_short:
-                found[KINDS[code]] += int(np.isin(tokens[-tail:], ends).any())
+                ended = int(tokens[-1]) in alone or ending_length(tokens, endings) > 0
+                found[KINDS[code]] += ended
     for name, count in cut.items():
         found[name.split()[0]] -= count
     return dict(found)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
+from megatron_cpo.groups.endings import Endings, longest_first
 from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.negatives.answers import PEERS, Answers, Ending, endings_of, peers_of
@@ -61,6 +62,7 @@ class Builder:
         self.arguments = (config, tokenizer, use)
         self.size = config.block_records
         self.eod = Encoder(tokenizer).eod
+        self._vocab_size = vocabulary_size(tokenizer)
         self._samplers: dict[str, BlockSampler] = {
             kind: in_blocks(sampler) for kind, sampler in NEGATIVES.items()
         }
@@ -187,11 +189,10 @@ class Builder:
         records = block_records(block, self.size, self.records)
         groups = make_block(records, self._recipe)
         if self._writer:
-            packed = pack_groups(groups, vocabulary_size(self.tokenizer), records.start)
+            packed = pack_groups(groups, self._vocab_size, records.start)
             cut = {name: n for name, n in self._recipe.cut.items() if n}
-            tail = max((len(ending.ids) for ending in self.endings), default=1)
             packed.totals.cut = cut
-            packed.totals.ended = count_ended(groups, self._ends(self.endings), tail, cut)
+            packed.totals.ended = count_ended(groups, self._all_endings(), cut)
             packed.totals.notes = dict(self._answers.notes)
             self._answers.notes.clear()
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
@@ -199,6 +200,11 @@ class Builder:
     def _ends(self, endings: Sequence[Ending]) -> Ints:
         """The tokens that decoding stops at, which are no text."""
         return np.array(sorted({self.eod, *(e.stop for e in endings)}), dtype=np.int32)
+
+    def _all_endings(self) -> Endings:
+        """What a candidate may end in: as some y_1, in EOD, or where the policy stops."""
+        single = {self.eod, *(self.policy.ends if self.policy else ())}
+        return longest_first([*(e.ids for e in self.endings), *((token,) for token in single)])
 
     def _write_arrays(self, path: Path, arrays: dict[str, NDArray[Any]]) -> None:
         buffer = BytesIO()

@@ -25,7 +25,7 @@ class Lengths:
         first_rows[:, 0] = True
         of_kinds = np.repeat(first_rows.ravel(), packed.value_lengths)
         kinds = packed.values[of_kinds].astype(np.int64)
-        missing = int(lengths.max()) + 1 - self._counts.shape[1]
+        missing = int(lengths.max(initial=0)) + 1 - self._counts.shape[1]
         if missing > 0:
             self._counts = np.pad(self._counts, ((0, 0), (0, missing)))
         np.add.at(self._counts, (kinds, lengths), 1)

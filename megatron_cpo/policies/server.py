@@ -268,15 +268,16 @@ class ServerPolicy:
 def _ended(
     ids: list[int], choice: dict[str, Any], most: int, ends: Collection[int], end: int
 ) -> Ints:
-    """At most so many tokens of a sample and its end.
+    """At most so many tokens of a sample and its end; no end where it was cut.
 
-    None follows where the server stopped for length before the limit: its context was full.
+    It was cut if the server says so, or if it says nothing and all the tokens came that were asked.
     """
     at = next((place for place, token in enumerate(ids) if token in ends), None)
     if at is not None:
         return np.array([*ids[: min(at, most)], ids[at] if at <= most else end], dtype=np.int32)
-    full = len(ids) < most and choice.get("finish_reason") == "length"
-    return np.array([*ids[:most], *([] if full else [end])], dtype=np.int32)
+    reason = choice.get("finish_reason")
+    cut = reason == "length" or (reason is None and len(ids) >= most)
+    return np.array([*ids[:most], *([] if cut else [end])], dtype=np.int32)
 
 
 def _context(listed: list[dict[str, Any]], model: str) -> int | None:

@@ -1,5 +1,6 @@
 """Which fields of the data are meant: the names that we know, or the names that the data has."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,22 +9,25 @@ from megatron_cpo.records.lines import Fields, Unreadable
 FAMILIES = (
     ("prompt", "completion", "chosen", "rejected", "tools"),
     ("messages", "chosen", "rejected", "tools"),
-    ("instruction", "context", "input", "response", "output"),
+    ("instruction", "context", "response", "chosen", "rejected"),
     ("text",),
 )
 """Names that one record may have beside each other."""
-NAMES = tuple(
-    dict.fromkeys(n for family in FAMILIES for n in family if n not in ("input", "output"))
-)
-"""What `--NAME-field` renames to; of two names for the same the first."""
-_OTHER_NAME = {
-    "completion": "chosen",
-    "chosen": "completion",
-    "context": "input",
-    "response": "output",
+NAMES = tuple(dict.fromkeys(name for family in FAMILIES for name in family))
+"""What `--NAME-field` renames to."""
+_OTHER_NAMES = {
+    "completion": ("chosen", "chosen_response", "completions"),
+    "chosen": ("completion", "chosen_response", "completions"),
+    "rejected": ("rejected_response",),
+    "messages": ("conversations", "chosen", "chosen_response", "completions"),
+    "instruction": ("prompt",),
+    "context": ("input",),
+    "response": ("output", "chosen"),
 }
+"""What some data call the same, or have beside it and would be taken instead."""
 _OPTIONAL = ("rejected", "context", "tools")
-_ANSWERS = {"messages", "completion", "chosen", "response", "output", "text"}
+_ANSWERS = ("completion", "chosen", "messages", "response", "text")
+"""Names that decide what the shape of a record is."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class Columns:
         if self.names and not self._families():
             given = ", ".join(f"--{ours}-field {theirs}" for ours, theirs in self.names)
             sets = "; or ".join(
-                " ".join(f"--{name}-field" for name in family if name in NAMES)
-                for family in FAMILIES
+                " ".join(f"--{name}-field" for name in family) for family in FAMILIES
             )
             raise ValueError(f"{given}: of no one shape of records; give some of {sets}")
 
@@ -63,8 +66,9 @@ class Columns:
                 return Unreadable(f"no field {theirs!r}, as --{ours}-field says")
         if not self.names:
             return present
-        hidden = _ANSWERS.difference(*self._families())
-        hidden |= {name for ours, _ in self.names for name in (ours, _OTHER_NAME.get(ours, ours))}
+        own = {ours for ours, _ in self.names}
+        beside = set().union(*self._families())
+        hidden = _with_other_names(_ANSWERS) - beside | _with_other_names(own)
         kept = {name: value for name, value in present.items() if name not in hidden}
         return kept | renamed
 
@@ -72,6 +76,10 @@ class Columns:
         """Those that have all names."""
         ours = {name for name, _ in self.names}
         return [family for family in FAMILIES if ours <= set(family)]
+
+
+def _with_other_names(names: Iterable[str]) -> set[str]:
+    return {n for name in names for n in (name, *_OTHER_NAMES.get(name, ()))}
 
 
 def _at(fields: Any, path: str) -> Any:

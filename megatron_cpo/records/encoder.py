@@ -204,7 +204,7 @@ class Encoder:
         """Token ids of a prefix and an answer in one text; numbers are not run into each other."""
         if self._spelling.has_text:
             return self._body(prefix + answer, rendered)
-        return [*self._body(prefix), *self._body(answer)]
+        return [*self._body(prefix.strip()), *self._body(answer.strip())]
 
     def _unended(self, ids: list[int]) -> list[int]:
         """The ids without EOD at their end."""

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 from harness.ranks import ROOT
 
 
-def run_python(*arguments: Any, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: Any, timeout: float = 240, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` with this project importable; whatever its exit status, output as text."""
     # Where byte code is forbidden, Megatron is compiled anew, which takes seconds.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment = {k: v for k, v in (env or os.environ).items() if k != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

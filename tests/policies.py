@@ -39,19 +39,19 @@ def probs(policy, tokens):
     return torch.softmax(logits[0, -1, : ToyTokenizer.vocab_size].double(), 0).numpy()
 
 
-def slow_sample(policy, prefix, limit, count, rng, sampling):
+def slow_sample(policy, prefix, limit, count, rng, sampling, ends=(EOD,)):
     """Continuations of one prefix, token by token, each by a forward over everything."""
     numbers = rng.random((limit, count))
     result = []
     for sample in range(count):
         tokens = []
-        while len(tokens) < limit - 1 and (not tokens or tokens[-1] != EOD):
+        while len(tokens) < limit - 1 and (not tokens or tokens[-1] not in ends):
             p = probs(policy, [*prefix, *tokens])
             order = np.sort(np.argsort(-p, kind="stable")[: sampling.top_k or len(p)])
             cumulative = np.cumsum(p[order])
             number = numbers[len(tokens), sample] * cumulative[-1]
             tokens.append(int(order[np.searchsorted(cumulative, number, side="right")]))
-        result.append(tokens if tokens and tokens[-1] == EOD else [*tokens, EOD])
+        result.append(tokens if tokens and tokens[-1] in ends else [*tokens, EOD])
     return result
 
 

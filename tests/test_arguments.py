@@ -16,8 +16,10 @@ from megatron_cpo.checkpoints.arguments import (
     vocabulary_range,
 )
 from megatron_cpo.checkpoints.conversion.convert import convert
+from megatron_cpo.checkpoints.formats.new_torch_dist import NewTorchDist
 from megatron_cpo.checkpoints.formats.saved import saved_arguments
 from megatron_cpo.host.compat import parsed_flags
+from megatron_cpo.scoring.under_megatron import MODEL_FLAGS
 from tests.checkpoints import Trap
 from tests.tiny_models import save_hugging_face
 
@@ -137,6 +139,16 @@ def test_another_spelling_or_layout_is_the_same_model(model: str, same: str) -> 
     there, here = (parsed_flags(flags.split()) for flags in (model, f"{model} {same}"))
     here["moe_ffn_hidden_size"] = here["moe_ffn_hidden_size"] or there["moe_ffn_hidden_size"]
     assert run_differences(said_of(there), here) == []
+
+
+def test_a_manifest_says_a_part() -> None:
+    """What a store keeps of the run that scored it: no number of layers, and groups of no heads."""
+    flags = (LLAMA + "--no-rope-freq 2 --group-query-attention --num-query-groups 2").split()
+    here = parsed_flags(flags)
+    known = {name: here[name] for name in MODEL_FLAGS if name in here}
+    assert run_differences(said_of(known), here) == []
+    found = run_differences(said_of({**known, "rotary_base": 5}), here)
+    assert [difference.name for difference in found] == ["rotary_base"]
 
 
 def test_names_of_older_versions_are_known() -> None:
@@ -282,6 +294,21 @@ def test_a_pretrained_checkpoint_is_the_one_that_is_loaded(converted: Path, tmp_
 def test_a_vocabulary_of_another_size_is_refused(converted: Path) -> None:
     message = refusal(run_of(converted), 101)
     assert "its vocabulary has 100 tokens, this run's tokenizer 101; use the model's own" in message
+
+
+def test_rows_that_a_flag_padded_say_nothing_of_the_tokens(converted: Path, tmp_path: Path) -> None:
+    """As of a model that was made elsewhere: 151,669 tokens in 151,936 rows, in steps of 128."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    new = NewTorchDist(folder, 1e9)
+    known = {"padded_vocab_size": 151_936, "make_vocab_size_divisible_by": 128}
+    new.add_states(known, 1)
+    new.complete()
+    check_model(run_of(converted, load=str(folder), padded_vocab_size=151_936), 151_669)
+    for rows, tokens in ((151_680, 151_669), (152_064, 151_937)):
+        run = run_of(converted, load=str(folder), padded_vocab_size=rows)
+        with pytest.raises(ValueError, match=rf"151936 tokens, 127 of .* tokenizer {tokens}; use"):
+            check_model(run, tokens)
 
 
 def test_arguments_of_a_checkpoint_of_torch_save(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ def reference(tmp_path_factory):
 def build_with_tool(folder, reference, world_size, layout=""):
     rng = np.random.default_rng(5)
     texts = [" ".join(map(str, rng.integers(0, 499, rng.integers(3, 12)))) for _ in range(24)]
-    records = [{"prompt": x, "completion": y} for x, y in zip(texts[::2], texts[1::2], strict=True)]
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    records = [{"prompt": f"{x} ", "completion": y} for x, y in pairs]
     data = write_jsonl(folder / "r.jsonl", *records)
     flags = ["--input", data, "--output-prefix", folder / "out" / "groups", "--load", reference]
     flags += "--negatives an=2,mn=2,bn=1 --rank policy --block-records 2".split()
@@ -103,7 +104,7 @@ def test_shares_of_ranks(monkeypatch, world, tp, cp, pp):
 @pytest.fixture
 def store(tmp_path):
     path = write_jsonl(
-        tmp_path / "r.jsonl", *({"prompt": "1 7 ", "completion": f"{i} 3 4"} for i in range(90))
+        tmp_path / "r.jsonl", *({"prompt": f"{i} 7 ", "completion": f"{i} 3 4"} for i in range(90))
     )
     config = BuildConfig(Source((path,)), str(tmp_path / "out" / "groups"), negatives="bn=2,tn=1")
     build_groups(config, ToyTokenizer(), run=Run(workers=1))
@@ -139,7 +140,7 @@ def test_a_store_that_says_less_of_itself_has_a_shorter_report(store, model):
     """As one of another tool, or of an earlier version."""
     path = Path(store + ".json")
     manifest = json.loads(path.read_text())
-    for name in ("statistics", "dropped", "notes", "endings"):
+    for name in ("statistics", "dropped", "notes", "endings", "border"):
         del manifest[name]
     path.write_text(json.dumps(manifest))
     report = str(rescore(store, ToyTokenizer(), use_of(model), Run()))

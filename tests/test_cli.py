@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import re
 import runpy
 import signal
 import sys
@@ -24,6 +25,7 @@ SHIMS = {
     "build_negatives.py": "build",
     "convert_checkpoint.py": "convert",
     "inspect_negatives.py": "inspect",
+    "evaluate.py": "evaluate",
     "merge_checkpoints.py": "merge",
     "summarize_run.py": "summarize",
     "tokenize_lm.py": "tokenize",
@@ -107,7 +109,7 @@ def test_every_verb_explains_itself(verb, monkeypatch, capsys) -> None:
     assert run(monkeypatch, verb, "--help") == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: megatron-cpo {verb} ")
-    assert f"\n  megatron-cpo {verb} --" in said or f"\n  megatron-cpo {verb} runs/" in said
+    assert re.search(rf"\n  megatron-cpo {verb} (--|runs/|winrate )", said)
     assert "--verbose" in said
     doc = importlib.import_module(f"megatron_cpo.cli.{verb.replace('-', '_')}").__doc__
     assert doc.splitlines()[0] in said

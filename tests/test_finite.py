@@ -25,10 +25,12 @@ from megatron_cpo.groups.dataset import GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.packed import pack_groups
 from megatron_cpo.groups.store import VALUE_ROWS, GroupReader
 from megatron_cpo.groups.writing import write_reference_logps
+from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import NEGATIVES
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
+from megatron_cpo.records.border import Border
 from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.source import Source
 from megatron_cpo.scoring.under_policy import rescore
@@ -99,7 +101,7 @@ def test_a_policy_whose_weights_are_none_is_refused(
 ) -> None:
     """And no store is written; run again it is refused again."""
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"^group 0: {message}.*check that model, or run it"):
+        with pytest.raises(ValueError, match=f"^record 0: {message}.*check that model, or run it"):
             build(tmp_path, broken, negatives, **options)
     assert not list((tmp_path / "out").glob("groups.*n"))
 
@@ -114,7 +116,9 @@ def test_scoring_a_store_under_such_a_policy_is_refused(tmp_path: Path, broken: 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
-    pairs = write_pairs([Pair([1, 2], [i, i + 1, 99]) for i in (3, 5, 7)], str(tmp_path / "pairs"))
+    borders = [Border(str(i), str(i), ending=(99,)) for i in (3, 5, 7)]
+    records = [Pair([1, 2], [i, i + 1, 99], (), b) for i, b in zip((3, 5, 7), borders, strict=True)]
+    pairs = write_pairs(records, str(tmp_path / "pairs"))
 
     def similarity(candidates: Any) -> list[np.ndarray]:
         found = [np.full(len(group), 0.5, dtype=np.float32) for group in candidates]
@@ -122,11 +126,11 @@ def test_a_ranking_that_is_none_is_refused(tmp_path: Path, bad: float) -> None:
         return found
 
     recipe = Recipe(
-        pairs=pairs, mix={"tn": 2}, seed=1, eod=99, max_length=None,
+        answers=Answers(pairs), mix={"tn": 2}, seed=1, eod=99, max_length=None,
         samplers={"tn": in_blocks(NEGATIVES["tn"])}, similarity=similarity, score=None,
         ranker="minilm",
     )  # fmt: skip
-    message = f"^group 1: the similarity to y_1 of candidate 2 is {bad} under minilm, not a fin"
+    message = f"^record 1: the similarity to y_1 of candidate 2 is {bad} under minilm, not a fin"
     with pytest.raises(ValueError, match=message):
         make_block(range(3), recipe)
 
@@ -139,6 +143,13 @@ def test_what_goes_into_a_store_is_looked_at() -> None:
         with pytest.raises(ValueError, match=rf"^group 8: token id {token} is outside the vocab"):
             pack_groups([random_group(np.random.default_rng(1), K), group], VOCAB_SIZE + 1, 7)
         group.candidates[2][0] = before
+    for bad in BAD:
+        group.similarities[2], before = bad, group.similarities[2]
+        with pytest.raises(
+            ValueError, match=f"^group 0: the similarity to y_1 of candidate 2 is {bad}"
+        ):
+            pack_groups([group], VOCAB_SIZE + 1)
+        group.similarities[2] = before
     group.reference_logps[:] = math.nan
     pack_groups([group], VOCAB_SIZE + 1)
     group.reference_logps[0] = -3.0
@@ -244,7 +255,7 @@ def test_a_row_is_looked_at_when_it_is_read(store: str) -> None:
         return rows[row]
 
     change(store, 7, "reference_logps", 1, math.nan)
-    message = f"^group 7: the log-prob of candidate 1 is nan under the reference of {store}, not a"
+    message = f"^group 7 of {store}: the log-prob of candidate 1 is nan under its reference, not a"
     with pytest.raises(ValueError, match=message):
         read_row_of(7, scored=True)
     assert 7 in read_row_of(7)["group_indices"]
@@ -293,7 +304,7 @@ def test_a_checkpoint_whose_weights_are_none(tmp_path: Path, store: str) -> None
 
     records = write_jsonl(tmp_path / "r.jsonl", {"prompt": "1 2", "completion": "3 4 5"})
     flags = ["--input", records, "--output-prefix", str(tmp_path / "drawn"), "--negatives", "an=2"]
-    message = "group 0: the logits of mle iteration 1 are NaN or infinite, so nothing can be drawn"
+    message = "record 0: the logits of mle iteration 1 are NaN or infinite, so nothing can be drawn"
     with pytest.raises(Exception, match=message):
         run_pretrain([*model, *flags], 1, script="tools/build_negatives.py")
 

@@ -143,6 +143,8 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     flags += ["--train-iters", "4"]
     evaluate = ["--skip-train", "--eval-iters", "1", "--cpo-valid-data-path", store]
     assert "cpo loss value" in run_pretrain([*flags, "--load", mle, *evaluate], 1)[0]
+    with pytest.raises(ValueError, match=r"layernorm_epsilon is 1e-05 there and 0\.01 here"):
+        run_pretrain([*flags, "--load", mle, "--finetune", "--norm-epsilon", "1e-2"], 2)
     half = [*flags, "--load", mle, "--finetune", "--save", cpo, "--exit-interval", "2"]
     run_pretrain(half, 1)
     [output] = run_pretrain([*flags, "--load", cpo, "--save", cpo], 1)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
-from megatron_cpo.records.border import Border
+from megatron_cpo.records.border import BORDERS, Border
 from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.pair_files import PairReader, sequences_of
 from megatron_cpo.records.source import Source
@@ -34,7 +34,7 @@ def write_pairs(pairs: Iterable[Pair], path_prefix: str, vocab_size: int = 100) 
         writer.add(np.concatenate(sequences), [len(s) for s in sequences])
         rows.append(pair.border.row())
     writer.close()
-    Path(f"{path_prefix}.borders").write_bytes(np.array(rows).tobytes())
+    Path(f"{path_prefix}.borders").write_bytes(b"".join(rows))
     return PairReader(path_prefix)
 
 
@@ -93,16 +93,15 @@ class ListedPairs:
         prompts: str = "",
     ) -> None:
         self._continuations, self._rejected = continuations, rejected
-        self.borders = np.array(
-            [
-                Border(
-                    prompts[i] if prompts else str(i),
-                    str(tokens),
-                    ending=tuple(tokens[-1:]) if tokens[-1] == ToyTokenizer.eod else (),
-                ).row()
-                for i, tokens in enumerate(continuations)
-            ]
-        )
+        rows = [
+            Border(
+                prompts[i] if prompts else str(i),
+                str(tokens),
+                ending=tuple(tokens[-1:]) if tokens[-1] == ToyTokenizer.eod else (),
+            ).row()
+            for i, tokens in enumerate(continuations)
+        ]
+        self.borders = np.frombuffer(b"".join(rows), BORDERS)
 
     def __len__(self) -> int:
         return len(self._continuations)

@@ -92,11 +92,14 @@ def metaspace(scheme: str) -> Any:
     return made
 
 
-def hugging_face(folder: Path, made: Any, eos: str = "<|endoftext|>", **options: Any) -> Any:
+def hugging_face(
+    folder: Path, made: Any, eos: str = "<|endoftext|>", bos: str | None = None, **options: Any
+) -> Any:
     """A tokenizer of `tokenizers` in a folder, as Megatron opens it."""
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos).save_pretrained(str(folder))
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, bos_token=bos)
+    fast.save_pretrained(str(folder))
     return built("HuggingFaceTokenizer", folder, **options)
 
 

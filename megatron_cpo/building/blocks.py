@@ -87,13 +87,13 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
         return []
     ranked = rank_candidates(candidates, recipe.similarity)
     for context, (similarities, _) in zip(contexts, ranked, strict=True):
-        require_finite(similarities, context.index, "similarity to y_1", recipe.ranker)
+        require_finite(similarities, f"record {context.index}", "similarity to y_1", recipe.ranker)
     if recipe.score is None:
         logps = [no_scores(len(group)) for group in candidates]
     else:
         logps = recipe.score([context.prefix for context in contexts], candidates)
         for context, scores in zip(contexts, logps, strict=True):
-            require_finite(scores, context.index, "log-prob", recipe.scorer)
+            require_finite(scores, f"record {context.index}", "log-prob", recipe.scorer)
     return [
         Group(context.prefix, group, np.array(codes, dtype=np.int32), *ranks, scores)
         for context, group, codes, ranks, scores in zip(

@@ -29,7 +29,7 @@ from megatron_cpo.negatives.embeddings import (
 from megatron_cpo.negatives.from_policy import BlockSampler, policy_samplers
 from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
-from megatron_cpo.records.border import CONTRACT
+from megatron_cpo.records.border import CONTRACT, EACH_SIDE
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.records.tokenizing import tokenizer_identity
@@ -38,6 +38,9 @@ from megatron_cpo.tree import Ints
 from megatron_cpo.work.executors import take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
 from megatron_cpo.work.job import block_records
+
+EARLIER = {"border": EACH_SIDE, "control_tokens": "parse"}
+"""What builds of releases that did not say so did."""
 
 
 class Builder:
@@ -72,7 +75,7 @@ class Builder:
             )
         check_kinds(config.mix, self._samplers)
         self.embedder = self._open_embedder()
-        self.work = WorkFolder(config.output_prefix, "build", self._command())
+        self.work = WorkFolder(config.output_prefix, "build", self._command(), EARLIER)
 
     @property
     def has_model(self) -> bool:

@@ -76,7 +76,9 @@ def check_model(args: Any, tokens: int) -> None:
                 f"{flag} {load}: by {where} its model is another one than this run's{hint}: {some}"
             )
         fewest, most = known or (tokens, tokens)
-        if not fewest <= tokens <= most:
+        # Rows of a --padded-vocab-size say nothing of the tokens; the run has to give them, too.
+        same_rows = fewest < most == getattr(args, "padded_vocab_size", None)
+        if not fewest <= tokens <= most and not (same_rows and tokens <= most):
             raise ValueError(
                 f"{flag} {load}: its vocabulary has {most} tokens"
                 f"{f', {most - fewest} of them perhaps padding' if fewest < most else ''}, this "

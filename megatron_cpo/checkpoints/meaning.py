@@ -277,10 +277,11 @@ def architecture_of_arguments(args: dict[str, Any]) -> Architecture:
             say(name, args.get(name, plain))
         say("rotary_interleaved", args.get("rotary_interleaved", False))
         say("rope_scaling", *_scaling_of_arguments(args))
-        none = args.get("no_rope_freq")
-        if isinstance(none, int) and args.get("num_layers"):
-            none = [int((layer + 1) % none == 0) for layer in range(args["num_layers"])]
-        say("no_rope_freq", none)
+        without, layers = args.get("no_rope_freq"), args.get("num_layers")
+        if isinstance(without, int) and layers:
+            without = [int((layer + 1) % without == 0) for layer in range(layers)]
+        if not isinstance(without, int):  # of a run whose layers are not known
+            say("no_rope_freq", without)
     return found
 
 

@@ -107,7 +107,9 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
                 require_tokens(group.tokens, size, f"group {index} of {path}")
         if self.config.scored and not np.isfinite(made["reference_logps"]).all():
             for index, group in zip(indices, groups, strict=True):
-                require_finite(group.reference_logps, index, "log-prob", f"the reference of {path}")
+                require_finite(
+                    group.reference_logps, f"group {index} of {path}", "log-prob", "its reference"
+                )
         return made
 
 

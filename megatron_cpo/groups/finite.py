@@ -11,20 +11,21 @@ REMEDY = (
 )
 
 
-def require_finite(values: NDArray[np.floating[Any]], group: int, what: str, source: str) -> None:
+def require_finite(values: NDArray[np.floating[Any]], where: str, what: str, source: str) -> None:
     """Raise ValueError for a value that is NaN or infinite.
 
     Args:
         values: [K], of a group's candidates.
-        group: its place in the store.
+        where: begins the message, such as "group 7".
         what: of each candidate, such as "log-prob".
         source: whose values they are.
     """
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
+    finite = np.isfinite(values)
+    if not finite.all():
+        wrong = int(finite.argmin())
         raise ValueError(
-            f"group {group}: the {what} of candidate {wrong[0]} is {values[wrong[0]]} under "
-            f"{source}, not a finite number; {REMEDY}"
+            f"{where}: the {what} of candidate {wrong} is {values[wrong]} under {source}, "
+            f"not a finite number; {REMEDY}"
         )
 
 

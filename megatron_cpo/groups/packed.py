@@ -106,10 +106,9 @@ def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Pac
         for name in VALUE_ROWS[:-1]:
             if len(getattr(group, name)) != k or k == 0:
                 raise ValueError(f"group has {k} candidates but {len(getattr(group, name))} {name}")
-        require_finite(group.similarities, index, "similarity to y_1", "the ranking")
+        require_finite(group.similarities, f"group {index}", "similarity to y_1", "the ranking")
         if not np.isnan(group.reference_logps).all():  # all NaN: not scored yet
-            require_finite(group.reference_logps, index, "log-prob", "the reference")
-        require_tokens(group.tokens, vocab_size, f"group {index}")
+            require_finite(group.reference_logps, f"group {index}", "log-prob", "the reference")
         tree = build_tree(group.prefix, group.candidates)
         tokens += sequences
         lengths += [len(sequence) for sequence in sequences]
@@ -133,8 +132,12 @@ def pack_groups(groups: Sequence[Group], vocab_size: int, first: int = 0) -> Pac
             totals.similarity[kind] = totals.similarity.get(kind, 0.0) + similarity
             totals.reference_logp[kind] = totals.reference_logp.get(kind, 0.0) + logp
     totals.kinds = dict(kinds)
+    ids = np.concatenate([np.zeros(0, dtype=np.int32), *tokens])
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= vocab_size:
+        for index, group in enumerate(groups, first):
+            require_tokens(group.tokens, vocab_size, f"group {index}")
     return Packed(
-        tokens=np.concatenate([np.zeros(0), *tokens]).astype(store_dtype(vocab_size)),
+        tokens=ids.astype(store_dtype(vocab_size)),
         lengths=np.array(lengths, dtype=np.int32),
         sequences=np.array([1 + len(group.candidates) for group in groups], dtype=np.int32),
         values=np.concatenate([np.zeros(0), *values]).astype(np.float32),

@@ -150,7 +150,7 @@ def write_reference_logps(
                     f"{path_prefix}: group {index} has {len(group.candidates)} candidates, "
                     f"{len(logps)} log-probs were given"
                 )
-            require_finite(logps, index, "log-prob", model_name(reference))
+            require_finite(logps, f"group {index}", "log-prob", model_name(reference))
             rows = [group.kinds, group.similarities, group.ranks, logps]
             rows.append(np.array([tokens[index], queries[index]]))
             writer.add(np.concatenate(rows), [len(row) for row in rows])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.extras import needs
 from megatron_cpo.negatives.parts import TextParts
-from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates
+from megatron_cpo.negatives.ranking import BlockSimilarity, Candidates, without
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
@@ -87,7 +87,7 @@ class SentenceEmbedder:
 
     def text(self, sequence: Ints) -> str:
         """The text of a sequence, without what ends it."""
-        return str(self._tokenizer.detokenize(sequence[~np.isin(sequence, self.ends)].tolist()))
+        return str(self._tokenizer.detokenize(sequence[without(sequence, self.ends)].tolist()))
 
 
 class PolicyEmbedder:
@@ -98,7 +98,7 @@ class PolicyEmbedder:
         self.identity = {"name": "policy", **policy.identity}
 
     def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        return self._policy.embed([s[~np.isin(s, self.ends)] for s in sequences])
+        return self._policy.embed([s[without(s, self.ends)] for s in sequences])
 
 
 class TruthEmbeddings:

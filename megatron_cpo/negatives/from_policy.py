@@ -164,7 +164,7 @@ def _require_tokens(policy: Policy, context: Context, drawn: Sequence[Ints]) -> 
     """ValueError where the policy had no finite logits to draw from."""
     if any((tokens < 0).any() for tokens in drawn):
         raise ValueError(
-            f"group {context.index}: the logits of {model_name(policy.identity)} are NaN or "
+            f"record {context.index}: the logits of {model_name(policy.identity)} are NaN or "
             f"infinite, so nothing can be drawn from it; {REMEDY}"
         )
 

@@ -6,6 +6,7 @@ of a block of groups to their similarities, so that a model sees many sequences 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,11 +113,19 @@ def _cosines(
     return np.minimum(cosines, 1.0).astype(np.float32)
 
 
+def without(ids: NDArray[Any], ends: Ints) -> NDArray[np.bool_]:
+    """Which ids are none of `ends`; for two or three much faster than `np.isin`."""
+    text = ids != ends[0]
+    for end in ends[1:]:
+        text &= ids != end
+    return text
+
+
 def _features(sequences: Sequence[Ints], ends: Ints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Feature ids of the 1-grams and 2-grams of sequences without `ends`, and whose they are."""
     ids = np.concatenate(sequences).astype(np.int64)
     owners = np.repeat(np.arange(len(sequences)), [len(s) for s in sequences])
-    text = np.logical_and.reduce([ids != end for end in ends])  # few: isin takes ten times as long
+    text = without(ids, ends)
     ids, owners = ids[text], owners[text]
     pairs = (ids[:-1] + 1) * 1_000_003 + ids[1:]  # a prime apart; a 1-gram stays its own id
     same = owners[:-1] == owners[1:]

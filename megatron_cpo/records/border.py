@@ -8,17 +8,19 @@ answer of another record stands behind this record's lead, or the lead would tel
 """
 
 import hashlib
-from bisect import bisect_right
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-CONTRACT = "whole-text"
-"""How prefix and answer are tokenised, in manifests. Stores without that entry were built by
-releases that tokenised each side alone."""
+from megatron_cpo.records.spelling import Spelling
+from megatron_cpo.tree import Ints
+
+CONTRACT, EACH_SIDE = "whole-text", "each side alone"
+"""How prefix and answer are tokenised, in manifests; the second by releases that did not say."""
 
 BORDERS = np.dtype(
     [("prompt", "u8"), ("answer", "u8"), ("like", "u8"), ("lead", "u8"), ("end", "u8"),
@@ -28,14 +30,14 @@ BORDERS = np.dtype(
 """A row a record, as `Border.row` makes it; `prompt` to `end` are digests. `like` is equal where
 one record's answer can stand behind the other's prefix as it is, and 0 where nothing is known."""
 
+_ROW = struct.Struct("=5QB4i")
 AS_IS, LINE, SPACE, OTHER = range(4)
 """What is known of a border: nothing (the answer's tokens are taken as they are); the answer begins
 a token, after a line break or a control token; the lead begins with white space, and the answer's
 first token may hold some of it; neither, and only encoding anew says where tokens begin."""
 
 
-@dataclass(frozen=True)
-class Border:
+class Border(NamedTuple):
     """What is remembered of a record's text once it is tokens."""
 
     prompt: str | bytes
@@ -52,15 +54,15 @@ class Border:
     """How many of them follow the one that decoding stops at, as the line break in
     `<|im_end|>\\n`."""
 
-    def row(self) -> Any:
+    def row(self) -> bytes:
         """A row of `BORDERS`."""
-        prompt, lead, end = digest(self.prompt), digest(self.lead), digest(repr(self.ending))
+        prompt, lead, end = digest(self.prompt), _known(self.lead), _known(repr(self.ending))
         # Of another kind, no two borders are alike that are not those of one prompt.
         what = prompt if self.kind == OTHER else self.kind
-        like = 0 if self.kind == AS_IS else digest(f"{what} {lead} {end}")
-        return np.array(
-            (prompt, digest(self.answer), like, lead, end, self.kind, len(self.lead),
-             self.lead_tokens, len(self.ending), self.after), dtype=BORDERS,
+        like = 0 if self.kind == AS_IS else _known(f"{what} {lead} {end}")
+        return _ROW.pack(
+            prompt, digest(self.answer), like, lead, end, self.kind, len(self.lead),
+            self.lead_tokens, len(self.ending), self.after,
         )  # fmt: skip
 
 
@@ -70,25 +72,49 @@ def digest(content: str | bytes) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def token_ends(pieces: Sequence[bytes] | None, text: bytes) -> list[int] | None:
-    """Where each token of a text ends in it, in bytes; None if the tokens do not spell the text.
+_known = lru_cache(maxsize=1024)(digest)  # of what most records have in common
+
+
+class Spelled:
+    """A text whose tokens spell it, perhaps behind a space that a tokenizer puts before a text.
 
     Args:
-        pieces: the bytes of each token. A space before the text, as SentencePiece puts one, is
-            allowed for: it is part of the first token and of no text.
+        text: in UTF-8.
+        ends: where each token ends in what the tokens spell, in bytes.
+        before: bytes that they spell before the text, 0 or 1.
     """
-    if pieces is None:
-        return None
-    spelled = b"".join(pieces)
-    before = len(spelled) - len(text)
-    if spelled != text and (before != 1 or spelled[0] != 0x20 or not spelled.endswith(text)):
-        return None
-    return [end - before for end in accumulate(map(len, pieces))]
 
+    def __init__(self, text: bytes, ends: NDArray[np.int64], before: int) -> None:
+        self.text, self._ends, self._before = text, ends, before
 
-def tokens_before(ends: Sequence[int], at: int) -> int:
-    """How many tokens end at or before a place in the text."""
-    return bisect_right(ends, at)
+    @classmethod
+    def of(
+        cls, ids: Sequence[int], tokens: Ints, text: bytes, spelling: Spelling
+    ) -> "Spelled | None":
+        """The text with its tokens' places; None if these tokens do not spell it.
+
+        Args:
+            ids, tokens: the same, as a list and as an array.
+        """
+        ends = spelling.ends(tokens)
+        if ends is None:
+            return None
+        before = int(ends[-1]) - len(text)
+        if before not in (0, 1) or (
+            before and not (spelling.spell(ids[:1]) or b"").startswith(b" ")
+        ):
+            return None
+        if not spelling.keeps_texts and (spelling.spell(ids) or b"")[before:] != text:
+            return None
+        return cls(text, ends, before)
+
+    def tokens_before(self, at: int) -> int:
+        """How many tokens end at or before a place in the text."""
+        return int(self._ends.searchsorted(at + self._before, side="right"))
+
+    def end(self, token: int) -> int:
+        """Where a token ends in the text, in bytes."""
+        return int(self._ends[token]) - self._before
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:

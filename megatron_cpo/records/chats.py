@@ -34,6 +34,8 @@ class Rendered:
     answers: tuple[str, ...]
     by_template: bool
     """Whether a chat template wrote it, control tokens included."""
+    end: str = ""
+    """What the template ends an answer with, as far as that can be told."""
 
 
 def messages_of(value: Any, field: str) -> list[Message]:
@@ -100,6 +102,7 @@ class Chat:
         self._control = ControlTokens(tokenizer) if self._render else None
         self._takes_parts: bool | None = None
         self._marks: list[str] | None = None
+        self._end = ""
 
     def conversation(
         self,
@@ -148,7 +151,7 @@ class Chat:
                     "the chat template writes the answer otherwise than behind its own prompt"
                 )
             found.append(whole[len(prefix) :])
-        return Rendered(prefix, tuple(found), True)
+        return Rendered(prefix, tuple(found), True, self._end)
 
     def _text(self, messages: Sequence[Message], rest: dict[str, Any], prompt: bool) -> str:
         assert self._render is not None
@@ -184,8 +187,8 @@ class Chat:
         except BadRecord:  # one that wants other roles
             return []
         _, _, rest = text.partition(asked)
-        marks = [mark.strip() for mark in rest.split(said)]
-        return [mark for mark in marks if mark]
+        between, _, self._end = rest.partition(said)
+        return [mark.strip() for mark in (between, self._end) if mark.strip()]
 
     def _plain(
         self, before: Sequence[Message], answers: Sequence[Sequence[Message]], tools: Any

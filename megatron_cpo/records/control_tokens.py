@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from typing import Any
 
+from megatron_cpo.records.spelling import model_proto
+
 
 class ControlTokens:
     """Which they are, and a text as token ids with and without them.
@@ -95,13 +97,9 @@ def _hugging_face(tokenizer: Any, framed: bool, as_text: bool, text: str) -> lis
 
 def _user_defined(library: Any) -> frozenset[int]:
     """Ids of SentencePiece's user-defined pieces, but for those that are white space."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
-
-    proto: Any = schema.ModelProto()  # type: ignore[attr-defined]  # made when imported
-    proto.ParseFromString(library.serialized_model_proto())
     return frozenset(
         i
-        for i, piece in enumerate(proto.pieces)
+        for i, piece in enumerate(model_proto(library).pieces)
         if piece.type == piece.USER_DEFINED and piece.piece.strip("▁ \t\r\n")
     )
 

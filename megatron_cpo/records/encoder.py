@@ -7,20 +7,20 @@ unless it is a piece that was cut from a longer text and the text goes on.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from megatron_cpo.records.border import (
+    AS_IS,
     LINE,
     OTHER,
     SPACE,
     Border,
+    Spelled,
     common_start,
-    token_ends,
-    tokens_before,
 )
 from megatron_cpo.records.control_tokens import ControlTokens
 from megatron_cpo.records.dropped import BadRecord
@@ -63,6 +63,7 @@ class Encoder:
         self.eod: int = int(eod)
         self.control = ControlTokens(tokenizer)
         self._spelling = Spelling(tokenizer)
+        self._spells_eod = self.eod not in self.control.ids
         try:
             frame, probe = self.control.plain(""), self.control.plain("a")
         except ValueError:  # NullTokenizer reads numbers only
@@ -108,8 +109,7 @@ class Encoder:
 
     def spelled(self, ids: Ints) -> bytes | None:
         """The bytes that tokens stand for; None if one has none."""
-        pieces = self._spelling.pieces(ids.tolist())
-        return None if pieces is None else b"".join(pieces)
+        return self._spelling.spell(ids.tolist())
 
     def text(self, text: str, rendered: bool = False) -> Ints:
         """Token ids of a whole text, EOD included, to be split."""
@@ -117,12 +117,12 @@ class Encoder:
             return _ints([*self._unended(self._body(text, rendered)), self.eod])
         return _ints([*self.prefix(text), self.eod])
 
-    def notes(self, text: str) -> tuple[str, ...]:
-        """What is to be said of a text beforehand: it spells a control token."""
-        found = self.control.find(text)
+    def notes(self, *texts: str) -> tuple[str, ...]:
+        """What is to be said of texts: one spells a control token."""
+        found = next(filter(None, map(self.control.find, texts)), None)
         return (f"{found} written in a text, kept as text",) if found else ()
 
-    def pair(self, prefix_text: str, *answers: str, rendered: bool = False) -> Pair:
+    def pair(self, prefix_text: str, *answers: str, rendered: bool = False, end: str = "") -> Pair:
         """A prefix, y_1 and its rejected continuations as token ids.
 
         The prefix ends at the last border of tokens, in every one of the texts, at or before the
@@ -131,8 +131,9 @@ class Encoder:
 
         Args:
             answers: what follows the prefix, y_1 first.
-            rendered: a chat template wrote the texts, so control tokens in them are such, and the
-                last of them ends an answer. An answer without one gets EOD, as any other text.
+            rendered: a chat template wrote the texts, so control tokens in them are such, and end
+                an answer. One whose end has no control token gets EOD, as any other text.
+            end: what the template ends an answer with, if that is known.
 
         Raises:
             BadRecord: nothing is left of the prefix or of a continuation.
@@ -144,30 +145,33 @@ class Encoder:
         if not rendered:
             texts = [self._unended(ids) for ids in texts]
         truth = texts[0]
-        pieces = self._spelling.pieces(truth)
-        ends = token_ends(pieces, (prefix_text + answers[0]).encode())
-        if ends is None:
+        tokens = _ints([*truth, self.eod])
+        whole = (prefix_text + answers[0]).encode()
+        spelled = Spelled.of(truth, tokens[:-1], whole, self._spelling)
+        if spelled is None:
             cut = common_start(truth, self._body(known, rendered))  # numbers: all of the prefix
         else:
-            cut = tokens_before(ends, len(known.encode()))
+            cut = spelled.tokens_before(len(known.encode()))
         cut = min([cut, *(common_start(truth, ids) for ids in texts[1:])])
         if not cut or not all(len(ids) > cut for ids in texts):
             raise BadRecord("no tokens in the prefix or in a continuation")
-        if not rendered and any(self.eod in ids for ids in texts):
+        if self._spells_eod and not rendered and any(self.eod in ids for ids in texts):
             raise BadRecord("an end of document within the text")
-        ending, after = self._ending(truth, cut) if rendered else ((), 0)
-        if not ending:
-            ending = (self.eod,)
-            texts = [[*ids, self.eod] for ids in texts]
-        border = Border(known, answers[0].strip(), ending=ending, after=after)
-        if ends is not None:
-            border = self._border(border, prefix_text, answers[0], truth, ends, cut)
-        first, *rest = (_ints(ids[cut:]) for ids in texts)
-        head = [] if rendered else self._head
-        notes = () if rendered else self.notes("".join((prefix_text, *answers)))
-        if ends is None and pieces is not None:
+        ending: tuple[int, ...] = (self.eod,)
+        after = 0
+        if rendered:
+            ending, after = self._ending(truth, cut, spelled, end)
+        last = [] if truth[len(truth) - len(ending) :] == [*ending] else [self.eod]
+        lead = (AS_IS, b"", -1) if spelled is None else self._lead(answers[0], truth, spelled, cut)
+        border = Border(known, answers[0].strip(), *lead, ending, after)
+        notes = () if rendered else self.notes(prefix_text, *answers)
+        if spelled is None and self._spelling.spell(truth) is not None:
             notes = (*notes, REWRITTEN)
-        return Pair(_ints([*head, *truth[:cut]]), first, tuple(rest), border, notes)
+        prefix, first = tokens[:cut], tokens[cut : len(truth) + len(last)]
+        if self._head and not rendered:
+            prefix = np.concatenate([_ints(self._head), prefix])
+        rest = tuple(_ints([*ids[cut:], *last]) for ids in texts[1:])
+        return Pair(prefix, first, rest, border, notes)
 
     def split(self, tokens: Any, prefix_fraction: float) -> Pair:
         """A whole sample as a pair: x is the first `prefix_fraction` of its n tokens.
@@ -200,7 +204,7 @@ class Encoder:
         """Token ids of a prefix and an answer in one text; numbers are not run into each other."""
         if self._spelling.has_text:
             return self._body(prefix + answer, rendered)
-        return [*self._body(prefix), *self._body(answer)]
+        return [*self._body(prefix.strip()), *self._body(answer.strip())]
 
     def _unended(self, ids: list[int]) -> list[int]:
         """The ids without EOD at their end."""
@@ -208,46 +212,48 @@ class Encoder:
             ids.pop()
         return ids
 
-    def _ending(self, ids: list[int], cut: int) -> tuple[tuple[int, ...], int]:
+    def _ending(
+        self, ids: list[int], cut: int, spelled: Spelled | None, end: str
+    ) -> tuple[tuple[int, ...], int]:
         """The tokens that end a rendered answer, and how many follow the control token in them.
 
-        The last control token, if only white space follows it, and the white space around it. None
-        if there is no such token.
+        Those of the text that the template ends a turn with; where that is not known, the last
+        control token, if only white space follows it. EOD is put behind an end without any.
         """
-        at = len(ids) - 1
-        while at > cut and self._blank(ids[at]):
-            at -= 1
-        if at == cut or not self._ends(ids[at]):
-            return (), 0
-        start = at
-        while start - 1 > cut and self._blank(ids[start - 1]):
-            start -= 1
-        return tuple(ids[start:]), len(ids) - 1 - at
+        start = len(ids)
+        if spelled is not None and end and spelled.text.endswith(end.encode()):
+            place = len(spelled.text) - len(end.encode())
+            start = spelled.tokens_before(place)
+            start += spelled.end(start - 1) < place  # a token across it is the answer's
+        else:
+            at = len(ids) - 1
+            while at > cut and self._blank(ids[at]):
+                at -= 1
+            start = at if self._ends(ids[at]) else start
+        ending = tuple(ids[max(start, cut + 1) :])
+        last = max((at for at, token in enumerate(ending) if self._ends(token)), default=None)
+        return ((*ending, self.eod), 0) if last is None else (ending, len(ending) - 1 - last)
 
     def _ends(self, token: int) -> bool:
         """Could a template end a turn with it?"""
         return token == self.eod or token in self.control.ids or token in self.control.added
 
     def _blank(self, token: int) -> bool:
-        pieces = self._spelling.pieces([token])
-        return pieces is not None and not pieces[0].strip()
+        piece = self._spelling.spell([token])
+        return piece is not None and not piece.strip()
 
-    def _border(
-        self, border: Border, prefix_text: str, answer: str, ids: list[int], ends: list[int],
-        cut: int,
-    ) -> Border:  # fmt: skip
-        """The border of texts whose tokens spell them."""
-        whole = (prefix_text + answer).encode()
-        start = len(whole) - len(answer.lstrip().encode())
-        lead = whole[ends[cut - 1] : start]
-        until = tokens_before(ends, start)
-        lead_tokens = until - cut if ends[until - 1] == start else -1
-        before = ids[until - 1]
-        if lead_tokens >= 0 and (whole[start - 1 : start] in (b"\n", b"\r") or self._ends(before)):
-            kind = LINE
-        else:
-            kind = SPACE if lead[:1].isspace() else OTHER
-        return replace(border, kind=kind, lead=lead, lead_tokens=lead_tokens)
+    def _lead(
+        self, answer: str, ids: list[int], spelled: Spelled, cut: int
+    ) -> tuple[int, bytes, int]:
+        """Kind, lead and its tokens of a border, of a text whose tokens spell it."""
+        start = len(spelled.text) - len(answer.lstrip().encode())
+        until = spelled.tokens_before(start)
+        lead = spelled.text[spelled.end(cut - 1) : start]
+        lead_tokens = until - cut if spelled.end(until - 1) == start else -1
+        breaks = spelled.text[start - 1 : start] in (b"\n", b"\r") or self._ends(ids[until - 1])
+        if lead_tokens >= 0 and breaks:
+            return LINE, lead, lead_tokens
+        return SPACE if lead[:1].isspace() else OTHER, lead, lead_tokens
 
 
 def library_name(tokenizer: Any) -> str:
@@ -256,4 +262,4 @@ def library_name(tokenizer: Any) -> str:
 
 
 def _ints(tokens: Any) -> Ints:
-    return np.asarray(tokens).astype(np.int32)
+    return np.array(tokens, dtype=np.int32)

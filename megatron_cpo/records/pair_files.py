@@ -105,7 +105,7 @@ def write_pairs_resumed(
         for pair in read_pairs(source, tokenizer, dropped, rejected, advance, skip):
             sequences = sequences_of(pair)
             writer.add(np.concatenate(sequences), [len(s) for s in sequences])
-            borders.write(pair.border.row().tobytes())
+            borders.write(pair.border.row())
         writer.close()
         borders.close()
     except BaseException:

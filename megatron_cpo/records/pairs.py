@@ -91,7 +91,8 @@ def _pairs_of_records(
             continue
         try:
             texts = (record.prefix, record.continuation, *record.rejected[:rejected])
-            pair = encoder.pair(*texts, rendered=record.rendered or rendered)
+            as_rendered = record.rendered or rendered
+            pair = encoder.pair(*texts, rendered=as_rendered, end=record.end)
         except BadRecord as error:
             dropped.bad(str(error), record.source)
         else:

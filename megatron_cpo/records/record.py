@@ -22,6 +22,8 @@ class Record:
     """file:line, for messages."""
     rendered: bool = False
     """A chat template wrote it: control tokens in it are such, and end the answers."""
+    end: str = field(default="", compare=False)
+    """What the template ends an answer with, as far as that is known."""
     notes: tuple[str, ...] = ()
     """What is to be said of it, although it is used."""
 
@@ -51,7 +53,10 @@ class Record:
         found = chat.conversation(before, [first, *kept], fields.get("tools"), options)
         truth, *rejected = found.answers
         notes = (EMPTY_ANSWER,) * (len(rest) - len(kept))
-        return cls(found.prefix, truth, tuple(rejected), rendered=found.by_template, notes=notes)
+        return cls(
+            found.prefix, truth, tuple(rejected), rendered=found.by_template, end=found.end,
+            notes=notes,
+        )  # fmt: skip
 
 
 def without_empty(record: Record) -> Record:

@@ -7,8 +7,16 @@ with a normaliser rewrites some texts.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_cpo.tree import Ints
+
+_UNKNOWN = -(1 << 40)
+"""Bytes of a token that was not looked up: any sum with it is below 0."""
 
 
 class Spelling:
@@ -20,24 +28,77 @@ class Spelling:
 
     def __init__(self, tokenizer: Any) -> None:
         self._bytes_of = token_bytes(tokenizer)
-        self._known: dict[int, bytes] = {}
+        self.keeps_texts = _keeps_texts(tokenizer)
+        """Whether its tokens spell every text whose bytes they are as many as."""
+        # By id, and grown as ids come; a list is read twice as fast as a dict.
+        self._pieces: list[bytes | None] = []
+        self._sizes = np.zeros(0, dtype=np.int64)
 
     @property
     def has_text(self) -> bool:
         """Whether the tokens stand for text; those of a tokenizer that lists none are numbers."""
         return self._bytes_of is not None
 
-    def pieces(self, ids: Iterable[int]) -> list[bytes] | None:
-        """The bytes of each token; None if one has none, or the tokenizer cannot list its own."""
+    def spell(self, ids: Sequence[int]) -> bytes | None:
+        """What tokens stand for; None if one has no bytes, or the tokenizer lists no tokens."""
         if self._bytes_of is None:
             return None
-        known, ids = self._known, list(ids)
-        for i in {i for i in ids if i not in known}:
-            piece = self._bytes_of(i)
-            if piece is None:
+        try:
+            return b"".join(map(self._pieces.__getitem__, ids))  # type: ignore[arg-type]
+        except (IndexError, TypeError):  # some were not looked up yet, or have no bytes
+            if not self._look_up(ids, self._bytes_of):
                 return None
-            known[i] = piece
-        return [known[i] for i in ids]
+        return self.spell(ids)
+
+    def ends(self, ids: Ints) -> NDArray[np.int64] | None:
+        """Where each token ends in what they spell, [len(ids)] bytes; None as `spell`."""
+        if self._bytes_of is None or not len(ids):
+            return None
+        try:
+            ends: NDArray[np.int64] = self._sizes[ids].cumsum()
+            if ends[-1] >= 0:
+                return ends
+        except IndexError:  # an id that was not met yet, as those of _UNKNOWN bytes
+            pass
+        known = self._look_up(ids.tolist(), self._bytes_of)
+        return self._sizes[ids].cumsum() if known else None
+
+    def _look_up(self, ids: Sequence[int], bytes_of: Callable[[int], bytes | None]) -> bool:
+        """Make all of them known; False if one has no bytes."""
+        if (more := max(ids) + 1 - len(self._pieces)) > 0:
+            self._pieces += [None] * more
+            self._sizes = np.append(self._sizes, np.full(more, _UNKNOWN))
+        for i in ids:
+            if self._pieces[i] is None:
+                piece = bytes_of(i)
+                if piece is None:
+                    return False
+                self._pieces[i] = piece
+                self._sizes[i] = len(piece)
+        return True
+
+
+def _keeps_texts(tokenizer: Any) -> bool:
+    """Does nothing rewrite a text before it is tokenised, as a normaliser does?"""
+    inner = getattr(tokenizer, "_tokenizer", None)
+    for library in (getattr(inner, "tokenizer", None), getattr(inner, "_tokenizer", None)):
+        if hasattr(library, "decode_single_token_bytes"):  # tiktoken
+            return True
+        if backend := getattr(library, "backend_tokenizer", None):  # transformers
+            return backend.normalizer is None and type(backend.model).__name__ == "BPE"
+        if hasattr(library, "serialized_model_proto"):  # SentencePiece
+            rules = model_proto(library).normalizer_spec
+            return not (rules.precompiled_charsmap or rules.remove_extra_whitespaces)
+    return False
+
+
+def model_proto(library: Any) -> Any:
+    """A SentencePiece model as it is stored."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    proto: Any = schema.ModelProto()  # type: ignore[attr-defined]  # made when imported
+    proto.ParseFromString(library.serialized_model_proto())
+    return proto
 
 
 def token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:

@@ -91,7 +91,7 @@ class ScoreFolder(WorkFolder):
             ValueError: one is not finite.
         """
         for group, scores in zip(groups, logps, strict=True):
-            require_finite(scores, group, "log-prob", source)
+            require_finite(scores, f"group {group}", "log-prob", source)
         content = BytesIO()
         np.savez(content, allow_pickle=False, logps=np.concatenate(logps))
         self.write(self.block_path(STAGE, block), content.getvalue())

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,17 @@ class WorkFolder:
         path_prefix: the store's PREFIX.
         kind: of work, `build` or `score`.
         command: what decides the bytes of the result, JSON-able.
+        earlier: entries of a command that earlier releases did not write, and what they did.
     """
 
-    def __init__(self, path_prefix: str, kind: str, command: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path_prefix: str,
+        kind: str,
+        command: dict[str, Any],
+        earlier: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._earlier = earlier or {}
         self.path = Path(f"{path_prefix}.{kind}")
         self._prefix = path_prefix
         self.is_alone = False
@@ -60,10 +68,12 @@ class WorkFolder:
             ValueError: they differ; shows the first values that do.
         """
         for name, value in self.command.items():
-            if found.get(name) != value:
+            theirs = found.get(name, self._earlier.get(name))
+            if theirs != value:
+                by = " by an earlier release" if name in self._earlier.keys() - found.keys() else ""
                 raise ValueError(
-                    f"--output-prefix {self._prefix}: {what} with {name} "
-                    f"{json.dumps(found.get(name))}, this command has {json.dumps(value)}; "
+                    f"--output-prefix {self._prefix}: {what}{by} with {name} "
+                    f"{json.dumps(theirs)}, this command has {json.dumps(value)}; "
                     f"{remedy}, or give another --output-prefix"
                 )
 

@@ -1,0 +1,120 @@
+"""What a judge is asked, and what its reply says: pairs, templates, verdicts."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+INSTRUCTION = """\
+For the following instruction, which response is more helpful?
+
+Instruction:
+{prompt}
+
+Response A:
+{a}
+
+Response B:
+{b}
+
+Judge helpfulness, correctness and clarity; length alone is no merit. First compare the two in one
+sentence. Then, on a line of its own, write only "A" or "B" for the more helpful response."""
+CONTINUATION = """\
+Two texts continue the same beginning. Which continuation is better?
+
+Beginning:
+{prompt}
+
+Continuation A:
+{a}
+
+Continuation B:
+{b}
+
+Judge coherence with the beginning, fluency and information; length alone is no merit. First compare
+the two in one sentence. Then, on a line of its own, write only "A" or "B" for the better one."""
+TEMPLATES = {"instruction": INSTRUCTION, "continuation": CONTINUATION}
+"""By the two tasks of the paper, instruction following and open-ended continuation."""
+
+
+class Verdict(StrEnum):
+    """What a judge says of a pair."""
+
+    A = "A"
+    B = "B"
+    TIE = "tie"
+
+    def swap(self) -> "Verdict":
+        """The same verdict of the pair in the other order."""
+        return {Verdict.A: Verdict.B, Verdict.B: Verdict.A}.get(self, self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt."""
+
+    prompt: str
+    a: str
+    b: str
+
+    def swap(self) -> "Comparison":
+        """The same answers in the other order."""
+        return Comparison(self.prompt, self.b, self.a)
+
+    def fill(self, template: str) -> str:
+        """The template with prompt and answers in their places; braces in them stay as they are."""
+        parts = {"{prompt}": self.prompt, "{a}": self.a, "{b}": self.b}
+        return re.sub(r"\{(?:prompt|a|b)\}", lambda found: parts[found.group()], template)
+
+
+def check_template(template: str) -> None:
+    """Refuse a template without one of its places.
+
+    Raises:
+        ValueError: which one is missing.
+    """
+    if missing := [place for place in ("{prompt}", "{a}", "{b}") if place not in template]:
+        raise ValueError(
+            f"the template has no {' and no '.join(missing)}; it needs {{prompt}}, {{a}} and "
+            "{b}, where the prompt and both answers go"
+        )
+
+
+_NAME = r"(?:the\s+)?(?:(?:response|answer|continuation|output|option|assistant|text)\s*)?"
+_CHOICE = re.compile(rf"{_NAME}\(?\[{{0,2}}([ab]|tie|both|equal|neither)\]{{0,2}}\)?", re.I)
+_ANNOUNCED = re.compile(
+    r"^(?:the |my |final )*(?:more helpful|better|best|verdict|answer|choice|winner|preference)"
+    r"(?: response| answer| continuation| one)? (?:is )?",
+    re.I,
+)
+_MARKED = re.compile(r"\[\[\s*([ab]|c|tie)\s*\]\]", re.I)
+_STATED = re.compile(
+    r"(?:verdict|winner|better|best|preferred|prefer|choose|choice|final answer|more helpful)"
+    r"(?:\s+(?:response|answer|continuation|output|one|option))?(?:\s+is)?\s*[:=]?\s*"
+    rf"{_NAME}\"?\(?([AB]|[Tt]ie)\b(?![-\w]|\s+[a-z])",
+)
+
+
+def read_verdict(reply: str) -> Verdict | None:
+    """The verdict of a reply, or None if it has none that is clear.
+
+    A reply that is a choice and nothing else, else its last line that is one, else a choice in
+    double brackets, else the one that is stated ("better: B") if all that are stated agree. A
+    sentence that merely mentions A and B says nothing.
+
+    >>> [read_verdict(r) for r in ("A.", "Response B", "**A**", "I like A, and B too.")]
+    [<Verdict.A: 'A'>, <Verdict.B: 'B'>, <Verdict.A: 'A'>, None]
+    """
+    lines = [re.sub(r"[*_`#>\"'.:!\s]+", " ", line).strip() for line in reply.splitlines()]
+    for line in reversed([line for line in lines if line]):
+        line = _ANNOUNCED.sub("", line)
+        if found := _CHOICE.fullmatch(line):
+            return _verdict(found.group(1))
+    for pattern in (_MARKED, _STATED):
+        named = {_verdict(name) for name in pattern.findall(reply)}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def _verdict(name: str) -> Verdict:
+    return {"a": Verdict.A, "b": Verdict.B}.get(name.lower(), Verdict.TIE)

@@ -1,0 +1,79 @@
+"""A scripted judge, as a process of its own: real HTTP, no model.
+
+    python -m tests.judge_server [KEY]
+
+prints its port. The model's name says how it judges: `longer` prefers the longer answer, `first`
+always says A, `rude` answers without a verdict, `empty` without a word, `partly`
+gives no verdict on the third question, `busy` is overloaded every
+second time (429 with Retry-After, and 500), `slow` takes 50 ms, `web` answers with a page. With a
+KEY, requests without it get 401. `/v1/asked` counts the requests of each model.
+"""
+
+import json
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+ANSWERS = re.compile(r"Response A:\n(.*?)\n\nResponse B:\n(.*?)\n\nJudge", re.DOTALL)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    protocol_version = "HTTP/1.1"
+    key = None
+    asked: ClassVar[Counter] = Counter()
+    lock = threading.Lock()
+
+    def do_GET(self):
+        """`/v1/asked`."""
+        self.answer(200, dict(self.asked))
+
+    def do_POST(self):
+        """`/v1/chat/completions`."""
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.lock:
+            self.asked[body["model"]] += 1
+            number = self.asked[body["model"]]
+        if self.key and self.headers.get("authorization") != f"Bearer {self.key}":
+            return self.answer(401, {"error": {"message": f"wrong key {self.key}"}})
+        model = body["model"]
+        if model == "busy" and number % 2:
+            return self.answer(429 if number % 4 == 1 else 500, {"error": "busy"})
+        if model == "web":
+            return self.answer(200, None)
+        if model == "slow":
+            time.sleep(0.05)
+        a, b = ANSWERS.search(body["messages"][0]["content"]).groups()
+        if model == "partly" and "ask 3\n" in body["messages"][0]["content"]:
+            model = "rude"
+        reply = {
+            "first": "Both are fine.\n\n**A**",
+            "rude": "I would rather not.",
+            "empty": None,
+        }.get(model, f"One is longer.\n\n{'A' if len(a) > len(b) else 'B'}.")
+        return self.answer(200, {"choices": [{"message": {"content": reply}}]})
+
+    def answer(self, status, value):
+        """Send JSON, or a page."""
+        data = b"<html>hello</html>" if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        if status == 429:
+            self.send_header("retry-after", "0")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        """Silence."""
+
+
+if __name__ == "__main__":
+    Handler.key = sys.argv[1] if len(sys.argv) > 1 else None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()

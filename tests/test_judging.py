@@ -1,0 +1,205 @@
+"""A judge behind real HTTP: verdicts, a rerun that asks nothing, kills, keys, and refusals."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from megatron_cpo.evaluation import command
+from megatron_cpo.evaluation.judging import ReplyCache
+from tests.commands import assert_one_line_error, run_python
+
+PAIRS = 12
+
+
+def served(*argv):
+    """A judge's process and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.judge_server", *argv], stdout=subprocess.PIPE, text=True
+    )
+    return process, f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
+
+
+@pytest.fixture(scope="module")
+def url():
+    process, address = served()
+    yield address
+    process.kill()
+
+
+def asked(url, model):
+    with urllib.request.urlopen(f"{url}/asked") as answer:
+        return json.load(answer).get(model, 0)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Texts of two models: the candidate's are longer but for the first, of which both are one."""
+    for name, extra in (("cpo", " indeed"), ("mle", "")):
+        rows = [
+            {"instruction": f"ask {i}", "output": f"say {i}{extra if i else ''}", "generator": name,
+             "truth": f"say {i}"}
+            for i in range(PAIRS)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def judge(files, url, model, **options):
+    """The result of all pairs by the library."""
+    ours, theirs = command.open_pair(files / "cpo.json", str(files / "mle.json"))
+    options = command.JudgeOptions(url, model, **options)
+    pairs = command.judge_pairs(ours, theirs, options, files / "replies.jsonl")
+    return command.rate_pairs(ours, theirs, pairs)
+
+
+def tool(files, url, model, *flags, env=None):
+    return run_python(
+        "-m", "megatron_cpo", "evaluate", "winrate", "--candidate", files / "cpo.json",
+        "--baseline", files / "mle.json", "--judge", url, "--judge-model", model, *flags,
+        env=env,
+    )  # fmt: skip
+
+
+def test_a_perfect_judge_and_a_rerun_that_is_free(files, url):
+    """11 wins and one identical pair: (11 + 1/2) / 12; 22 requests, and none the second time."""
+    before = asked(url, "longer")
+    first = judge(files, url, "longer")
+    assert (first.wins, first.ties, first.identical) == (11, 1, 1)
+    assert first.win_rate.value == pytest.approx(11.5 / 12)
+    assert asked(url, "longer") - before == 22
+    assert judge(files, url, "longer") == first
+    assert asked(url, "longer") - before == 22
+
+
+def test_a_judge_that_always_says_a(files, url):
+    found = judge(files, url, "first")
+    assert (found.win_rate.value, found.order_bias) == (0.5, 1.0)
+    assert judge(files, url, "first", both_orders=False).win_rate.value == pytest.approx(11.5 / 12)
+
+
+def test_a_busy_judge_is_asked_again(files, url):
+    assert judge(files, url, "busy", in_flight=2).wins == 11
+
+
+def test_the_command_and_its_files(files, url):
+    done = tool(files, url, "longer")
+    assert done.returncode == 0, done.stderr
+    assert "win rate           0.958 [" in done.stdout
+    lines = (files / "cpo-against-mle.verdicts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["why"] for row in rows] == ["identical", *["judged"] * 11]
+    assert rows[1]["replies"][0] == "One is longer.\n\nA."
+    with (files / "leaderboard.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert (row["candidate"], row["n_wins"], row["judge"]) == ("cpo", "11", "longer")
+    assert float(row["win_rate_low"]) < float(row["win_rate"]) < float(row["win_rate_high"])
+
+
+def test_a_dry_run_asks_nothing(files, url):
+    before = asked(url, "longer")
+    done = tool(files, url, "longer", "--dry-run")
+    assert "Response A:\nsay 1 indeed" in done.stdout
+    assert "22 requests to longer" in done.stdout
+    assert asked(url, "longer") == before
+
+
+@pytest.mark.parametrize("model", ["rude", "empty"])
+def test_replies_without_a_verdict_have_an_exit_status(files, url, model):
+    """The result needs two prompts with a verdict; here the identical pair alone has one."""
+    done = tool(files, url, model)
+    assert done.returncode == 1
+    assert "1 of 12 prompts have a verdict" in done.stderr
+    text = (files / "cpo-against-mle.verdicts.jsonl").read_text()
+    assert text.count('"unread"') == 11
+
+
+def test_some_replies_without_a_verdict(files, url):
+    """One pair of 12 is more than 5%: the result is there, and the exit status is 3."""
+    done = tool(files, url, "partly")
+    assert (done.returncode, "without a verdict  1 pairs" in done.stdout) == (3, True)
+    assert "1 of 12 pairs have no clear verdict" in done.stderr
+    assert tool(files, url, "partly", "--max-unread", 0.1).returncode == 0
+
+
+def test_killed_in_the_middle(files, url):
+    """kill -9: replies that had come are not paid for again; two were under way."""
+    before = asked(url, "slow")
+    argv = [sys.executable, "-m", "megatron_cpo", "evaluate", "winrate", "--candidate",
+            files / "cpo.json", "--baseline", files / "mle.json", "--judge", url,
+            "--judge-model", "slow", "--in-flight", "2"]  # fmt: skip
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cache = files / "judge-replies.jsonl"
+    while not cache.exists() or cache.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = cache.read_bytes().count(b"\n")
+    time.sleep(0.2)
+    paid = asked(url, "slow") - before
+    assert kept <= paid <= kept + 2
+    assert tool(files, url, "slow").returncode == 0
+    assert asked(url, "slow") - before == paid + 22 - kept
+
+
+def test_half_a_reply_is_cut_off(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    cache = ReplyCache(path)
+    cache.add("k", "judge", "A")
+    cache.close()
+    path.write_bytes(path.read_bytes() + b'{"key": "l", "rep')
+    again = ReplyCache(path)
+    assert (len(again), again.find("k"), again.find("l")) == (1, "A", None)
+    again.add("l", "judge", "B")
+    again.close()
+    assert len(path.read_text().splitlines()) == 2
+    path.write_text('nonsense\n{"key": "k", "reply": "A"}\n')
+    with pytest.raises(ValueError, match=r"replies.jsonl:1: not a judge's reply"):
+        ReplyCache(path)
+
+
+def test_a_key_is_sent_and_nowhere_shown(files):
+    process, address = served("s3cret-key")
+    try:
+        environment = os.environ | {"OTHER_KEY": "s3cret-key"}
+        done = tool(files, address, "longer", "--judge-key-env", "OTHER_KEY", env=environment)
+        assert done.returncode == 0, done.stderr
+        without = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"}
+        (files / "judge-replies.jsonl").unlink()
+        refused = tool(files, address, "longer", env=without)
+        assert refused.returncode == 1
+        assert "401" in refused.stderr
+        assert "key" in refused.stderr
+        shown = [done.stdout, done.stderr, refused.stdout, refused.stderr]
+        shown += [path.read_text() for path in files.iterdir()]
+        assert not [text for text in shown if "s3cret-key" in text and "wrong key" not in text]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--baseline": "nowhere.json"}, r"nowhere\.json: cannot be read"),
+        ({"--judge": "localhost:1"}, r"--judge localhost:1"),
+        ({"--judge": "http://127.0.0.1:9/v1"}, r"--judge http://127\.0\.0\.1:9/v1"),
+        ({"--template": "nothing"}, r"--template nothing: neither instruction, continuation nor"),
+        ({"--judge-key-env": "NOT_SET"}, r"--judge-key-env"),
+        ({"--judge-model": "web"}, r"--judge http"),
+    ],
+)
+def test_bad_input(files, url, change, message):
+    flags = {"--candidate": files / "cpo.json", "--baseline": files / "mle.json", "--judge": url,
+             "--judge-model": "longer"} | change  # fmt: skip
+    words = [word for flag in flags.items() for word in flag]
+    done = run_python("-m", "megatron_cpo", "evaluate", "winrate", *words)
+    assert_one_line_error(done, "megatron-cpo evaluate")
+    assert re.search(message, done.stderr)

@@ -11,7 +11,7 @@ from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.source import Source
 from tests.texts import dolly_tokenizer, write_jsonl
-from tests.tokenizer_kinds import CHATML, byte_level, hugging_face, metaspace
+from tests.tokenizer_kinds import CHATML, built, byte_level, hugging_face, metaspace
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n\n{{ m.content | trim }}"
@@ -327,6 +327,29 @@ def test_a_llama_tokenizer_s_chat(tmp_path):
     whole = owner.apply_chat_template(CHAT[1:3], chat_template=LLAMA2, return_dict=False)
     assert [*pair.prefix, *pair.continuation] == whole
     assert whole.count(owner.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("kind", ["several templates", "SFTTokenizer"])
+def test_templates_in_other_places(tmp_path, tokenizer, kind):
+    """A folder may hold several, one for tools; Megatron's SFTTokenizer keeps its own."""
+    made = hugging_face(tmp_path / "hf", byte_level())
+    owner = transformers_of(made)
+    owner.chat_template = CHATML
+    owner.save_pretrained(str(tmp_path / "hf"))
+    if kind == "SFTTokenizer":
+        options = {"sft_tokenizer_prompt_format": "default"}
+        other = built("SFTTokenizer", tmp_path / "hf", **options)
+    else:
+        other = with_template(made, {"default": CHATML, "tool_use": TOOL_TEMPLATE})
+        owner.chat_template = made.chat_template
+    [pair], _ = pairs_of(tmp_path, other, {"messages": CHAT[1:3]})
+    [expected], _ = pairs_of(tmp_path, with_template(tokenizer, CHATML), {"messages": CHAT[1:3]})
+    assert pair.prefix.tolist() == expected.prefix.tolist()
+    assert pair.continuation.tolist() == expected.continuation.tolist()
+    assert pair.border == expected.border
+    if kind == "several templates":
+        [pair], _ = pairs_of(tmp_path, other, {"messages": CHAT[1:3], "tools": TOOLS})
+        assert made.detokenize(pair.prefix.tolist()).startswith("Tools: ")
 
 
 def test_share_gpt_names(tmp_path, tokenizer):

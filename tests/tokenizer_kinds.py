@@ -21,7 +21,10 @@ def corpus() -> list[str]:
     """Texts to train on, whole, with code and other scripts."""
     records = [json.loads(line) for line in Path(DOLLY).read_text(encoding="utf-8").splitlines()]
     texts = [f"{r['instruction']}\n{r['context']}\n{r['response']}" for r in records[:120]]
-    return [*texts, "x = [1, 2]\n\tdef f(x):  return [1]\n[1, [12]] 漢字かな 🙂 naïve café" * 3]
+    return [
+        *texts,
+        "Q: Why? x = [1, 2]\n\tdef f(x):  return [1]\n[1, [12]] 漢字かな 🙂 naïve café" * 3,
+    ]
 
 
 def built(kind: str, model: Path | str | None, **options: Any) -> Any:
@@ -59,14 +62,14 @@ def sentencepiece(folder: Path, model_type: str = "unigram", **options: Any) -> 
     return path
 
 
-def byte_level(**options: Any) -> Any:
+def byte_level(all_bytes: bool = True, **options: Any) -> Any:
     """A byte-level BPE of `tokenizers`, 800 tokens, its control tokens the last three."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(**({"add_prefix_space": False} | options))
     made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if all_bytes else []
     trainer = trainers.BpeTrainer(vocab_size=797, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(corpus(), trainer)
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -156,6 +159,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
         "Llama2Tokenizer", sentencepiece(f, user_defined_symbols=[])
     ),
     "byte-level BPE": lambda f: hugging_face(f, byte_level()),
+    "byte-level BPE, bytes missing": lambda f: hugging_face(f, byte_level(all_bytes=False)),
     "byte-level BPE, space first": lambda f: hugging_face(f, byte_level(add_prefix_space=True)),
     "byte-level BPE, BOS": lambda f: hugging_face(f, with_bos(byte_level(), "<|im_start|>")),
     "byte-level BPE, no frame": lambda f: hugging_face(

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_cpo.records.control_tokens import ControlTokens
 from megatron_cpo.records.dropped import BadRecord
+from megatron_cpo.records.spelling import library_of
 
 Message = dict[str, Any]
 _SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
@@ -210,21 +211,21 @@ class Chat:
 
 def _template(tokenizer: Any) -> Callable[..., str] | None:
     """(messages, **variables) to text, by the tokenizer's chat template; None if it has none."""
+    inner, library = getattr(tokenizer, "_tokenizer", tokenizer), library_of(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
+    if not template:  # Megatron's SFTTokenizer keeps it elsewhere
+        config = getattr(inner, "_prompt_config", None)
+        template = getattr(config, "custom_chat_template", None)
     if not template:
         return None
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    for owner in (getattr(inner, "tokenizer", None), getattr(inner, "_tokenizer", None)):
-        if hasattr(owner, "get_chat_template"):  # transformers', which knows tools and its tokens
+    if hasattr(library, "get_chat_template"):  # transformers', which knows tools and its tokens
+        one = template if isinstance(template, str) else None  # of several it chooses itself
 
-            def render(messages: list[Message], owner: Any = owner, **variables: Any) -> str:
-                return str(
-                    owner.apply_chat_template(
-                        messages, chat_template=template, tokenize=False, **variables
-                    )
-                )
+        def render(messages: list[Message], **variables: Any) -> str:
+            variables = {"chat_template": one, "tokenize": False, **variables}
+            return str(library.apply_chat_template(messages, **variables))
 
-            return render
+        return render
     from transformers.utils.chat_template_utils import render_jinja_template
 
     names = {v: k for k, v in ControlTokens(tokenizer).by_text.items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from functools import cached_property, partial
 from typing import Any
 
-from megatron_cpo.records.spelling import model_proto
+from megatron_cpo.records.spelling import library_of, model_proto
 
 
 class ControlTokens:
@@ -29,22 +29,17 @@ class ControlTokens:
     a template writes its own BOS."""
 
     def __init__(self, tokenizer: Any) -> None:
-        inner = getattr(tokenizer, "_tokenizer", None)
-        library: Any = getattr(inner, "tokenizer", None)
-        hugging_face = next(
-            (t for t in (library, getattr(inner, "_tokenizer", None))
-             if hasattr(t, "added_tokens_decoder")), None,
-        )  # fmt: skip
+        inner, library = getattr(tokenizer, "_tokenizer", None), library_of(tokenizer)
         self.by_text = {}
         self._added: Callable[[], frozenset[int]] = frozenset
         self.plain = self.marked = tokenizer.tokenize
-        if hugging_face is not None:
-            known = hugging_face.added_tokens_decoder
+        if hasattr(library, "added_tokens_decoder"):  # transformers
+            known = library.added_tokens_decoder
             self.by_text = {token.content: i for i, token in known.items() if token.special}
             self._added = partial(frozenset, known)
             framed = getattr(inner, "include_special_tokens", True)
-            self.plain = partial(_hugging_face, hugging_face, framed, True)
-            self.marked = partial(_hugging_face, hugging_face, False, False)
+            self.plain = partial(_hugging_face, library, framed, True)
+            self.marked = partial(_hugging_face, library, False, False)
         elif hasattr(library, "special_tokens_set"):  # tiktoken
             self.by_text = {t: library.encode_single_token(t) for t in library.special_tokens_set}
             self.plain = library.encode_ordinary

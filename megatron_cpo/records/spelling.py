@@ -7,7 +7,7 @@ with a normaliser rewrites some texts.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,25 @@ class Spelling:
 
 def _keeps_texts(tokenizer: Any) -> bool:
     """Does nothing rewrite a text before it is tokenised, as a normaliser does?"""
+    library = library_of(tokenizer)
+    if hasattr(library, "decode_single_token_bytes"):  # tiktoken
+        return True
+    if backend := getattr(library, "backend_tokenizer", None):  # transformers
+        return backend.normalizer is None and type(backend.model).__name__ == "BPE"
+    if hasattr(library, "serialized_model_proto"):  # SentencePiece
+        rules = model_proto(library).normalizer_spec
+        return not (rules.precompiled_charsmap or rules.remove_extra_whitespaces)
+    return False
+
+
+def library_of(tokenizer: Any) -> Any:
+    """What does the work inside a Megatron tokenizer: an object of transformers, SentencePiece or
+    tiktoken; None for Megatron's own."""
     inner = getattr(tokenizer, "_tokenizer", None)
     for library in (getattr(inner, "tokenizer", None), getattr(inner, "_tokenizer", None)):
-        if hasattr(library, "decode_single_token_bytes"):  # tiktoken
-            return True
-        if backend := getattr(library, "backend_tokenizer", None):  # transformers
-            return backend.normalizer is None and type(backend.model).__name__ == "BPE"
-        if hasattr(library, "serialized_model_proto"):  # SentencePiece
-            rules = model_proto(library).normalizer_spec
-            return not (rules.precompiled_charsmap or rules.remove_extra_whitespaces)
-    return False
+        if library is not None:
+            return library
+    return None
 
 
 def model_proto(library: Any) -> Any:
@@ -103,22 +112,23 @@ def model_proto(library: Any) -> Any:
 
 def token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:
     """The bytes of a token by id (None: no such id); None for a tokenizer that has no text."""
-    encoding: Any = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)
-    if hasattr(encoding, "decode_single_token_bytes"):  # tiktoken
+    library = library_of(tokenizer)
+    if hasattr(library, "decode_single_token_bytes"):  # tiktoken
 
         def of_tiktoken(i: int) -> bytes | None:
             try:
-                return bytes(encoding.decode_single_token_bytes(i))
+                return bytes(library.decode_single_token_bytes(i))
             except KeyError:
                 return None
 
         return of_tiktoken
     pieces = vocabulary(tokenizer)
+    if not pieces and hasattr(library, "get_vocab"):  # Megatron's SFTTokenizer lists none
+        pieces = {index: piece for piece, index in library.get_vocab().items()}
     if not pieces:
         return None
     byte_of = {character: bytes([byte]) for byte, character in enumerate(_byte_characters())}
-    # A byte-level BPE starts from all 256 bytes, so it has each as a token.
-    byte_level = set(byte_of) <= set(pieces.values())
+    byte_level = _is_byte_level(library, pieces.values(), byte_of)
 
     def of_piece(i: int) -> bytes | None:
         piece = pieces.get(i)
@@ -132,6 +142,15 @@ def token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:
         return piece.replace("▁", " ").encode()
 
     return of_piece
+
+
+def _is_byte_level(library: Any, pieces: Iterable[Any], byte_of: Mapping[str, bytes]) -> bool:
+    """Does each character of a piece stand for a byte? The decoder says so, if there is one.
+
+    Else all 256 bytes are tokens; of a vocabulary that was cut, rare ones may be missing.
+    """
+    decoder = getattr(getattr(library, "backend_tokenizer", None), "decoder", None)
+    return "ByteLevel" in repr(decoder) if decoder is not None else set(byte_of) <= set(pieces)
 
 
 def vocabulary(tokenizer: Any) -> dict[int, Any]:

@@ -84,6 +84,7 @@ class ListedSamples:
     """A policy that gives these samples, to see what becomes of their ends."""
 
     kinds, positions = ("an",), None
+    ends = frozenset({EOD})
 
     def __init__(self, *samples):
         self.samples = samples

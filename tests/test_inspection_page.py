@@ -59,7 +59,7 @@ def hostile(folder, sentencepiece):
     group = group_of(
         prefix, truth, edit, [*truth[:9], encoder.eod], other, [], kinds="gt mn tn bn an"
     )
-    scored = replace(group, reference_logps=np.array([-9, -5, -3, -20, np.nan], dtype=np.float32))
+    scored = replace(group, reference_logps=np.array([-9, -5, -3, -20, -2], dtype=np.float32))
     long = replace(group, prefix=np.resize(group.prefix, 10_000))
     store = write_groups(folder / "a<b>&'c", [scored, long, group], sentencepiece)
     return store, flags("--tokenizer-model", folder / "tokenizer.model")
@@ -130,8 +130,8 @@ def test_page_holds_hostile_records_as_text(hostile, tmp_path):
     edit = first["candidates"][1]
     assert {"same", "changed", "eod"} == {s["mark"] for s in edit["spans"]}
     assert first["candidates"][4]["tokens"] == 0
-    assert first["candidates"][4]["logp"] is None
-    assert first["place"] == 2
+    assert first["candidates"][4]["logp"] == -2
+    assert first["place"] == 3
     assert unscored["place"] is None
     assert unscored["candidates"][0]["logp"] is None
     left_out = [cell for cell in long["prefix"] if isinstance(cell, int)]

@@ -273,10 +273,10 @@ def _ended(
     It was cut if the server says so, or if it says nothing and all the tokens came that were asked.
     """
     at = next((place for place, token in enumerate(ids) if token in ends), None)
-    if at is not None:
-        return np.array([*ids[: min(at, most)], ids[at] if at <= most else end], dtype=np.int32)
+    if at is not None and at <= most:
+        return np.array(ids[: at + 1], dtype=np.int32)
     reason = choice.get("finish_reason")
-    cut = reason == "length" or (reason is None and len(ids) >= most)
+    cut = len(ids) > most or reason == "length" or (reason is None and len(ids) == most)
     return np.array([*ids[:most], *([] if cut else [end])], dtype=np.int32)
 
 

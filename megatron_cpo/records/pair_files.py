@@ -99,6 +99,7 @@ def write_pairs_resumed(
         show(read)
         if more and lines > skip and lines % NOTE_LINES == 0 and writer.sizes()[-1]:
             borders.flush()
+            os.fsync(borders.fileno())
             write_json(note, {"lines": lines, "sizes": writer.sizes(), **dropped.content()})
 
     try:

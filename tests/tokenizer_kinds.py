@@ -21,7 +21,10 @@ def corpus() -> list[str]:
     """Texts to train on, whole, with code and other scripts."""
     records = [json.loads(line) for line in Path(DOLLY).read_text(encoding="utf-8").splitlines()]
     texts = [f"{r['instruction']}\n{r['context']}\n{r['response']}" for r in records[:120]]
-    return [*texts, "Q: Why? x = [1, 2]\n\tdef f(x):  return [1]\n[1, [12]] 漢字かな 🙂 naïve café" * 3]
+    return [
+        *texts,
+        "Q: Why? x = [1, 2]\n\tdef f(x):  return [1]\n[1, [12]] 漢字かな 🙂 naïve café" * 3,
+    ]
 
 
 def built(kind: str, model: Path | str | None, **options: Any) -> Any:

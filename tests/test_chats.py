@@ -5,9 +5,10 @@ import json
 import pytest
 
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.records.chats import Chat, messages_of
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord, Dropped
 from megatron_cpo.records.encoder import Encoder
+from megatron_cpo.records.messages import messages_of
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.source import Source
 from tests.texts import dolly_tokenizer, write_jsonl
@@ -308,12 +309,13 @@ def test_a_template_s_end_that_nobody_declared_special_ends_a_turn(tmp_path):
     from tokenizers import AddedToken
 
     made = byte_level()
-    made.add_tokens([AddedToken("<end>", normalized=False)])
+    made.add_tokens([AddedToken(text, normalized=False) for text in ("<end>", "\n")])  # as Gemma
     template = CHATML.replace("<|im_end|>", "<end>")
     tokenizer = with_template(hugging_face(tmp_path / "hf", made), template)
     hostile = [{"role": "user", "content": "hi<end>\nyes"}, CHAT[2]]
     [pair], dropped = pairs_of(tmp_path, tokenizer, {"messages": CHAT[1:3]}, {"messages": hostile})
     assert tokenizer.detokenize(list(pair.border.ending)) == "<end>\n"
+    assert pair.border.after == 1
     assert list(dropped.counts) == ["the template's mark of a turn, '<end>', written in a message"]
 
 

@@ -13,17 +13,15 @@ marks a turn with: such a message would close its own turn.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpo.records.control_tokens import ControlTokens
 from megatron_cpo.records.dropped import BadRecord
+from megatron_cpo.records.messages import Message, flat, has_text, strings
 from megatron_cpo.records.spelling import library_of
 
-Message = dict[str, Any]
-_SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
-"""Roles as ShareGPT calls them."""
 _PROBE = "\ue000probe"
 
 
@@ -37,58 +35,6 @@ class Rendered:
     """Whether a chat template wrote it, control tokens included."""
     end: str = ""
     """What the template ends an answer with, as far as that can be told."""
-
-
-def messages_of(value: Any, field: str) -> list[Message]:
-    """The messages in a field, in the form that chat templates take.
-
-    Null content is empty, other empty fields are left out, and so is nothing else: tool calls, tool
-    ids and reasoning are for the template to read. Arguments of a tool call that are JSON in a
-    string become what they say, as vLLM hands them to a template.
-
-    Raises:
-        BadRecord: it is not a list of messages.
-    """
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise BadRecord(f"field {field!r} is not a list of messages")
-    return [_message(message, field) for message in value]
-
-
-def _message(message: Message, field: str) -> Message:
-    if "from" in message and "role" not in message:  # ShareGPT
-        role = message["from"]
-        message = {"role": _SPEAKERS.get(role, role), "content": message.get("value")}
-    known = {name: value for name, value in message.items() if value is not None}
-    content = known.get("content", "")
-    if not isinstance(known.get("role"), str) or not isinstance(content, str | list):
-        raise BadRecord(f"field {field!r} has a message without a role or a text")
-    if "content" not in message and len(known) < 2:
-        raise BadRecord(f"field {field!r} has a message without a role or a text")
-    if isinstance(content, list):
-        content = [_part(part, field) for part in content]
-    known["content"] = content
-    if calls := known.get("tool_calls"):
-        known["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else calls
-    return known
-
-
-def _part(part: Any, field: str) -> Message:
-    text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-    if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise BadRecord(f"field {field!r} has a message with a part that is no text ({kind})")
-    return {"type": "text", "text": text}
-
-
-def _call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class Chat:
@@ -132,7 +78,7 @@ class Chat:
             raise BadRecord("empty prefix")
         if self._render is None:
             return self._plain(before, answers, tools)
-        said = [*_strings([before, answers]), *_strings([tools, options])]
+        said = [*strings([before, answers]), *strings([tools, options])]
         assert self._control is not None
         for text in said:
             if token := self._control.find(text):
@@ -160,7 +106,7 @@ class Chat:
             if self._takes_parts is None:
                 self._takes_parts = self._reads_parts()
             return self._render(
-                [m if self._takes_parts else _flat(m) for m in messages],
+                [m if self._takes_parts else flat(m) for m in messages],
                 add_generation_prompt=prompt, **rest,
             )  # fmt: skip
         except Exception as error:  # a template is a program of its own and raises what it likes
@@ -188,8 +134,12 @@ class Chat:
         except BadRecord:  # one that wants other roles
             return []
         _, _, rest = text.partition(asked)
-        between, _, self._end = rest.partition(said)
-        return [mark.strip() for mark in (between, self._end) if mark.strip()]
+        between, found, end = rest.partition(said)
+        if not found:
+            return []
+        self._end = end
+        # Line breaks are part of what marks a turn, or the word "assistant" would be such a mark.
+        return [mark for mark in (between.rstrip(" "), end.strip()) if mark.strip()]
 
     def _plain(
         self, before: Sequence[Message], answers: Sequence[Sequence[Message]], tools: Any
@@ -202,10 +152,10 @@ class Chat:
             raise BadRecord("an answer of several messages needs a chat template")
         roles = "|".join({"user", "assistant", "system", *(re.escape(m["role"]) for m in messages)})
         for message in messages:
-            if re.search(rf"(?m)^({roles}): ", _flat(message)["content"]):
+            if re.search(rf"(?m)^({roles}): ", flat(message)["content"]):
                 raise BadRecord("the turn of another speaker written in a message")
-        prefix = "".join(f"{m['role']}: {_flat(m)['content']}\n" for m in before)
-        texts = tuple(_flat(answer[0])["content"] for answer in answers)
+        prefix = "".join(f"{m['role']}: {flat(m)['content']}\n" for m in before)
+        texts = tuple(flat(answer[0])["content"] for answer in answers)
         return Rendered(f"{prefix}assistant: ", texts, False)
 
 
@@ -242,29 +192,3 @@ def _template(tokenizer: Any) -> Callable[..., str] | None:
         return str(rendered[0][0])
 
     return render_plainly
-
-
-def _flat(message: Message) -> Message:
-    """A message whose content is one text; its parts stand on lines of their own, as in vLLM."""
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return {**message, "content": "\n".join(part["text"] for part in content)}
-
-
-def has_text(message: Message) -> bool:
-    """Does a message say or do anything?"""
-    return bool(_flat(message)["content"].strip() or message.get("tool_calls"))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a value made of lists and objects, names of fields included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield name
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)

@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron_cpo.records.spelling import library_of, model_proto
 
+_BLANK = "▁ \t\r\n"
+
 
 class ControlTokens:
     """Which they are, and a text as token ids with and without them.
@@ -36,7 +38,8 @@ class ControlTokens:
         if hasattr(library, "added_tokens_decoder"):  # transformers
             known = library.added_tokens_decoder
             self.by_text = {token.content: i for i, token in known.items() if token.special}
-            self._added = partial(frozenset, known)
+            words = (i for i, token in known.items() if token.content.strip(_BLANK))
+            self._added = partial(frozenset, [*words])
             framed = getattr(inner, "include_special_tokens", True)
             self.plain = partial(_hugging_face, library, framed, True)
             self.marked = partial(_hugging_face, library, False, False)
@@ -57,8 +60,8 @@ class ControlTokens:
 
     @cached_property
     def added(self) -> frozenset[int]:
-        """Ids of whole words that somebody added to the vocabulary, control tokens or not, such as
-        a template's `<|im_end|>` that nobody declared as special."""
+        """Ids of what somebody added to the vocabulary, but for white space: control tokens or not,
+        such as a template's `<|im_end|>` that nobody declared as special."""
         return self._added()
 
     def find(self, text: str) -> str | None:
@@ -95,7 +98,7 @@ def _user_defined(library: Any) -> frozenset[int]:
     return frozenset(
         i
         for i, piece in enumerate(model_proto(library).pieces)
-        if piece.type == piece.USER_DEFINED and piece.piece.strip("▁ \t\r\n")
+        if piece.type == piece.USER_DEFINED and piece.piece.strip(_BLANK)
     )
 
 

@@ -24,7 +24,7 @@ from megatron_cpo.records.border import (
 )
 from megatron_cpo.records.control_tokens import ControlTokens
 from megatron_cpo.records.dropped import BadRecord
-from megatron_cpo.records.spelling import Spelling
+from megatron_cpo.records.spelling import Spelling, library_name
 from megatron_cpo.tree import Ints
 
 REWRITTEN = "a text that the tokenizer rewrites, so that it is not decoded exactly"
@@ -88,8 +88,9 @@ class Encoder:
     def after(self, prefix: Ints, text: str) -> list[int] | None:
         """Token ids of a text that follows a prefix, as the tokenizer encodes both together.
 
-        None where it would not give the prefix its tokens again. A tokenizer that cannot list its
-        vocabulary encodes the text on its own.
+        None where it would not give the prefix its tokens again, or where the text would become a
+        control token behind a rendered prefix. A tokenizer that cannot list its vocabulary encodes
+        the text on its own.
         """
         ids = self.unframed(prefix.tolist())
         spelled = self.spelled(_ints(ids))
@@ -103,8 +104,9 @@ class Encoder:
         # The first space may be the one that SentencePiece puts before a text.
         for known in {before.removeprefix(" "): None, before: None}:
             whole = self._body(known + text, rendered)
-            if whole[: len(ids)] == ids:
-                return self._unended(whole[len(ids) :])
+            found = self._unended(whole[len(ids) :])
+            if whole[: len(ids)] == ids and self.control.ids.isdisjoint(found):
+                return found
         return None
 
     def spelled(self, ids: Ints) -> bytes | None:
@@ -161,16 +163,18 @@ class Encoder:
         after = 0
         if rendered:
             ending, after = self._ending(truth, cut, spelled, end)
-        last = [] if truth[len(truth) - len(ending) :] == [*ending] else [self.eod]
+        # EOD, where a text has no end of its own.
+        ended = [ids if ids[len(ids) - len(ending) :] == [*ending] else [*ids, self.eod]
+                 for ids in texts]  # fmt: skip
         lead = (AS_IS, b"", -1) if spelled is None else self._lead(answers[0], truth, spelled, cut)
         border = Border(known, answers[0].strip(), *lead, ending, after)
         notes = () if rendered else self.notes(prefix_text, *answers)
         if spelled is None and self._spelling.spell(truth) is not None:
             notes = (*notes, REWRITTEN)
-        prefix, first = tokens[:cut], tokens[cut : len(truth) + len(last)]
+        prefix, first = tokens[:cut], tokens[cut : len(ended[0])]
         if self._head and not rendered:
             prefix = np.concatenate([_ints(self._head), prefix])
-        rest = tuple(_ints([*ids[cut:], *last]) for ids in texts[1:])
+        rest = tuple(_ints(ids[cut:]) for ids in ended[1:])
         return Pair(prefix, first, rest, border, notes)
 
     def split(self, tokens: Any, prefix_fraction: float) -> Pair:
@@ -254,11 +258,6 @@ class Encoder:
         if lead_tokens >= 0 and breaks:
             return LINE, lead, lead_tokens
         return SPACE if lead[:1].isspace() else OTHER, lead, lead_tokens
-
-
-def library_name(tokenizer: Any) -> str:
-    """The class that does the work of a Megatron tokenizer, such as SentencePieceTokenizer."""
-    return type(getattr(tokenizer, "_tokenizer", tokenizer)).__name__
 
 
 def _ints(tokens: Any) -> Ints:

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_cpo.records.border import common_start
-from megatron_cpo.records.chats import Chat, Message, messages_of
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
+from megatron_cpo.records.messages import Message, messages_of
 from megatron_cpo.records.record import Record, without_empty
 
 _PROMPTS = ("question", "query", "input", "context", "system", "user", "conversations", "messages")

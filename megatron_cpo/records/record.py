@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_cpo.records.chats import Chat, Message, has_text
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
+from megatron_cpo.records.messages import Message, has_text
 
 EMPTY_ANSWER = "an empty rejected answer, left out"
 

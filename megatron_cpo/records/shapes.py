@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cpo.records.chats import Chat, messages_of
+from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
+from megatron_cpo.records.messages import messages_of
 from megatron_cpo.records.preferences import is_preference, preference
 from megatron_cpo.records.record import Record, string, without_empty
 from megatron_cpo.records.remedies import SETS

@@ -110,6 +110,11 @@ def model_proto(library: Any) -> Any:
     return proto
 
 
+def library_name(tokenizer: Any) -> str:
+    """The class that does the work of a Megatron tokenizer, such as SentencePieceTokenizer."""
+    return type(getattr(tokenizer, "_tokenizer", tokenizer)).__name__
+
+
 def token_bytes(tokenizer: Any) -> Callable[[int], bytes | None] | None:
     """The bytes of a token by id (None: no such id); None for a tokenizer that has no text."""
     library = library_of(tokenizer)

@@ -5,8 +5,7 @@ import hashlib
 import json
 from typing import Any
 
-from megatron_cpo.records.encoder import library_name
-from megatron_cpo.records.spelling import vocabulary
+from megatron_cpo.records.spelling import library_name, vocabulary
 
 # Two BPE tokenizers may share a vocabulary and differ in merges: only encoding tells them apart.
 PROBE = "The naïve café's 1,024 tokens:\n\tdef f(x):  return x != 0  # 漢字 🙂 unbelievably"

@@ -1,5 +1,6 @@
 """Tiny models of transformers, converted: what all tests of conversion share."""
 
+import copy
 import functools
 import shlex
 import sys
@@ -70,7 +71,7 @@ def write_model(folder: Path, config: dict[str, Any], seed: int = 0, **saving: A
 
     settings = dict(config)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**copy.deepcopy(settings)))
     for name, parameter in model.named_parameters():
         parameter.data.normal_("ln" in name or "norm" in name, 0.15)
     model.to(saving.pop("dtype", torch.float32)).save_pretrained(folder, **saving)

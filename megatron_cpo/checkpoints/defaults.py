@@ -1,5 +1,6 @@
 """A `config.json` with what it leaves out, and which of it says what the model computes."""
 
+import copy
 import re
 import warnings
 from functools import cache
@@ -108,7 +109,7 @@ def _completed_by_transformers(config: dict[str, Any]) -> dict[str, Any]:
 
     try:
         with warnings.catch_warnings(action="ignore"):
-            found: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+            found: dict[str, Any] = AutoConfig.for_model(**copy.deepcopy(config)).to_dict()
     except Exception:  # what it says of its own kind is all that is known
         return {}
     return found

@@ -18,7 +18,7 @@ from megatron_cpo.records.pair_files import write_lm_dataset
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.source import Source
 from tests.texts import write_jsonl, write_pairs
-from tests.tokenizer_kinds import KINDS, built, sentencepiece
+from tests.tokenizer_kinds import KINDS, built, legacy_sentencepiece, sentencepiece
 
 TEXTS = [
     ("The capital of France is ", "Paris."),
@@ -128,6 +128,27 @@ def test_rejected_answers_share_the_prefix(tokenizer, prompt, answers):
         assert [*pair.prefix, *tokens] == [*encoder.prefix(prompt + answer), encoder.eod]
     rest = encoder.prefix(prompt)[len(pair.prefix) :]
     assert len(rest) <= 4, "no further to the left than a word"
+
+
+@pytest.mark.parametrize("name", [*KINDS, "legacy"])
+def test_control_tokens_in_a_text_stay_text(folder, name):
+    """EOD is put behind it, and BOS before it; none comes out of what a record spells."""
+    tokenizer = {**KINDS, "legacy": legacy_sentencepiece}[name](folder / f"control {name}")
+    encoder = Encoder(tokenizer)
+    spelled = [*encoder.control.by_text][:9]
+    assert spelled
+    for prompt, answer in (("What is {}?", " An {} b {} c"), ("What is{}", "{}An")):
+        texts = [text.replace("{}", " ".join(spelled)) for text in (prompt, answer)]
+        pair = encoder.pair(*texts)
+        body = encoder.unframed([*pair.prefix.tolist(), *pair.continuation.tolist()[:-1]])
+        assert encoder.control.ids.isdisjoint(body)
+        assert pair.continuation[-1] == encoder.eod
+        note, *rest = pair.notes
+        assert note.removesuffix(" written in a text, kept as text") in spelled
+        if name == "byte-level BPE, bytes missing":  # it cannot spell `<`
+            assert rest == [REWRITTEN]
+        else:
+            assert encoder.spelled(np.array(body)).decode().removeprefix(" ") == "".join(texts)
 
 
 def test_numbers_are_tokens_of_the_null_tokenizer():

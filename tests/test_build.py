@@ -15,7 +15,7 @@ from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.negatives.from_records import NEGATIVES
+from megatron_cpo.negatives.from_records import NEGATIVES, OWN_PROMPT
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.job import Run
@@ -139,6 +139,18 @@ def test_report(built):
     assert any(line.startswith("negatives: tn") for line in lines)
     assert lines[-1].startswith("dropped: longer than 256 tokens")
     assert f"first {DOLLY}:" in lines[-1]
+
+
+def test_report_says_what_is_noted(tmp_path):
+    """Of records, with the first of them, and of negatives: all answer the same prompt here."""
+    answers = [{"prompt": "1 ", "chosen": f"{i} 2", "rejected": ["", "3"]} for i in range(4)]
+    config = toy_config(tmp_path, *answers, negatives="bn=2,given=1")
+    report = build_groups(config, ToyTokenizer())
+    noted = {"an empty rejected answer, left out": 4, OWN_PROMPT: 8}
+    assert report.manifest["notes"] == noted
+    lines = [line for line in str(report).splitlines() if line.startswith("noted: ")]
+    assert [line.split("  ")[0].removeprefix("noted: ") for line in lines] == [*noted]
+    assert lines[0].endswith(f"4, first {tmp_path}/r.jsonl:1")
 
 
 SUFFIXES = (".bin", ".idx", ".values.bin", ".values.idx", ".json")

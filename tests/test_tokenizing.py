@@ -122,12 +122,16 @@ def test_too_long_records_are_counted(tmp_path):
     ]
     assert dropped.counts == {"longer than 5 tokens": 1}
     dropped = Dropped()
-    with pytest.raises(ValueError, match=r"no usable record .dropped: 3 fewer than 1 rejected"):
+    match = r"no usable record .dropped: 3 fewer than 1 rejected.*; give each record its rejected"
+    with pytest.raises(ValueError, match=match):
         list(read_pairs(source, ToyTokenizer(), dropped, rejected=1))
     assert dropped.counts == {
         "fewer than 1 rejected continuations": 3,
         "longer than 5 tokens": 1,
     }
+    short = Source((write_jsonl(tmp_path / "s.jsonl", *records[:2]),), max_length=3)
+    with pytest.raises(ValueError, match=r"2 longer than 3 tokens.*; raise --max-length, or give"):
+        list(read_pairs(short, ToyTokenizer(), Dropped()))
 
 
 def test_documents_are_cut_and_only_their_end_has_eod(tmp_path):

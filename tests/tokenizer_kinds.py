@@ -79,7 +79,7 @@ def byte_level(all_bytes: bool = True, **options: Any) -> Any:
 
 def metaspace(scheme: str) -> Any:
     """A BPE that writes spaces as `▁` and puts one first, as Llama's in transformers."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
@@ -89,10 +89,9 @@ def metaspace(scheme: str) -> Any:
         vocab_size=900, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
     )
     made.train_from_iterator(corpus(), trainer)
-    made.add_special_tokens(
-        [AddedToken(n, special=True, normalized=False) for n in ("<unk>", "<s>", "</s>")]
-    )
-    return made
+    content = json.loads(made.to_str())  # bytes are tokens of the model, and no control tokens
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in bytes_]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def hugging_face(
@@ -172,4 +171,11 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "tiktoken": tiktoken,
     "GPT2BPE": gpt2,
 }
-"""By name: from a folder to what Megatron builds."""
+"""By name: from a folder to what Megatron builds."""  # fmt: skip
+
+
+def legacy_sentencepiece(folder: Path) -> Any:
+    """SentencePiece in a wrapper of Megatron's that looks for control tokens in every text."""
+    names = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"}
+    options = {"tokenizer_sentencepiece_legacy": True, "special_tokens": names}
+    return built("SentencePieceTokenizer", sentencepiece(folder), **options)

@@ -1,10 +1,12 @@
 """The shapes of records: which keys a JSON object has, and what is prompt and answer in it.
 
-prompt + completion     prefix and true continuation; `rejected` (string or list) is optional
-prompt + chosen         the same, as preference data names them; see `preferences.py`
-instruction + response  Dolly; `context` may be empty. Alpaca's `input` and `output` work too
-messages                a chat: the last assistant turn is the continuation
-text                    split at token level, once it is tokenised
+    prompt + completion     prefix and true continuation; `rejected` (string or list) is optional
+    chosen + rejected       preference data, with or without a prompt; see `preferences.py`
+    instruction + response  Dolly; `context` may be empty. Alpaca's `input` and `output` work too
+    messages                a chat: the last assistant turn is the continuation
+    text                    split at token level, once it is tokenised
+
+Where several fit, the most specific one counts.
 """
 
 import re

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_cpo.evaluation import command
 from megatron_cpo.evaluation.judging import ReplyCache
+from megatron_cpo.evaluation.win_rate import win_rate
 from tests.commands import assert_one_line_error, run_python
 
 PAIRS = 12
@@ -57,7 +58,7 @@ def judge(files, url, model, **options):
     ours, theirs = command.open_pair(files / "cpo.json", str(files / "mle.json"))
     options = command.JudgeOptions(url, model, **options)
     pairs = command.judge_pairs(ours, theirs, options, files / "replies.jsonl")
-    return command.rate_pairs(ours, theirs, pairs)
+    return win_rate(ours.generator, theirs.generator, pairs)
 
 
 def tool(files, url, model, *flags, env=None):

@@ -12,13 +12,7 @@ from typing import NoReturn
 from megatron_cpo import quiet
 from megatron_cpo.cli.ranks import Turn
 
-VERBOSE = ("-v", "--verbose")
 PACKAGE = Path(__file__).parents[1]
-
-
-def is_verbose() -> bool:
-    """Whether --verbose was given: looked up before Megatron, which has the parser, is imported."""
-    return any(word in VERBOSE for word in sys.argv[1:])
 
 
 def fail(text: str, error: BaseException | None = None, status: int = 1) -> NoReturn:

@@ -57,21 +57,16 @@ def main() -> None:
         in_flight=args.in_flight,
         key_variable=args.judge_key_env,
     )
-    ours, theirs = command.open_pair(args.candidate, args.baseline)
     if args.dry_run:
+        ours, theirs = command.open_pair(args.candidate, args.baseline)
         print(command.describe_requests(ours, theirs, judge))
         return
-    folder = args.candidate.parent
-    pairs = command.judge_pairs(ours, theirs, judge, folder / "judge-replies.jsonl")
-    stem = f"{args.candidate.stem}-against-{Path(args.baseline).stem}"
-    verdicts = folder / f"{stem}.verdicts.jsonl"
-    command.write_verdicts(verdicts, pairs)
-    found = command.rate_pairs(ours, theirs, pairs)
-    command.update_leaderboard(folder / "leaderboard.csv", found, judge)
+    found, verdicts = command.judge_files(args.candidate, args.baseline, judge)
     print(f"{command.describe(found)}\n  verdicts: {verdicts}")
-    if found.unread > args.max_unread * len(pairs):
+    pairs = found.wins + found.ties + found.losses + found.unread
+    if found.unread > args.max_unread * pairs:
         print(
-            f"{parser.prog}: {found.unread} of {len(pairs)} pairs have no clear verdict, more than "
+            f"{parser.prog}: {found.unread} of {pairs} pairs have no clear verdict, more than "
             f"--max-unread {args.max_unread}; read the replies in {verdicts}, and give a "
             "--template that this judge follows",
             file=sys.stderr,

@@ -161,13 +161,26 @@ def describe(found: WinRate) -> str:
     return "\n".join([f"{found.candidate} against {found.baseline}", *lines])
 
 
-def rate_pairs(ours: Results, theirs: Results, pairs: list[Pair]) -> WinRate:
-    """The win rate of judged pairs, by the names of both sides.
+def judge_files(candidate: Path, baseline: str, judge: JudgeOptions) -> tuple[WinRate, Path]:
+    """The win rate of a file of texts over another, and the file of verdicts beside the candidate.
+
+    Writes that file and `leaderboard.csv`; replies are kept in `judge-replies.jsonl` as they come.
+
+    Args:
+        candidate, baseline: see `open_pair`.
 
     Raises:
-        ValueError: fewer than two prompts have a verdict.
+        ValueError: as `open_pair` and `judge_pairs`, or fewer than two prompts have a verdict; the
+            file of verdicts is there then.
     """
-    return win_rate(ours.generator, theirs.generator, pairs)
+    ours, theirs = open_pair(candidate, baseline)
+    pairs = judge_pairs(ours, theirs, judge, candidate.parent / "judge-replies.jsonl")
+    name = f"{candidate.stem}-against-{Path(baseline).stem}.verdicts.jsonl"
+    verdicts = candidate.with_name(name)
+    write_verdicts(verdicts, pairs)
+    found = win_rate(ours.generator, theirs.generator, pairs)
+    update_leaderboard(candidate.with_name("leaderboard.csv"), found, judge)
+    return found, verdicts
 
 
 def _prompts(ours: Results, theirs: Results, judge: JudgeOptions) -> list[list[str]]:

@@ -6,15 +6,18 @@ token is no answer that anybody would be shown.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.checkpoints.conversion.generation import id_list
 from megatron_cpo.checkpoints.formats.beside import SIDECAR
 
 
 def declared_ends(folder: Path, vocab_size: int) -> frozenset[int]:
-    """The `eos_token_id`s in the configurations of a Hugging Face folder, if it has any.
+    """The `eos_token_id`s in all configurations of a Hugging Face folder, if it has any.
+
+    `generate` stops at those of `generation_config.json` alone; a sample that goes on behind one of
+    `config.json` is no answer either.
 
     Args:
         vocab_size: ids beyond it are no tokens.
@@ -32,7 +35,7 @@ def declared_ends(folder: Path, vocab_size: int) -> frozenset[int]:
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); copy the model again") from error
         for part in (config, config.get("text_config") or {}):
-            found.update(_ids(part.get("eos_token_id")))
+            found.update(id_list(part.get("eos_token_id")))
     return frozenset(i for i in found if 0 <= i < vocab_size)
 
 
@@ -45,9 +48,3 @@ def checkpoint_ends(load: str, tokenizer_model: Any, vocab_size: int) -> frozens
     """
     folders = [Path(load) / SIDECAR, *([Path(tokenizer_model)] if tokenizer_model else [])]
     return frozenset().union(*(declared_ends(folder, vocab_size) for folder in folders))
-
-
-def _ids(value: Any) -> Iterable[int]:
-    if value is None:
-        return []
-    return [int(i) for i in (value if isinstance(value, list) else [value])]

@@ -17,7 +17,7 @@ from megatron_cpo.checkpoints.conversion.families import FAMILIES
 from megatron_cpo.checkpoints.conversion.families.model import MULTIPLE, Model, arguments, flags
 from megatron_cpo.checkpoints.conversion.families.moves import megatron_shapes
 from megatron_cpo.checkpoints.conversion.fitting import described, nbytes, weights_of
-from megatron_cpo.checkpoints.conversion.generation import declared_ends
+from megatron_cpo.checkpoints.conversion.generation import generation_ends
 from megatron_cpo.checkpoints.conversion.provenance import write_provenance
 from megatron_cpo.checkpoints.formats.beside import FLAGS, SIDECAR, copy_small_files, has_tokenizer
 from megatron_cpo.checkpoints.formats.hugging_face import HuggingFaceCheckpoint
@@ -162,5 +162,5 @@ def _tokenizer_arguments(folder: Path, output: Path, model: Model) -> dict[str, 
         model_folder = str(output.absolute() / SIDECAR)
         return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model_folder}
     found = {"tokenizer_type": "NullTokenizer", "vocab_size": model.vocab_size}
-    ends = [end for end in declared_ends(folder) if end < model.vocab_size]
+    ends = [end for end in generation_ends(folder) if end < model.vocab_size]
     return found | ({"null_tokenizer_eod_id": ends[0]} if ends else {})

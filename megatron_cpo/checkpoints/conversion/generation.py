@@ -16,16 +16,16 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 """Of transformers, for a `config.json` that leaves them out."""
 
 
-def declared_ends(folder: Path) -> list[int]:
+def generation_ends(folder: Path) -> list[int]:
     """The tokens at which the files of a Hugging Face model say that a text ends.
 
     As `generate` has it: those of `generation_config.json`, else those of `config.json`. The
     tokenizer's is another matter.
     """
     if (folder / FILE).exists():
-        return _ids(read_json(folder / FILE).get("eos_token_id"))
+        return id_list(read_json(folder / FILE).get("eos_token_id"))
     if (folder / "config.json").exists():
-        return _ids(_completed(read_json(folder / "config.json"))["eos_token_id"])
+        return id_list(_completed(read_json(folder / "config.json"))["eos_token_id"])
     return []
 
 
@@ -55,7 +55,7 @@ def write_generation(
 
     settings = _generation(folder, config) if origin else {}
     before = dict(settings)
-    if _ids(settings.get("eos_token_id")) != ends:
+    if id_list(settings.get("eos_token_id")) != ends:
         settings["eos_token_id"] = _shown(ends)
     pads = [
         config.get("pad_token_id"),
@@ -75,7 +75,7 @@ def write_generation(
 
 
 def _all_ends(origin: Path | None, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
-    declared = declared_ends(origin) if origin else []
+    declared = generation_ends(origin) if origin else []
     found = list(declared)
     if tokenizer:
         found += [end for end in (tokenizer.eod, *tokenizer.ends) if end is not None]
@@ -111,10 +111,11 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     return plain | _DEFAULTS.get(config.get("model_type", ""), {}) | config
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def id_list(value: int | list[int] | None) -> list[int]:
+    """The ids of an entry such as `eos_token_id`, which may be one, several or none."""
     if value is None:
         return []
-    return [value] if isinstance(value, int) else list(value)
+    return [int(i) for i in (value if isinstance(value, list) else [value])]
 
 
 def _shown(ends: list[int]) -> int | list[int] | None:

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.checkpoints.conversion.generation import declared_ends
+from megatron_cpo.checkpoints.conversion.generation import generation_ends
 from megatron_cpo.checkpoints.conversion.tokenizers import (
     from_sentencepiece,
     from_tiktoken,
@@ -91,7 +91,7 @@ def _without_files(
         said += f"; the files in {origin} are copied as they are"
     else:
         said += ", so the output has none"
-    if not null and not (origin and declared_ends(origin)):
+    if not null and not (origin and generation_ends(origin)):
         said += " and says nowhere where a text ends: generation will go on to its limit"
     said = f"tokenizer: {said}. Give one with --tokenizer FOLDER_OR_FILE"
     return (_null(args) if null and origin is None else None), said

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.checkpoints.conversion.generation import declared_ends
+from megatron_cpo.checkpoints.conversion.generation import generation_ends
 from megatron_cpo.checkpoints.conversion.tokenizers.tokenizer import (
     Tokenizer,
     load,
@@ -62,7 +62,7 @@ def read_folder(paths: list[Path], args: dict[str, Any]) -> Tokenizer:
         tokenizer.pad_token_id,
         write,
         lambda text: list(tokenizer(text)["input_ids"]),
-        tuple(declared_ends(folder)),
+        tuple(generation_ends(folder)),
     )
 
 

@@ -23,7 +23,7 @@ STEPS = (
     (TRAIN, "with CPO: --cpo-aux-loss --cpo-data-path GROUPS --load MLE --finetune --save CPO"),
     ("summarize", "what a run did, from its log: the step-0 gate, metrics, a picture"),
     ("merge", "average the weights of both models, the paper's last step"),
-    ("evaluate", "the win rate of a model's texts over another's, by a judge"),
+    ("evaluate", "is the model better, and at which alpha? its subjects: --help"),
 )
 """The order of work: verbs, and where training comes in, which is torchrun's and not a verb."""
 VERBS = tuple(verb for verb, _ in STEPS if verb != TRAIN)

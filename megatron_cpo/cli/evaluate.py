@@ -1,74 +1,49 @@
-"""Is a model better? So far: the win rate of its texts, by a language model as judge.
+"""Is a model better, and at which alpha?
 
-  megatron-cpo evaluate winrate --candidate results/cpo.json --baseline results/mle.json \\
-      --judge http://localhost:8000/v1 --judge-model NAME
-  megatron-cpo evaluate winrate ... --dry-run                # one prompt, and how many requests
+  megatron-cpo evaluate winrate --help
 
-A file of texts is AlpacaEval's: a JSON list of objects with instruction, output and generator; `id`
-names the record where instructions repeat. --baseline reference compares with the `truth` of each.
-The judge is any OpenAI-compatible endpoint. Its key comes from OPENAI_API_KEY, or the variable that
---judge-key-env names, and is neither printed nor stored. Each pair is shown in both orders; two
-verdicts that do not agree are a tie. Every reply is kept in judge-replies.jsonl as it comes: a
-rerun asks nothing, and one that was killed asks for the rest. Beside the candidate appear its
-verdicts, one JSON line a pair with the judge's own words, and leaderboard.csv.
-Needs the extra [eval].
+A subject is a module of `cli.evaluating`.
 """
 
+import difflib
+import importlib
 import sys
-from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli import evaluating
+from megatron_cpo.cli.errors import fail
 
-SUBJECTS = ("winrate",)
+SUBJECTS = {
+    "winrate": "by a language model as judge, against another model or the records' own answers",
+}
+"""In the order of work; a new one is a line here and a module in `cli/evaluating`."""
+
+
+def help_text(command: str) -> str:
+    """What `megatron-cpo evaluate --help` prints."""
+    width = max(map(len, SUBJECTS))
+    lines = "\n".join(
+        f"  megatron-cpo evaluate {name:<{width}}  {what}" for name, what in SUBJECTS.items()
+    )
+    return f"""\
+usage: {command} SUBJECT [flags]       SUBJECT --help says what it does, and its flags
+
+Is a model better, and at which alpha? In the order of work:
+
+{lines}
+
+-v, --verbose with any of them shows what Megatron prints, and the traceback of an error."""
 
 
 def main() -> None:
-    """Evaluate as the command line says."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("what", choices=SUBJECTS, help="winrate = by a judge")
-    add("--candidate", required=True, type=Path, metavar="FILE", help="texts of the model")
-    add("--baseline", required=True, metavar="FILE",
-        help="texts of another model, or `reference`: the records' own answers")  # fmt: skip
-    add("--judge", required=True, metavar="URL", help="such as http://localhost:8000/v1")
-    add("--judge-model", required=True, metavar="NAME", help="the endpoint's name of the judge")
-    add("--judge-key-env", metavar="VARIABLE",
-        help="environment variable with the key (default: OPENAI_API_KEY, if set)")  # fmt: skip
-    add("--template", default="instruction", metavar="NAME_OR_FILE",
-        help="instruction, continuation, or a file with {prompt}, {a} and {b} "
-        "(default: %(default)s)")  # fmt: skip
-    add("--one-order", action="store_true",
-        help="show each pair once: half the requests, and the judge's order bias in the "
-        "result")  # fmt: skip
-    add("--in-flight", type=int, default=16, metavar="N",
-        help="most requests at a time (default: %(default)s)")  # fmt: skip
-    add("--max-unread", type=float, default=0.05, metavar="SHARE",
-        help="exit with 3 if more of the pairs have no verdict (default: %(default)s)")  # fmt: skip
-    add("--dry-run", action="store_true", help="print one prompt and the number of requests")
-    args = parser.parse_args()
-
-    from megatron_cpo.evaluation import command
-
-    judge = command.JudgeOptions(
-        url=args.judge,
-        model=args.judge_model,
-        template=args.template,
-        both_orders=not args.one_order,
-        in_flight=args.in_flight,
-        key_variable=args.judge_key_env,
-    )
-    if args.dry_run:
-        ours, theirs = command.open_pair(args.candidate, args.baseline)
-        print(command.describe_requests(ours, theirs, judge))
-        return
-    found, verdicts = command.judge_files(args.candidate, args.baseline, judge)
-    print(f"{command.describe(found)}\n  verdicts: {verdicts}")
-    pairs = found.wins + found.ties + found.losses + found.unread
-    if found.unread > args.max_unread * pairs:
-        print(
-            f"{parser.prog}: {found.unread} of {pairs} pairs have no clear verdict, more than "
-            f"--max-unread {args.max_unread}; read the replies in {verdicts}, and give a "
-            "--template that this judge follows",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+    """Run the subject that the command line names first."""
+    command, *words = sys.argv
+    subject = words[0] if words else "--help"
+    if subject in ("-h", "--help"):
+        print(help_text(command))
+        sys.exit()
+    if subject not in SUBJECTS:
+        near = difflib.get_close_matches(subject, SUBJECTS, n=1, cutoff=0.4)
+        meant = f"did you mean {near[0]}? " if near else ""
+        fail(f"{command}: {subject}: no such subject; {meant}{command} --help lists them", status=2)
+    sys.argv = [f"{command} {subject}", *words[1:]]
+    importlib.import_module(f"{evaluating.__name__}.{subject}").main()

@@ -40,7 +40,7 @@ def main() -> None:
     subject = words[0] if words else "--help"
     if subject in ("-h", "--help"):
         print(help_text(command))
-        sys.exit()
+        sys.exit(0)
     if subject not in SUBJECTS:
         near = difflib.get_close_matches(subject, SUBJECTS, n=1, cutoff=0.4)
         meant = f"did you mean {near[0]}? " if near else ""

@@ -138,8 +138,8 @@ def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -
     if config is not None and uses_megatron(args, config):
         if args.executor == "ray":
             raise ValueError(
-                "--executor ray: a Megatron policy needs the ranks of torchrun; start with "
-                "torchrun, and give each machine a --shard"
+                "--executor ray: a Megatron policy runs on ranks; start them with megatron-cpo "
+                "--nproc-per-node N build, and give each machine a --shard"
             )
         # Megatron's order of ranks: tensor, context, data, pipeline.
         inner = args.tensor_model_parallel_size * args.context_parallel_size

@@ -13,6 +13,7 @@ from megatron_cpo.cli import evaluating
 from megatron_cpo.cli.errors import fail
 
 SUBJECTS = {
+    "score": "without a judge: likelihood, repetition, variety, lengths; ranking of the truth",
     "winrate": "by a language model as judge, against another model or the records' own answers",
 }
 """In the order of work; a new one is a line here and a module in `cli/evaluating`."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.evaluation.kept import KeptLines, digest
 from megatron_cpo.inspection.tokenizer import folder_tokenizer
@@ -66,8 +67,13 @@ class ExternalModel:
             files = open_model(Path(self._path))
         except ValueError as error:
             raise ValueError(f"{flag} hf:{error}") from error  # which begins with the path
-        self.identity: dict[str, Any] = {**files.identity(), "dtype": dtype}
-        """Name of the folder, digest of its weights and configuration, and dtype."""
+        self.identity: dict[str, Any] = {
+            **files.identity(),
+            "tokenizer": _tokenizer_digest(Path(self._path)),
+            "dtype": dtype,
+        }
+        """Name of the folder, digests of its weights and configuration and of its tokenizer's
+        files, and dtype."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -89,7 +95,8 @@ class ExternalModel:
         Raises:
             ValueError: the model cannot be loaded, or its numbers are not finite.
         """
-        keys = [digest([self.identity["digest"], self.identity["dtype"], *t]) for t in texts]
+        model = [self.identity[name] for name in ("digest", "tokenizer", "dtype")]
+        keys = [digest([*model, *text]) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if not cache.row(key)}
         if missing:
             self._ask(missing, cache)
@@ -146,6 +153,12 @@ class ExternalModel:
             return prefix, tokens, False
         room = max(self._model.positions - len(prefix) + 1, 0)  # the last token is not read
         return prefix, tokens[:room], len(tokens) > room
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Of all files but the weights' that may say how a text is encoded."""
+    names = (*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("merges*"))
+    return digest_of(whole_file(path, folder) for path in {*names} if path.is_file())
 
 
 def last(hidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from megatron_cpo.checkpoints.identity import same_checkpoint
 from megatron_cpo.evaluation.figures import Figure, PerText, Pooled
 from megatron_cpo.evaluation.scores import TOOL, definition_rows, figure_rows
+from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.files import write_json
 from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
@@ -63,6 +65,11 @@ class GroupScores:
     figures: dict[str, Figure]
     definitions: dict[str, tuple[str, str]]
     """Label and definition of each figure."""
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Of each figure."""
+        return {name: figure.estimate() for name, figure in self.figures.items()}
 
 
 def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -> GroupScores:
@@ -166,7 +173,7 @@ def write_group_scores(path: Path, found: GroupScores) -> None:
         "beta": found.beta,
         "model": found.model,
         "reference": found.reference,
-        "figures": figure_rows(found.figures),
+        "figures": figure_rows(found.estimates),
     }
     definitions = definition_rows(found.definitions, found.figures)
     write_json(path, {"groups": content, "definitions": definitions, "tool": TOOL})
@@ -176,9 +183,8 @@ def describe_groups(found: GroupScores) -> str:
     """The figures for people."""
     lines = [f"{found.path_prefix} under {model_name(found.model)}: {found.groups} groups"]
     width = max(len(label) for label, _ in found.definitions.values())
-    for name, figure in found.figures.items():
-        label, _ = found.definitions[name]
-        lines.append(f"  {label:<{width}}  {figure.estimate()}")
+    for name, estimate in found.estimates.items():
+        lines.append(f"  {found.definitions[name][0]:<{width}}  {estimate}")
     if "reward_accuracy" not in found.figures:
         why = "the model is the store's reference, so all are 0"
         if found.reference is None:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.evaluation.kept import KeptLines, digest
 from megatron_cpo.inspection.tokenizer import folder_tokenizer
@@ -64,8 +67,13 @@ class ExternalModel:
             files = open_model(Path(self._path))
         except ValueError as error:
             raise ValueError(f"{flag} hf:{error}") from error  # which begins with the path
-        self.identity: dict[str, Any] = {**files.identity(), "dtype": dtype}
-        """Name of the folder, digest of its weights and configuration, and dtype."""
+        self.identity: dict[str, Any] = {
+            **files.identity(),
+            "tokenizer": _tokenizer_digest(Path(self._path)),
+            "dtype": dtype,
+        }
+        """Name of the folder, digests of its weights and configuration and of its tokenizer's
+        files, and dtype."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -87,11 +95,34 @@ class ExternalModel:
         Raises:
             ValueError: the model cannot be loaded, or its numbers are not finite.
         """
-        keys = [digest([self.identity["digest"], self.identity["dtype"], *t]) for t in texts]
+        model = [self.identity[name] for name in ("digest", "tokenizer", "dtype")]
+        keys = [digest([*model, *text]) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if not cache.row(key)}
         if missing:
             self._ask(missing, cache)
         return [Likelihood(**(cache.row(key) or {})) for key in keys]
+
+    def features(self, texts: Sequence[str], pool: str, longest: int) -> NDArray[np.float32]:
+        """[texts, hidden] the last hidden state of the last token of each text, or the mean of all.
+
+        Args:
+            pool: `last` or `mean`.
+            longest: most tokens of a text that are read, and as many as the model can.
+        """
+        encoder, model = self._encoder, self._model
+        room = min(longest, model.positions or longest)
+        tokens = [np.array(encoder.prefix(text)[:room], dtype=np.int32) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
+        found: list[Any] = [None] * len(texts)
+        with progress(None, self.identity["name"], "texts", len(order)) as bar:
+            for first in range(0, len(order), PART):
+                part = order[first : first + PART]
+                sequences = [tokens[i] for i in part]
+                hidden = model.embed(sequences, last) if pool == "last" else model.embed(sequences)
+                for i, vector in zip(part, hidden, strict=True):
+                    found[i] = vector
+                bar.update(len(part))
+        return np.stack(found)
 
     def _ask(self, missing: dict[str, tuple[str, str]], cache: KeptLines) -> None:
         pairs = {key: self._pair(*text) for key, text in missing.items()}
@@ -122,6 +153,17 @@ class ExternalModel:
             return prefix, tokens, False
         room = max(self._model.positions - len(prefix) + 1, 0)  # the last token is not read
         return prefix, tokens[:room], len(tokens) > room
+
+
+def _tokenizer_digest(folder: Path) -> str:
+    """Of all files but the weights' that may say how a text is encoded."""
+    names = (*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("merges*"))
+    return digest_of(whole_file(path, folder) for path in {*names} if path.is_file())
+
+
+def last(hidden: Tensor) -> Tensor:
+    """[hidden] of the last token, from [tokens, hidden]."""
+    return hidden[-1]
 
 
 def encoded(encoder: Encoder, prompt: str, text: str) -> tuple[Ints, Ints]:

@@ -66,6 +66,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def main() -> None:
     """Score as the command line says."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # weights load in a second
     if any(word.split("=")[0] == "--load" for word in sys.argv[1:]):
         answer_help(__doc__, add_score_arguments)
         with hidden_chatter():
@@ -75,6 +76,8 @@ def main() -> None:
     args = add_tokenizer_arguments(parser, "those of --policy").parse_args()
     if bool(args.candidate) == bool(args.groups):
         parser.error("give --candidate FILE ... to score texts, or --groups PREFIX to rank them")
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does it
     with hidden_chatter():
         if args.candidate:
             _score_texts(args)
@@ -126,7 +129,7 @@ def _score_under_checkpoint() -> None:
             "--candidate nor --policy"
         )
     found = under_checkpoint(args.groups, args, args.policy_batch, args.beta)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         _tell(found, args.output)
 
 

@@ -46,7 +46,7 @@ RUN = (
     "--train-iters 1 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 "
     "--seed 7 --split 1,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 "
     "--ckpt-format torch_dist --no-load-optim --no-load-rng --clip-grad 0 "
-    f"--cpo-aux-loss --cpo-k {K} --cpo-objective ranked --cpo-beta 0.2"
+    f"--cpo-aux-loss --cpo-k {K} --cpo-objective ranked --cpo-beta 0.2 --cpo-no-warmup"
 ).split() + TOKENIZER_FLAGS
 
 DIMENSIONS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4"

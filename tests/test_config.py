@@ -42,6 +42,7 @@ GIVEN = {
     "mle_weight": 0.5,
     "mle_tokens": "sequence",
     "fraction": 0.25,
+    "no_warmup": True,
 }
 
 
@@ -49,9 +50,15 @@ def flag(name: str) -> str:
     return f"--cpo-{name.replace('_', '-')}"
 
 
+def words(name: str) -> list[str]:
+    """A flag as it is given: a switch has no value."""
+    value = GIVEN[name]
+    return [flag(name)] if value is True else [flag(name), str(value)]
+
+
 def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) -> None:
     assert list(GIVEN) == [field.name for field in fields(CPOConfig)]
-    argv = [text for name, value in GIVEN.items() for text in (flag(name), str(value))]
+    argv = [text for name in GIVEN for text in words(name)]
     assert cpo_config(parser.parse_args(["--cpo-aux-loss", *argv])) == CPOConfig(**GIVEN)
     ours = {a.option_strings[0] for a in parser._actions if a.dest.startswith("cpo_")}
     assert ours == {"--cpo-aux-loss", *map(flag, GIVEN)}
@@ -60,7 +67,7 @@ def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) ->
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_flag_without_aux_loss_is_refused(parser: argparse.ArgumentParser, name: str) -> None:
     """It would have no effect, and nobody would notice."""
-    args = parser.parse_args([flag(name), str(GIVEN[name])])
+    args = parser.parse_args(words(name))
     with pytest.raises(
         ValueError, match=f"^{flag(name)} given without --cpo-aux-loss.*add --cpo-aux"
     ):

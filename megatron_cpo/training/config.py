@@ -33,6 +33,8 @@ class CPOConfig:
     fraction: float = 1.0
     """Share of rows that hold groups, in (0, 1]; the others are plain rows of --data-path. Counted
     in rows of --seq-length tokens, evenly interleaved: late pretraining."""
+    no_warmup: bool = False
+    """Train without a learning-rate warm-up, which is refused otherwise (`training.warmup`)."""
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -92,8 +94,14 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Share of rows that hold groups; the others are plain rows of --data-path, for late "
         "pretraining. Counts rows of --seq-length tokens (default 1: groups alone).",
     ),
+    "no_warmup": (
+        bool,
+        None,
+        "Train without a learning-rate warm-up. Adam's first steps have the size of --lr whatever "
+        "the gradient, so a run without --lr-warmup-iters is refused otherwise.",
+    ),
 }
-"""Type, metavar and help of each field's flag; the default is the field's."""
+"""Type (bool: a switch), metavar and help of each field's flag; the default is the field's."""
 
 
 def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -109,8 +117,12 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for name, (kind, metavar, text) in _HELP.items():
         default = CPOConfig.__dataclass_fields__[name].default
+        flag = f"--cpo-{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=text)
+            continue
         group.add_argument(
-            f"--cpo-{name.replace('_', '-')}",
+            flag,
             type=kind,
             metavar=metavar,
             default=None if default is MISSING else default,

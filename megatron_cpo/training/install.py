@@ -21,6 +21,7 @@ from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.log import MetricLog
 from megatron_cpo.training.support import check_supported
+from megatron_cpo.training.warmup import check_warmup
 
 USAGE = "%(prog)s [Megatron's flags] [--cpo-aux-loss --cpo-data-path PREFIX --cpo-...]"
 _MARK = "_megatron_cpo"
@@ -114,7 +115,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cpu_host.check_args(args)
-    training = _config(args) is not None
+    config = _config(args)
+    training = config is not None
     trees = training or getattr(args, "tree_rows", False)
     if trees or on_cpu:  # on a GPU a run without CPO is Megatron's own affair
         plain_torch.adapt()
@@ -134,6 +136,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
             print(f"megatron_cpo: --attention-dropout {args.attention_dropout} is set to 0")
         args.attention_dropout = 0.0
     check_supported(args, training)
+    if config is not None:
+        check_warmup(args, config)
     return args
 
 

@@ -1,10 +1,11 @@
 """The seam to Megatron: a few functions wrapped once, bound by parameter name.
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
-(data, step and attention) and `training_log` (one line of metrics). A host script that imports
-Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
-nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
-where that is missing. A machine without CUDA needs the CPU host either way.
+(data, step and attention), `training_log` (one line of metrics) and `evaluate` (which is looked at
+for diagnoses). A host script that imports Megatron afterwards runs unchanged; without
+`--cpo-aux-loss` all of them only pass through, and nothing of Megatron is changed on a GPU. With
+it, `host.without_transformer_engine` is put in place where that is missing. A machine without CUDA
+needs the CPU host either way.
 """
 
 import functools
@@ -16,10 +17,12 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.host.help import readable
+from megatron_cpo.objective import loss_at_reference
 from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
-from megatron_cpo.training.log import MetricLog
+from megatron_cpo.training.log import MetricLog, format_diagnosis
 from megatron_cpo.training.support import check_supported
 from megatron_cpo.training.warmup import check_warmup
 
@@ -48,6 +51,7 @@ def install() -> None:
     log = MetricLog()
     _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log))
     _replace("megatron.training.training:training_log", log)
+    _replace("megatron.training.training:evaluate", log.evaluated)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -151,6 +155,8 @@ def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
     log.gate = _bind(bound.arguments, config, parsed)
+    at_reference = loss_at_reference(config.objective, torch.ones(1, config.k, dtype=torch.bool))
+    log.setting = Setting.of(vars(parsed), float(at_reference))
     return original(*bound.args, **bound.kwargs)
 
 
@@ -159,7 +165,8 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron.training import get_tokenizer
 
     from megatron_cpo.groups.kinds import KINDS
-    from megatron_cpo.groups.store import read_manifest
+    from megatron_cpo.groups.shortcuts import shortcuts
+    from megatron_cpo.groups.store import GroupReader, read_manifest
     from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.host.reading import skip_on_every_rank
     from megatron_cpo.model.attach import attach_tree_attention
@@ -174,6 +181,10 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.training.step import CPOStep
 
     check_rows(args.padded_vocab_size, get_tokenizer())
+    if args.rank == args.world_size - 1:  # whose output has the metrics
+        found = diagnose_store(shortcuts(GroupReader(config.data_path)), config.k)
+        for diagnosis in found:
+            print(format_diagnosis(0, diagnosis), flush=True)
     manifest = read_manifest(config.data_path)
     check_start(args, config, manifest)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint

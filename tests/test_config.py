@@ -43,6 +43,7 @@ GIVEN = {
     "mle_tokens": "sequence",
     "fraction": 0.25,
     "no_warmup": True,
+    "preset": "paper",
 }
 
 

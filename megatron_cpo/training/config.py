@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.training.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,14 @@ class CPOConfig:
     in rows of --seq-length tokens, evenly interleaved: late pretraining."""
     no_warmup: bool = False
     """Train without a learning-rate warm-up, which is refused otherwise (`training.warmup`)."""
+    preset: str | None = None
+    """Settings by name that stand where no flag was given (`training.presets`)."""
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(sorted(OBJECTIVES)),
     "mle_tokens": ("continuation", "sequence"),
+    "preset": tuple(PRESETS),
 }
 _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "data_path": (
@@ -99,6 +103,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         None,
         "Train without a learning-rate warm-up. Adam's first steps have the size of --lr whatever "
         "the gradient, so a run without --lr-warmup-iters is refused otherwise.",
+    ),
+    "preset": (
+        str,
+        None,
+        "Settings by name, for flags that are not given. paper: --lr 1e-5 --weight-decay 0.05 "
+        "--cpo-beta 5 --cpo-k 12 --cpo-mle-weight 0, 64 groups a batch, and a warm-up.",
     ),
 }
 """Type (bool: a switch), metavar and help of each field's flag; the default is the field's."""

@@ -23,6 +23,7 @@ from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.log import MetricLog, format_diagnosis
+from megatron_cpo.training.presets import complete_preset, set_preset_defaults
 from megatron_cpo.training.support import check_supported
 from megatron_cpo.training.warmup import check_warmup
 
@@ -78,7 +79,9 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
             from megatron_cpo.host import cpu as cpu_host
 
             cpu_host.set_parser_defaults(parser)
-        return readable(parser, usage=USAGE, first=add_cpo_args)
+        parser = readable(parser, usage=USAGE, first=add_cpo_args)
+        set_preset_defaults(parser, sys.argv[1:])
+        return parser
 
     bound.arguments["extra_args_provider"] = provider
     parsed = original(*bound.args, **bound.kwargs)
@@ -132,6 +135,13 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     positions = args.max_position_embeddings
     if positions is not None and args.seq_length is not None:
         args.max_position_embeddings = max(positions, args.seq_length)
+    if config is not None and config.preset is not None:
+        from megatron_cpo.groups.store import GroupReader
+
+        sizes, _ = GroupReader(config.data_path).tree_sizes()
+        line = complete_preset(args, float(sizes.mean()))
+        if args.rank == 0:
+            print(line, flush=True)
     args = original(args, *rest, **kwargs)
     args.max_position_embeddings = positions
     if args.attention_dropout:

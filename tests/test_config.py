@@ -44,6 +44,7 @@ GIVEN = {
     "fraction": 0.25,
     "no_warmup": True,
     "preset": "paper",
+    "grad_norm_interval": 5,
 }
 
 

@@ -38,6 +38,8 @@ class CPOConfig:
     """Train without a learning-rate warm-up, which is refused otherwise (`training.warmup`)."""
     preset: str | None = None
     """Settings by name that stand where no flag was given (`training.presets`)."""
+    grad_norm_interval: int = 0
+    """Iterations between logs of both terms' gradient norms (`training.gradients`); 0: never."""
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -110,6 +112,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Settings by name, for flags that are not given. paper: --lr 1e-5 --weight-decay 0.05 "
         "--cpo-beta 5 --cpo-k 12 --cpo-mle-weight 0, 64 groups a batch, and a warm-up.",
     ),
+    "grad_norm_interval": (
+        int,
+        "N",
+        "Log the gradient norms of the weighted CPO and MLE terms every N iterations, in which "
+        "each takes one more forward and backward (default 0: never).",
+    ),
 }
 """Type (bool: a switch), metavar and help of each field's flag; the default is the field's."""
 
@@ -173,6 +181,8 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     for name in ("weight", "mle_weight"):
         flag = f"--cpo-{name.replace('_', '-')}"
         _require(0 <= values[name] < math.inf, flag, values[name], "a number of at least 0")
+    interval = values["grad_norm_interval"]
+    _require(interval >= 0, "--cpo-grad-norm-interval", interval, "at least 0 iterations")
     both = values["weight"] + values["mle_weight"]
     _require(both > 0, "--cpo-weight + --cpo-mle-weight", both, "one of the two above 0")
     if values["fraction"] < 1 and values["mle_weight"] == 0:

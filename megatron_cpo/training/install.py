@@ -1,11 +1,11 @@
 """The seam to Megatron: a few functions wrapped once, bound by parameter name.
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
-(data, step and attention), `training_log` (one line of metrics) and `evaluate` (which is looked at
-for diagnoses). A host script that imports Megatron afterwards runs unchanged; without
-`--cpo-aux-loss` all of them only pass through, and nothing of Megatron is changed on a GPU. With
-it, `host.without_transformer_engine` is put in place where that is missing. A machine without CUDA
-needs the CPU host either way.
+(data, step and attention), `training_log` (one line of metrics), `evaluate` (which is looked at for
+diagnoses) and `train_step` (before which gradient norms are measured). A host script that imports
+Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
+nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
+where that is missing. A machine without CUDA needs the CPU host either way.
 """
 
 import functools
@@ -22,6 +22,7 @@ from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
+from megatron_cpo.training.gradients import GradientNorms, check_grad_norms
 from megatron_cpo.training.log import MetricLog, format_diagnosis
 from megatron_cpo.training.presets import complete_preset, set_preset_defaults
 from megatron_cpo.training.support import check_supported
@@ -49,10 +50,11 @@ def install() -> None:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
-    log = MetricLog()
-    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log))
+    log, norms = MetricLog(), GradientNorms()
+    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log, norms))
     _replace("megatron.training.training:training_log", log)
     _replace("megatron.training.training:evaluate", log.evaluated)
+    _replace("megatron.training.training:train_step", norms)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -152,10 +154,13 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     check_supported(args, training)
     if config is not None:
         check_warmup(args, config)
+        check_grad_norms(args, config)
     return args
 
 
-def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
+def _pretrain(
+    log: MetricLog, norms: GradientNorms, original: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Megatron's `pretrain` with CPO's data, step and attention in place of the script's."""
     from megatron.training import get_args
 
@@ -165,6 +170,7 @@ def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
     log.gate = _bind(bound.arguments, config, parsed)
+    norms.measure(bound.arguments["forward_step_func"], config)
     at_reference = loss_at_reference(config.objective, torch.ones(1, config.k, dtype=torch.bool))
     log.setting = Setting.of(vars(parsed), float(at_reference))
     return original(*bound.args, **bound.kwargs)

@@ -23,6 +23,9 @@ AT_REFERENCE = "cpo loss at reference"
 SPACING = "float32 spacing of log-probs"
 """The same: how far apart float32 numbers of the size of the batch's log-probs are, nats."""
 
+GRAD_NORMS = ("cpo grad norm", "lm grad norm")
+"""What `training.gradients` adds to the losses: of the weighted CPO and the weighted MLE term."""
+
 
 class MetricLog:
     """Wraps Megatron's `training_log`: the means since the last line, on the last rank.
@@ -37,6 +40,8 @@ class MetricLog:
         """Of a CPO run; without it nothing is diagnosed."""
         self._sums: dict[str, Tensor] = {}
         self._iterations = 0
+        self._norms: dict[str, float] = {}
+        """The last ones since the line before; Megatron's own means are over every iteration."""
         self._train: dict[int, dict[str, float]] = {}
         self._validation: dict[int, dict[str, float]] = {}
         self._at = 0
@@ -53,21 +58,26 @@ class MetricLog:
             expected, spacing = (float(losses.pop(name)) for name in (AT_REFERENCE, SPACING))
             if expected > 0:  # the batch has a group
                 print_rank_last(self.gate.verdict(float(losses["cpo loss"]), expected, spacing))
+        norms = {name: losses.pop(name) for name in GRAD_NORMS if name in losses}
         result = original(*args, **kwargs)
         if bound["skipped_iter"] == 0 and "cpo loss" in losses:
             self._iterations += 1
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._at = bound["iteration"]
+        if norms:
+            self._norms = norms
+            _to_tensorboard(norms, self._at)
         interval_ends = self._at % get_args().log_interval == 0
         # Megatron logs a run's first iteration as well.
         if self._sums and (interval_ends or bound.get("is_first_iteration", False)):
             means = {name: float(total) / self._iterations for name, total in self._sums.items()}
+            means |= self._norms
             print_rank_last(format_line(self._at, means))
             self._train[self._at] = {_word(name): value for name, value in means.items()}
             self._diagnose()
         if interval_ends:
-            self._sums, self._iterations = {}, 0
+            self._sums, self._iterations, self._norms = {}, 0, {}
         return result
 
     def evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +100,14 @@ class MetricLog:
                 print_rank_last(format_diagnosis(self._at, diagnosis))
 
 
+def _to_tensorboard(values: dict[str, float], iteration: int) -> None:
+    from megatron.training import get_tensorboard_writer
+
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, iteration)
+
+
 def format_diagnosis(iteration: int, diagnosis: Diagnosis) -> str:
     """The log line of a diagnosis."""
     return f" [cpo] diagnosis at iteration {iteration}: {diagnosis}"
@@ -103,5 +121,5 @@ def format_line(iteration: int, metrics: dict[str, float]) -> str:
 
 def _word(name: str) -> str:
     """`cpo margin` -> `margin`, `cpo loss` -> `cpo_loss`: one word each, no two alike."""
-    short = name if name.endswith("loss") else name.removeprefix("cpo ")
+    short = name if name.endswith(("loss", "grad norm")) else name.removeprefix("cpo ")
     return short.replace(" ", "_")

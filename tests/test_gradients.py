@@ -29,13 +29,22 @@ def train(store: str, save: Path, flags: str = "", world_size: int = 1) -> str:
 
 def test_a_run_that_is_measured_stays_what_it_was(store: str, tmp_path: Path) -> None:
     """Losses, Megatron's own gradient norm and the weights at the end, bit for bit."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     flags = "--cpo-mle-weight 3"
     plain = train(store, tmp_path / "plain", flags)
-    measured = train(store, tmp_path / "measured", f"{flags} --cpo-grad-norm-interval 2")
+    board = tmp_path / "tensorboard"
+    flags += f" --cpo-grad-norm-interval 2 --tensorboard-dir {board}"
+    measured = train(store, tmp_path / "measured", flags)
     before, after = cpo_curves(plain), cpo_curves(measured)
     norms = [after.pop(name) for name in ("cpo_grad_norm", "lm_grad_norm")]
     assert [len(values) for values in norms] == [2, 2]
     assert re.findall(r"\[cpo\] iteration (\d+): .*cpo_grad_norm=", measured) == ["2", "4"]
+    events = EventAccumulator(str(board))
+    events.Reload()
+    for values, tag in zip(norms, ("cpo grad norm", "lm grad norm"), strict=True):
+        assert [event.step for event in events.Scalars(tag)] == [2, 4]
+        assert [event.value for event in events.Scalars(tag)] == pytest.approx(values, rel=1e-5)
     assert before == after
     assert parse_losses(plain)["grad norm"] == parse_losses(measured)["grad norm"]
     ends = [run_ranks(weights, 1, str(tmp_path / name), 4)[0] for name in ("plain", "measured")]

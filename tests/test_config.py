@@ -37,6 +37,7 @@ GIVEN = {
     "valid_data_path": "b",
     "k": 3,
     "objective": "ranked",
+    "dpop_lambda": 2.0,
     "beta": 0.5,
     "weight": 2.0,
     "mle_weight": 0.5,
@@ -110,6 +111,15 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
             ["--cpo-weight", "0", "--cpo-mle-weight", "0"],
             r"--cpo-weight \+ --cpo-mle-weight 0\.0: needs one of the two above 0",
         ),
+        (["--cpo-dpop-lambda", "-1"], r"--cpo-dpop-lambda -1\.0: needs a number of at least 0"),
+        (
+            ["--cpo-objective", "nce"],
+            r"--cpo-objective nce with --cpo-beta 5\.0: needs 1: NCE's log-ratio",
+        ),
+        (
+            ["--cpo-objective", "ranking-nce", "--cpo-beta", "1", "--cpo-dpop-lambda", "2"],
+            r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs 0",
+        ),
         (["--cpo-fraction", "0"], r"--cpo-fraction 0\.0: needs a share in \(0, 1\]"),
         (["--cpo-fraction", "1.01"], r"--cpo-fraction 1\.01: needs a share in \(0, 1\]"),
     ],
@@ -149,7 +159,8 @@ def test_unknown_choices_are_refused_by_the_parser(
 
 def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
     for objective in OBJECTIVES:
-        config = cpo_config(parser.parse_args([*CPO, "--cpo-objective", objective]))
+        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1"]
+        config = cpo_config(parser.parse_args(argv))
         assert config.objective == objective
 
 

@@ -66,13 +66,17 @@ class RunLog:
 
     @property
     def loss_at_reference(self) -> float | None:
-        """log K or log K!: the CPO loss at theta = ref; None when the log does not tell."""
+        """The CPO loss at theta = ref, such as log K; None when the log does not tell."""
         if self.gate and (found := _EXPECTED.search(self.gate)):
             return float(found[1])
         if "cpo_k" not in self.settings:
             return None
-        k = int(self.settings["cpo_k"])
-        return math.lgamma(k + 1) if self.settings.get("cpo_objective") == "ranked" else math.log(k)
+        import torch
+
+        from megatron_cpo.objective import loss_at_reference
+
+        mask = torch.ones(1, int(self.settings["cpo_k"]), dtype=torch.bool)
+        return float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
 
     @property
     def setting(self) -> Setting:
@@ -297,7 +301,8 @@ def _curve(
 
 def _formula(run: RunLog) -> str:
     k = run.settings.get("cpo_k", "K")
-    return f"log {k}!" if run.settings.get("cpo_objective") == "ranked" else f"log {k}"
+    formulas = {"ranked": f"log {k}!", "nce": f"{k} log {k} - (K-1) log(K-1)"}
+    return formulas.get(run.settings.get("cpo_objective", "best"), f"log {k}")
 
 
 def _rows(metrics: Iterable[Metrics]) -> list[tuple[str, str, str]]:

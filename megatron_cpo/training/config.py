@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.objective import NOISE_CONTRASTIVE, OBJECTIVES
 from megatron_cpo.training.presets import PRESETS
 
 
@@ -21,7 +21,11 @@ class CPOConfig:
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
     objective: str = "best"
-    """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order."""
+    """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order;
+    nce, ranking-nce: noise-contrastive estimation, beta 1, with the reference as the noise."""
+    dpop_lambda: float = 0.0
+    """lambda of DPO-Positive, >= 0: y_1's reward falls 1 + lambda times as fast below 0 as its
+    log-ratio does, which holds the truth's log-prob up. With best and ranked."""
     beta: float = 5.0
     """Inverse temperature of the reward beta * log(pi / pi_ref); > 0. The paper: 5."""
     weight: float = 1.0
@@ -69,7 +73,15 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         str,
         None,
         "best (default): the truth against all candidates, eq. 1. "
-        "ranked: Plackett-Luce over the similarity order, eq. 2.",
+        "ranked: Plackett-Luce over the similarity order, eq. 2. nce, ranking-nce: binary and "
+        "ranking noise-contrastive estimation; both need --cpo-beta 1 and negatives that the "
+        "reference drew (an).",
+    ),
+    "dpop_lambda": (
+        float,
+        "LAMBDA",
+        "Hold the truth up, DPO-Positive (arXiv:2402.13228) with K candidates: lowers its reward "
+        "by beta * LAMBDA * max(0, log pi_ref - log pi), summed over its tokens (default 0: off).",
     ),
     "beta": (
         float,
@@ -178,7 +190,16 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
     beta = values["beta"]
     _require(0 < beta < math.inf, "--cpo-beta", beta, "a number above 0; the paper uses 5")
-    for name in ("weight", "mle_weight"):
+    if values["objective"] in NOISE_CONTRASTIVE:
+        wanted = "1: NCE's log-ratio of policy and noise has no inverse temperature"
+        _require(beta == 1, f"--cpo-objective {values['objective']} with --cpo-beta", beta, wanted)
+        _require(
+            values["dpop_lambda"] == 0,
+            f"--cpo-objective {values['objective']} with --cpo-dpop-lambda",
+            values["dpop_lambda"],
+            "0: with it the log-ratio is not that of policy and noise",
+        )
+    for name in ("weight", "mle_weight", "dpop_lambda"):
         flag = f"--cpo-{name.replace('_', '-')}"
         _require(0 <= values[name] < math.inf, flag, values[name], "a number of at least 0")
     interval = values["grad_norm_interval"]

@@ -50,8 +50,8 @@ REMEDIES = {
     "groups a batch, or warm up longer",
     "accuracy saturated": "these negatives have nothing left to teach: end the run here, or build "
     "harder ones (mn, an, another --seed)",
-    "truth falls": "its log-prob falls with the negatives': lower --lr or --cpo-beta, or raise "
-    "--cpo-mle-weight",
+    "truth falls": "its log-prob falls with the negatives': hold it up with --cpo-dpop-lambda, "
+    "raise --cpo-mle-weight, or lower --lr or --cpo-beta",
     "held-out loss turns up": "over-fitting: keep the checkpoint of that iteration "
     "(--save-interval), take more groups or fewer epochs",
     "length alone tells": "the policy can learn to be long or short instead of the text: mix in "

@@ -17,7 +17,7 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.host.help import readable
-from megatron_cpo.objective import loss_at_reference
+from megatron_cpo.objective import NOISE_CONTRASTIVE, loss_at_reference
 from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.diagnosis import Setting, diagnose_store
@@ -188,6 +188,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
+    from megatron_cpo.training.noise import describe_noise
     from megatron_cpo.training.start import (
         check_reference,
         check_start,
@@ -212,7 +213,14 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
         manifest["reference"],
         tolerance,
         args.hidden_dropout,
+        config.dpop_lambda,
     )
+    if (
+        config.objective in NOISE_CONTRASTIVE
+        and args.rank == 0
+        and (line := describe_noise(manifest))
+    ):
+        print(line, flush=True)
 
     def prepare(chunks: list[Any]) -> list[Any]:
         """Runs while the model is built: ranks are there to be told what one of them has read."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
-from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
+from megatron_cpo.objective import OBJECTIVES, dpo_positive, loss_at_reference, rewards
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import AT_REFERENCE, SPACING
@@ -73,7 +73,8 @@ class CPOStep:
         )
         policy = candidate_logps(logps, batch["first_slot"], batch["last_slot"], mask.numel())
         policy = policy.view_as(mask)
-        losses = OBJECTIVES[config.objective](policy, reference, ranks, config.beta, mask)
+        held = dpo_positive(policy, reference, config.dpop_lambda) if config.dpop_lambda else policy
+        losses = OBJECTIVES[config.objective](held, reference, ranks, config.beta, mask)
         nll = -(logps * batch["lm"]).sum()  # of this context-parallel rank's tokens
         groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
         per_group = losses.sum() / batch["batch_groups"][0].clamp(min=1)

@@ -115,6 +115,24 @@ def ranking_nce(policy_logps: Tensor, noise_logps: Tensor, mask: Tensor | None =
     return best_of_k(policy_logps, noise_logps, 1.0, mask)
 
 
+def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Mean log-probs, [G, K], in nats a token: log pi(y_k | x) / |y_k|.
+
+    In the place of the sums, for policy and reference, this makes each reward
+
+        s_k = beta / |y_k| * (log pi(y_k | x) - log pi_ref(y_k | x)),
+
+    that of length-normalised DPO (Tulu 3, arXiv:2411.15124, section 5); SimPO (arXiv:2405.14734)
+    has it without a reference.
+
+    Args:
+        logps: [G, K] sums.
+        lengths: [G, K] tokens of each candidate, its end included; 0 where there is none.
+    """
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    return logps.to(dtype) / lengths.clamp(min=1)
+
+
 def dpo_positive(policy_logps: Tensor, reference_logps: Tensor, weight: float) -> Tensor:
     """Policy log-probs [G, K] with that of y_1 lowered where it is below the reference's.
 

@@ -38,9 +38,11 @@ GIVEN = {
     "k": 3,
     "objective": "ranked",
     "dpop_lambda": 2.0,
+    "length_normalise": True,
     "beta": 0.5,
     "weight": 2.0,
     "mle_weight": 0.5,
+    "mle_average": "group",
     "mle_tokens": "sequence",
     "fraction": 0.25,
     "no_warmup": True,
@@ -62,7 +64,10 @@ def words(name: str) -> list[str]:
 def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) -> None:
     assert list(GIVEN) == [field.name for field in fields(CPOConfig)]
     argv = [text for name in GIVEN for text in words(name)]
-    assert cpo_config(parser.parse_args(["--cpo-aux-loss", *argv])) == CPOConfig(**GIVEN)
+    whole = ["--cpo-mle-average", "token"]  # what a fraction needs
+    parsed = parser.parse_args(["--cpo-aux-loss", *argv, *whole])
+    assert cpo_config(parsed) == CPOConfig(**GIVEN | {"mle_average": "token"})
+    assert parser.parse_args(words("mle_average")).cpo_mle_average == "group"
     ours = {a.option_strings[0] for a in parser._actions if a.dest.startswith("cpo_")}
     assert ours == {"--cpo-aux-loss", *map(flag, GIVEN)}
 
@@ -118,7 +123,15 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
         ),
         (
             ["--cpo-objective", "ranking-nce", "--cpo-beta", "1", "--cpo-dpop-lambda", "2"],
-            r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs 0",
+            r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs its default",
+        ),
+        (
+            ["--cpo-objective", "nce", "--cpo-beta", "1", "--cpo-length-normalise"],
+            r"--cpo-objective nce with --cpo-length-normalise True: needs its default",
+        ),
+        (
+            ["--cpo-fraction", "0.5", "--cpo-mle-average", "group"],
+            r"--cpo-fraction 0\.5 with --cpo-mle-average group.*--cpo-mle-average token, or",
         ),
         (["--cpo-fraction", "0"], r"--cpo-fraction 0\.0: needs a share in \(0, 1\]"),
         (["--cpo-fraction", "1.01"], r"--cpo-fraction 1\.01: needs a share in \(0, 1\]"),

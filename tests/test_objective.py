@@ -19,6 +19,7 @@ from megatron_cpo.objective import (
     dpo_positive,
     loss_at_reference,
     nce,
+    per_token,
     ranked,
     ranking_nce,
     rewards,
@@ -311,6 +312,25 @@ def test_dpo_positive_changes_nothing_at_the_reference() -> None:
     mask = torch.tensor([[True, True], [False, False]])
     held = dpo_positive(logps, logps.clone(), 50.0)
     assert best_of_k(held, logps, 5.0, mask).tolist() == pytest.approx([math.log(2), 0])
+
+
+def test_length_normalised_dpo_by_its_formula() -> None:
+    """-log sigma(beta / |y_w| * r_w - beta / |y_l| * r_l), r summed: loss and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    policy = (torch.randn(20, 2, generator=generator, dtype=torch.float64) * 9).requires_grad_()
+    reference = torch.randn(20, 2, generator=generator, dtype=torch.float64) * 9
+    lengths = torch.randint(1, 40, (20, 2), generator=generator)
+    won, lost = (5.0 / lengths * (policy - reference)).unbind(1)
+    formula = -torch.nn.functional.logsigmoid(won - lost)
+    loss = best_of_k(per_token(policy, lengths), per_token(reference, lengths), 5.0)
+    torch.testing.assert_close(loss, formula)
+    gradients = [torch.autograd.grad(x.sum(), policy) for x in (loss, formula)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_empty_candidate_has_a_mean_of_zero() -> None:
+    means = per_token(torch.tensor([[-6.0, 0.0]]), torch.tensor([[3, 0]]))
+    assert means.tolist() == [[-2, 0]]
 
 
 def test_equal_ranks_are_taken_in_candidate_order() -> None:

@@ -41,6 +41,7 @@ _MEANINGS = (
     ("margin", "margin", "reward of the truth - best negative's"),
     ("truth_logratio", "truth log-ratio", "log pi/pi_ref of the truth, nats"),
     ("rank_tau", "rank tau", "-1 to 1, rewards against similarity"),
+    ("length_correlation", "length corr.", "-1 to 1, rewards with numbers of tokens"),
     ("lm_loss", "LM loss", "nats a token"),
 )
 

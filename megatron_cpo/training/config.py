@@ -26,6 +26,8 @@ class CPOConfig:
     dpop_lambda: float = 0.0
     """lambda of DPO-Positive, >= 0: y_1's reward falls 1 + lambda times as fast below 0 as its
     log-ratio does, which holds the truth's log-prob up. With best and ranked."""
+    length_normalise: bool = False
+    """Rewards of mean log-probs a token in the place of sums (`objective.per_token`)."""
     beta: float = 5.0
     """Inverse temperature of the reward beta * log(pi / pi_ref); > 0. The paper: 5."""
     weight: float = 1.0
@@ -33,6 +35,9 @@ class CPOConfig:
     mle_weight: float = 1.0
     """Weight of the MLE loss, averaged over supervised tokens; >= 0. 1: CPO is an auxiliary loss.
     The paper's own runs use 0 and merge the MLE and CPO weights afterwards."""
+    mle_average: str = "token"
+    """What the MLE loss is averaged over: token, the supervised tokens of a global batch; group:
+    summed over the tokens of a group and averaged over groups, the scale of the CPO loss."""
     mle_tokens: str = "continuation"
     """Tokens the MLE loss covers: the true continuation, or the whole sequence with its prefix."""
     fraction: float = 1.0
@@ -48,6 +53,7 @@ class CPOConfig:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(sorted(OBJECTIVES)),
+    "mle_average": ("token", "group"),
     "mle_tokens": ("continuation", "sequence"),
     "preset": tuple(PRESETS),
 }
@@ -83,6 +89,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Hold the truth up, DPO-Positive (arXiv:2402.13228) with K candidates: lowers its reward "
         "by beta * LAMBDA * max(0, log pi_ref - log pi), summed over its tokens (default 0: off).",
     ),
+    "length_normalise": (
+        bool,
+        None,
+        "Rewards per token: log pi - log pi_ref divided by the candidate's number of tokens, its "
+        "end included. Without it they are sums, as in the paper.",
+    ),
     "beta": (
         float,
         "BETA",
@@ -99,6 +111,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "W",
         "Weight of the MLE loss beside it. 1 (default): CPO is an auxiliary loss. The paper's own "
         "runs use 0 and merge the MLE and CPO weights afterwards.",
+    ),
+    "mle_average": (
+        str,
+        None,
+        "token (default): the MLE loss is the mean over supervised tokens. group: the sum over a "
+        "group's, averaged over groups as the CPO loss is, so that equal weights are comparable.",
     ),
     "mle_tokens": (
         str,
@@ -193,12 +211,10 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     if values["objective"] in NOISE_CONTRASTIVE:
         wanted = "1: NCE's log-ratio of policy and noise has no inverse temperature"
         _require(beta == 1, f"--cpo-objective {values['objective']} with --cpo-beta", beta, wanted)
-        _require(
-            values["dpop_lambda"] == 0,
-            f"--cpo-objective {values['objective']} with --cpo-dpop-lambda",
-            values["dpop_lambda"],
-            "0: with it the log-ratio is not that of policy and noise",
-        )
+        for name in ("dpop_lambda", "length_normalise"):
+            flag = f"--cpo-objective {values['objective']} with --cpo-{name.replace('_', '-')}"
+            wanted = "its default: with it the log-ratio is not that of policy and noise"
+            _require(not values[name], flag, values[name], wanted)
     for name in ("weight", "mle_weight", "dpop_lambda"):
         flag = f"--cpo-{name.replace('_', '-')}"
         _require(0 <= values[name] < math.inf, flag, values[name], "a number of at least 0")
@@ -210,6 +226,11 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
         raise ValueError(
             f"--cpo-fraction {values['fraction']} with --cpo-mle-weight 0: the plain rows would be "
             "computed and count for nothing; raise the weight, or use --cpo-fraction 1"
+        )
+    if values["fraction"] < 1 and values["mle_average"] == "group":
+        raise ValueError(
+            f"--cpo-fraction {values['fraction']} with --cpo-mle-average group: the plain rows "
+            "have no groups to be averaged over; use --cpo-mle-average token, or --cpo-fraction 1"
         )
     _require(0 < values["fraction"] <= 1, "--cpo-fraction", values["fraction"], "a share in (0, 1]")
     return CPOConfig(**values)

@@ -55,7 +55,8 @@ REMEDIES = {
     "held-out loss turns up": "over-fitting: keep the checkpoint of that iteration "
     "(--save-interval), take more groups or fewer epochs",
     "length alone tells": "the policy can learn to be long or short instead of the text: mix in "
-    "negatives of the truth's length (bn, mn), or raise the limit that cuts them",
+    "negatives of the truth's length (bn, mn), raise the limit that cuts them, or take rewards per "
+    "token with --cpo-length-normalise",
     "the end alone tells": "the policy can learn to end instead of the text: raise "
     "--max-new-tokens or --max-length, or check that the policy's end token is the data's",
 }

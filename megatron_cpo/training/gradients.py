@@ -23,9 +23,13 @@ from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.log import GRAD_NORMS
 from megatron_cpo.training.step import CPOStep
 
+TRAIN_STEP = "megatron.training.training:train_step"
+BOUND = ("data_iterator", "model", "optimizer", "forward_backward_func")
+"""Parameters of it that are used here."""
+
 
 class GradientNorms:
-    """Wraps Megatron's `train_step`."""
+    """Wraps Megatron's `train_step` in runs that ask for it."""
 
     def __init__(self) -> None:
         self.interval = 0
@@ -38,7 +42,7 @@ class GradientNorms:
         self.interval, self.steps = config.grad_norm_interval, {}
         terms = (replace(config, mle_weight=0.0), replace(config, weight=0.0))
         for name, alone in zip(GRAD_NORMS, terms, strict=True):
-            if self.interval and alone.weight + alone.mle_weight > 0:
+            if alone.weight + alone.mle_weight > 0:
                 self.steps[name] = CPOStep(alone, step.forward.vocab_size, step.kinds)
 
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +50,7 @@ class GradientNorms:
         from megatron.training import get_args
 
         # Counted from 1, as the log does.
-        if not self.steps or (get_args().curr_iteration + 1) % self.interval:
+        if not self.interval or (get_args().curr_iteration + 1) % self.interval:
             return original(*args, **kwargs)
         bound = inspect.signature(original).bind(*args, **kwargs).arguments
         norms = self._measure(bound)

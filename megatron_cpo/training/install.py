@@ -1,11 +1,11 @@
 """The seam to Megatron: a few functions wrapped once, bound by parameter name.
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
-(data, step and attention), `training_log` (one line of metrics), `evaluate` (which is looked at for
-diagnoses) and `train_step` (before which gradient norms are measured). A host script that imports
-Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
-nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
-where that is missing. A machine without CUDA needs the CPU host either way.
+(data, step and attention), `training_log` (one line of metrics) and `evaluate` (which is looked at
+for diagnoses); `pretrain` wraps `train_step` where gradient norms are asked for. A host script that
+imports Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through,
+and nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in
+place where that is missing. A machine without CUDA needs the CPU host either way.
 """
 
 import functools
@@ -22,7 +22,7 @@ from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
-from megatron_cpo.training.gradients import GradientNorms, check_grad_norms
+from megatron_cpo.training.gradients import BOUND, TRAIN_STEP, GradientNorms, check_grad_norms
 from megatron_cpo.training.log import MetricLog, format_diagnosis
 from megatron_cpo.training.presets import complete_preset, set_preset_defaults
 from megatron_cpo.training.support import check_supported
@@ -54,7 +54,6 @@ def install() -> None:
     _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log, norms))
     _replace("megatron.training.training:training_log", log)
     _replace("megatron.training.training:evaluate", log.evaluated)
-    _replace("megatron.training.training:train_step", norms)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -171,6 +170,9 @@ def _pretrain(
     bound = inspect.signature(original).bind(*args, **kwargs)
     log.gate = _bind(bound.arguments, config, parsed)
     norms.measure(bound.arguments["forward_step_func"], config)
+    if config.grad_norm_interval:
+        compat.require_parameters(TRAIN_STEP, BOUND)
+        _replace(TRAIN_STEP, norms)
     at_reference = loss_at_reference(config.objective, torch.ones(1, config.k, dtype=torch.bool))
     log.setting = Setting.of(vars(parsed), float(at_reference))
     return original(*bound.args, **bound.kwargs)

@@ -96,7 +96,7 @@ def bench_communication(setting: Setting) -> Rows:
     ).split() + TOKENIZER_FLAGS
     losses = {
         "MLE": ["--mock-data"],
-        "CPO": f"--cpo-aux-loss --cpo-k {K} --cpo-data-path {store}".split(),
+        "CPO": f"--cpo-aux-loss --cpo-k {K} --cpo-no-warmup --cpo-data-path {store}".split(),
     }
     rows = [
         (

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import Group
 from megatron_cpo.groups.writing import GroupWriter, write_reference_logps
 
@@ -25,35 +26,45 @@ def null_tokenizer() -> Any:
     return build_tokenizer(args)
 
 
-def random_group(rng: np.random.Generator, k: int, longest: int = 20) -> Group:
-    """A group with edits and truncations of y_1, strangers and one duplicate."""
+def random_group(
+    rng: np.random.Generator, k: int, longest: int = 20, kinds: tuple[str, ...] = ("bn", "mn", "tn")
+) -> Group:
+    """A group with negatives of some kinds and one duplicate.
+
+    Args:
+        kinds: strangers (`bn`, `an`), edits of y_1 (`mn`: a fifth of its tokens, `pss`: half) and
+            truncations of it (`tn`).
+    """
     eod = VOCAB_SIZE
+    codes = [KINDS.index(kind) for kind in kinds]
 
     def text(low: int = 1) -> np.ndarray:
         return rng.integers(0, VOCAB_SIZE, rng.integers(low, longest)).astype(np.int32)
 
     truth = np.append(text(3), eod)
-    candidates, kinds = [truth], [0]
+    candidates, drawn = [truth], [0]
     while len(candidates) < k:
-        kind = int(rng.integers(2, 5))
-        if kind == 2:
+        kind = codes[int(rng.integers(0, len(codes)))]
+        name = KINDS[kind]
+        if name in ("bn", "an"):
             candidate = np.append(text(), eod)
-        elif kind == 3:
+        elif name in ("mn", "pss"):
+            share = 0.2 if name == "mn" else 0.5
             edited = np.where(
-                rng.random(len(truth)) < 0.2, rng.integers(0, VOCAB_SIZE, len(truth)), truth
+                rng.random(len(truth)) < share, rng.integers(0, VOCAB_SIZE, len(truth)), truth
             )
             candidate = np.append(edited[:-1], eod)
         else:
             candidate = np.append(truth[: rng.integers(1, len(truth) - 1)], eod)
         candidates.append(candidate.astype(np.int32))
-        kinds.append(kind)
+        drawn.append(kind)
     if k > 3:
-        candidates[-1], kinds[-1] = candidates[-2], kinds[-2]
+        candidates[-1], drawn[-1] = candidates[-2], drawn[-2]
     ranks = np.concatenate([[0], 1 + rng.permutation(k - 1)])
     return Group(
         prefix=text(2),
         candidates=candidates,
-        kinds=np.array(kinds),
+        kinds=np.array(drawn),
         similarities=np.linspace(1, 0, k, dtype=np.float32),
         ranks=ranks,
         reference_logps=(-6.0 * np.array([len(c) for c in candidates])).astype(np.float32),
@@ -67,13 +78,20 @@ def write_store(
     seed: int = 0,
     longest: int = 20,
     scored: bool = True,
+    kinds: tuple[str, ...] = ("bn", "mn", "tn"),
+    **facts: Any,
 ) -> str:
-    """Write a store of random groups under the null tokenizer; returns its PREFIX."""
+    """Write a store of random groups under the null tokenizer; returns its PREFIX.
+
+    Args:
+        kinds: of negatives, see `random_group`.
+        facts: what else the manifest is to say.
+    """
     from megatron_cpo.records.tokenizing import tokenizer_identity
 
     rng = np.random.default_rng(seed)
-    made = [random_group(rng, k, longest) for _ in range(groups)]
-    manifest = {"tokenizer": tokenizer_identity(null_tokenizer())}
+    made = [random_group(rng, k, longest, kinds) for _ in range(groups)]
+    manifest = {"tokenizer": tokenizer_identity(null_tokenizer()), **facts}
     writer = GroupWriter(str(path_prefix), manifest, VOCAB_SIZE + 1)
     for group in made:
         writer.add(group)

@@ -16,6 +16,7 @@ Shapes: G groups, K candidates, the true continuation in column 0. Everything is
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,6 +76,85 @@ def ranked(
     return torch.where(mask, remaining - scores, torch.zeros_like(scores)).sum(1)
 
 
+def nce(policy_logps: Tensor, noise_logps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Loss per group, [G], in nats: noise-contrastive estimation with n = K-1 noise samples.
+
+        loss = -log sigma(r_1 - log n) - sum_{k>1} log sigma(log n - r_k),
+        r_k  = log pi(y_k | x) - log p_N(y_k | x)
+
+    Gutmann and Hyvarinen (JMLR 13, 2012), conditional as in Ma and Collins (EMNLP 2018, section 3,
+    "binary"): each candidate by itself is told true or noise, whose odds are 1 : n. At pi = p_N it
+    is K log K - (K-1) log(K-1). Unlike CPO it does not ignore a common offset of the r_k: pi is
+    held to a normalised scale, which a softmax has anyway.
+
+    Args:
+        policy_logps: [G, K] summed log-probs under the policy, in nats; carries the gradient.
+        noise_logps: [G, K] the same under the distribution the negatives were drawn from.
+        mask: as in `best_of_k`; n counts the negatives that exist. Without one the loss is 0.
+    """
+    ratios = rewards(policy_logps, noise_logps, 1.0)
+    mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
+    ratios = ratios.masked_fill(~mask, 0.0)
+    negatives = mask[:, 1:]
+    count = negatives.sum(dim=1)
+    log_n = count.clamp(min=1).to(ratios.dtype).log()
+    truth = -F.logsigmoid(ratios[:, 0] - log_n)
+    noise = -F.logsigmoid(log_n[:, None] - ratios[:, 1:])
+    loss = truth + torch.where(negatives, noise, torch.zeros_like(noise)).sum(1)
+    return torch.where(mask[:, 0] & (count > 0), loss, torch.zeros_like(loss))
+
+
+def ranking_nce(policy_logps: Tensor, noise_logps: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Loss per group, [G], in nats: the "ranking" form of NCE, Ma and Collins (EMNLP 2018).
+
+        loss = -log( exp(r_1) / sum_j exp(r_j) ),   r_k = log pi(y_k | x) - log p_N(y_k | x)
+
+    It is CPO's eq. 1 at beta = 1 with the noise for a reference (appendix A.5 of arXiv:2502.16433),
+    and that is how it is computed. At pi = p_N it is log K. Arguments as in `nce`.
+    """
+    return best_of_k(policy_logps, noise_logps, 1.0, mask)
+
+
+def per_token(logps: Tensor, lengths: Tensor) -> Tensor:
+    """Mean log-probs, [G, K], in nats a token: log pi(y_k | x) / |y_k|.
+
+    In the place of the sums, for policy and reference, this makes each reward
+
+        s_k = beta / |y_k| * (log pi(y_k | x) - log pi_ref(y_k | x)),
+
+    that of length-normalised DPO (Tulu 3, arXiv:2411.15124, section 5); SimPO (arXiv:2405.14734)
+    has it without a reference.
+
+    Args:
+        logps: [G, K] sums.
+        lengths: [G, K] tokens of each candidate, its end included; 0 where there is none.
+    """
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    return logps.to(dtype) / lengths.clamp(min=1)
+
+
+def dpo_positive(policy_logps: Tensor, reference_logps: Tensor, weight: float) -> Tensor:
+    """Policy log-probs [G, K] with that of y_1 lowered where it is below the reference's.
+
+        log pi(y_1 | x) - lambda * max(0, log pi_ref(y_1 | x) - log pi(y_1 | x))
+
+    In the place of the policy's log-probs this makes DPO DPO-Positive (arXiv:2402.13228, eq. 3:
+    the penalty stands inside the sigmoid, times beta), and eq. 1 and eq. 2 the same for K
+    candidates: s_1 falls 1 + lambda times as fast as y_1's log-ratio does below 0, so an order that
+    is won by pushing negatives down while y_1 sinks as well does not pay. At theta = ref it
+    changes nothing.
+
+    Args:
+        policy_logps, reference_logps: as in `best_of_k`.
+        weight: lambda; >= 0.
+    """
+    dtype = torch.promote_types(policy_logps.dtype, torch.float32)
+    policy, reference = policy_logps.to(dtype), reference_logps.to(dtype)
+    truth = policy[:, :1]
+    truth = truth - weight * (reference[:, :1] - truth).relu()
+    return torch.cat([truth, policy[:, 1:]], dim=1)
+
+
 def _masked_rewards(
     policy_logps: Tensor, reference_logps: Tensor, beta: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -91,7 +171,10 @@ def _masked_rewards(
 
 
 Objective = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-"""(policy_logps, reference_logps, ranks, beta, mask) -> loss per group, [G]."""
+"""(policy_logps, reference_logps, ranks, beta, mask) -> loss per group, [G].
+
+Those of NCE have neither ranks nor beta; their reference is the noise.
+"""
 
 
 def _best(
@@ -100,11 +183,31 @@ def _best(
     return best_of_k(policy, reference, beta, mask)
 
 
-OBJECTIVES: dict[str, Objective] = {"best": _best, "ranked": ranked}
+def _nce(
+    policy: Tensor, noise: Tensor, _ranks: Tensor, _beta: float, mask: Tensor | None
+) -> Tensor:
+    return nce(policy, noise, mask)
+
+
+def _ranking_nce(
+    policy: Tensor, noise: Tensor, _ranks: Tensor, _beta: float, mask: Tensor | None
+) -> Tensor:
+    return ranking_nce(policy, noise, mask)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "best": _best,
+    "ranked": ranked,
+    "nce": _nce,
+    "ranking-nce": _ranking_nce,
+}
+NOISE_CONTRASTIVE = ("nce", "ranking-nce")
+"""Objectives whose reference log-probs must be those of what drew the negatives."""
 
 
 def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
-    """What `objective` must give at theta = ref, [G] float32: log K (best) or log K! (ranked).
+    """What `objective` must give at theta = ref, [G] float32: log K (best, ranking-nce), log K!
+    (ranked) or K log K - (K-1) log(K-1) (nce).
 
     Holding a first loss against it catches almost every wiring fault. It needs no table: it is the
     objective itself at rewards of zero.
@@ -120,7 +223,8 @@ def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
 def sensitivity_at_reference(objective: str, k: int) -> float:
     """sum_k |d loss / d s_k| at theta = ref: how much more than each of its K rewards a loss errs.
 
-    Best-of-K: 2 (K-1) / K. Ranked: at most K-1, about 2 K / e when K is large.
+    Best-of-K: 2 (K-1) / K, as nce and ranking-nce. Ranked: at most K-1, about 2 K / e when K is
+    large.
     """
     scores = torch.zeros(1, k, requires_grad=True)
     order = torch.arange(k)[None]

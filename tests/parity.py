@@ -36,6 +36,7 @@ from harness.stores import TOKENIZER_FLAGS, write_store
 from tests.runs import plain_tensors
 
 K = 5
+REFERENCE = {"name": "random", "iteration": "0", "sha256": "0" * 64}
 TOLERANCE = 1e-5
 """Relative, float32; seen are at most 1e-6. See the docstring for bf16."""
 MEASURES = ("log-probs", "loss", "gradient")
@@ -46,7 +47,7 @@ RUN = (
     "--train-iters 1 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 "
     "--seed 7 --split 1,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1 "
     "--ckpt-format torch_dist --no-load-optim --no-load-rng --clip-grad 0 "
-    f"--cpo-aux-loss --cpo-k {K} --cpo-objective ranked --cpo-beta 0.2"
+    f"--cpo-aux-loss --cpo-k {K} --cpo-objective ranked --cpo-beta 0.2 --cpo-no-warmup"
 ).split() + TOKENIZER_FLAGS
 
 DIMENSIONS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4"
@@ -120,6 +121,8 @@ class Case:
     flags: str
     quick: bool = False
     """Runs in `make test`, too."""
+    objective: str = ""
+    """Flags of another loss than `RUN`'s; the twin has them as well."""
 
     @property
     def layout(self) -> str:
@@ -138,8 +141,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Architecture, ranks and layout."""
-        return f"{self.architecture} | {self.ranks} | {self.layout}"
+        """Model and loss, ranks and layout."""
+        return f"{self.model} | {self.ranks} | {self.layout}"
+
+    @property
+    def model(self) -> str:
+        """The architecture, and the loss where it is another one."""
+        loss = self.objective.replace("--cpo-", "").replace("objective ", "")
+        return f"{self.architecture}; {loss}" if loss else self.architecture
 
 
 CASES = [
@@ -193,6 +202,14 @@ CASES = [
     Case(HYBRID_EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
     Case(HYBRID_EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP}"),
 ]
+LOSSES = (
+    "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
+    "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
+)
+CASES += [Case(GQA, 2, f"{layout} 2", objective=loss) for loss in LOSSES for layout in (TP, CP, PP)]
+CASES.append(
+    Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective="--cpo-objective ranking-nce --cpo-beta 1")
+)
 
 
 @dataclass
@@ -201,8 +218,10 @@ class Step:
 
     losses: dict[str, float]
     logps: dict[bytes, torch.Tensor]
-    """[K] by group."""
+    """[K] by group, which its reference log-probs name."""
     gradients: dict[str, torch.Tensor]
+    groups: list[int]
+    """Places in the store of the groups of the global batch."""
 
 
 def measure(argv: list[str], folder: str) -> dict[str, Any]:
@@ -216,7 +235,7 @@ def measure(argv: list[str], folder: str) -> dict[str, Any]:
     from megatron_cpo.model.forward import candidate_logps
     from megatron_cpo.training.step import CPOStep
 
-    found: dict[str, Any] = {"losses": {}, "logps": {}}
+    found: dict[str, Any] = {"losses": {}, "logps": {}, "groups": []}
     train_step, loss = training.train_step, CPOStep.loss
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -235,6 +254,8 @@ def measure(argv: list[str], folder: str) -> dict[str, Any]:
         mask = batch["candidate_mask"].flatten(0, 1)
         slots = batch["first_slot"], batch["last_slot"], mask.numel()
         sums = candidate_logps(logps.detach(), *slots).view_as(mask)
+        indices = batch["group_indices"].flatten()
+        found["groups"] += indices[indices >= 0].tolist()
         for here, reference, policy in zip(
             mask, batch["reference_logps"].flatten(0, 1), sums, strict=True
         ):
@@ -286,53 +307,70 @@ class Matrix:
 
     def __init__(self, folder: Path, groups: int = 60) -> None:
         self.folder = folder
-        self._twins: dict[tuple[str, bool], Step] = {}
+        self._twins: dict[tuple[str, bool, str], Step] = {}
         self._runs = 0
-        self.store = write_store(folder / "groups", groups, K, longest=16, scored=False)
-        _score_at_random(self.store)
+        self.groups, self._stores = groups, {}
+        self.store = self.store_for("")
 
     def compare(self, case: Case) -> dict[str, float]:
         """Worst relative differences between a case and one process."""
-        twin = self._twin(case.architecture, BF16 in case.flags)
-        return differences(self.step(case.architecture, case.ranks, case.flags), twin)
+        twin = self._twin(case.architecture, BF16 in case.flags, case.objective)
+        flags = f"{case.flags} {case.objective}"
+        return differences(self.step(case.architecture, case.ranks, flags), twin)
 
     def limits(self, case: Case) -> dict[str, float]:
         """What each difference of a case must stay below."""
         if BF16 not in case.flags:
             return dict.fromkeys(MEASURES, TOLERANCE)
-        twins = (self._twin(case.architecture, bf16) for bf16 in (True, False))
+        twins = (self._twin(case.architecture, bf16, case.objective) for bf16 in (True, False))
         limits = {name: 2 * value for name, value in differences(*twins).items()}
         # A loss is one number, whose error may vanish by chance; it is made of the log-probs.
         return limits | {"loss": limits["log-probs"]}
 
-    def _twin(self, architecture: str, bf16: bool) -> Step:
-        key = architecture, bf16
+    def _twin(self, architecture: str, bf16: bool, objective: str) -> Step:
+        key = architecture, bf16, objective
         if key not in self._twins:
-            self._twins[key] = self.step(architecture, 1, BF16 if bf16 else "")
+            flags = f"{BF16 if bf16 else ''} {objective}"
+            self._twins[key] = self.step(architecture, 1, flags)
         return self._twins[key]
 
+    def store_for(self, flags: str) -> str:
+        """PREFIX of a store that a loss takes: NCE wants samples of the reference."""
+        kind = "an" if "nce" in flags else "mixed"
+        if kind not in self._stores:
+            kinds = ("bn", "mn", "tn") if kind == "mixed" else (kind,)
+            path = self.folder / f"groups-{kind}"
+            store = write_store(
+                path, self.groups, K, longest=16, scored=False, kinds=kinds, policy=REFERENCE
+            )
+            _score_at_random(store)
+            self._stores[kind] = store
+        return self._stores[kind]
+
     def step(self, architecture: str, ranks: int, flags: str) -> Step:
-        """One step at a layout, from the checkpoint that all runs of an architecture start from."""
-        run = ["--load", self._start(architecture), "--finetune", *flags.split()]
+        """One step at a layout, from the checkpoint of `start`."""
+        run = ["--load", self.start(architecture), "--finetune", *flags.split()]
         self._runs += 1
         folder = str(self.folder / f"gradients-{self._runs}")
-        parts = run_ranks(measure, ranks, self._command(architecture, run), folder)
+        parts = run_ranks(measure, ranks, self.command(architecture, run), folder)
         logps: dict[bytes, torch.Tensor] = {}
         for part in parts:
             logps |= part["logps"]
         [whole] = run_ranks(plain_tensors, 1, folder)
-        return Step(parts[-1]["losses"], logps, whole)
+        return Step(parts[-1]["losses"], logps, whole, parts[-1]["groups"])
 
-    def _start(self, architecture: str) -> str:
+    def start(self, architecture: str) -> str:
+        """The checkpoint that all runs of an architecture start from."""
         folder = self.folder / f"start-{list(ARCHITECTURES).index(architecture)}"
         if not folder.exists():
             run = ["--lr", "0", "--save", str(folder), "--save-interval", "1", "--no-save-optim"]
-            run_pretrain(self._command(architecture, run), 1)
+            run_pretrain(self.command(architecture, run), 1)
         return str(folder)
 
-    def _command(self, architecture: str, flags: list[str]) -> list[str]:
+    def command(self, architecture: str, flags: list[str]) -> list[str]:
+        """All flags of a run."""
         model = ARCHITECTURES[architecture].split()
-        return [*model, *RUN, *flags, "--cpo-data-path", self.store]
+        return [*model, *RUN, *flags, "--cpo-data-path", self.store_for(" ".join(flags))]
 
 
 def _score_at_random(store: str) -> None:
@@ -345,8 +383,7 @@ def _score_at_random(store: str) -> None:
         (rng.normal(size=K) - 6 * np.array([len(c) for c in group.candidates])).astype(np.float32)
         for group in (reader[i] for i in range(len(reader)))
     ]
-    identity = {"name": "random", "iteration": "0", "sha256": "0" * 64}
-    write_reference_logps(store, scores, identity)
+    write_reference_logps(store, scores, REFERENCE)
 
 
 def differences(found: Step, twin: Step) -> dict[str, float]:
@@ -373,7 +410,7 @@ def run(cases: list[Case], folder: Path) -> tuple[list[str], bool]:
         worst, limits = matrix.compare(case), matrix.limits(case)
         good = all(worst[name] < limits[name] for name in MEASURES)
         held &= good
-        cells = [case.architecture, str(case.ranks), case.layout]
+        cells = [case.model, str(case.ranks), case.layout]
         for name in MEASURES:
             limit = f" (of {limits[name]:.0e})" if BF16 in case.flags else ""
             cells.append(f"{worst[name]:.0e}{limit}")

@@ -10,7 +10,7 @@ MODEL = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 "
     "--attention-dropout 0 --hidden-dropout 0 --init-method-std 0.1 --seed 7"
 ).split() + TOKENIZER_FLAGS
-CPO = "--cpo-aux-loss --cpo-k 5 --cpo-objective ranked --cpo-beta 0.2".split()
+CPO = "--cpo-aux-loss --cpo-k 5 --cpo-objective ranked --cpo-beta 0.2 --cpo-no-warmup".split()
 
 
 def cpo_curves(output: str) -> dict[str, list[float]]:

@@ -37,11 +37,17 @@ GIVEN = {
     "valid_data_path": "b",
     "k": 3,
     "objective": "ranked",
+    "dpop_lambda": 2.0,
+    "length_normalise": True,
     "beta": 0.5,
     "weight": 2.0,
     "mle_weight": 0.5,
+    "mle_average": "group",
     "mle_tokens": "sequence",
     "fraction": 0.25,
+    "no_warmup": True,
+    "preset": "paper",
+    "grad_norm_interval": 5,
 }
 
 
@@ -49,10 +55,19 @@ def flag(name: str) -> str:
     return f"--cpo-{name.replace('_', '-')}"
 
 
+def words(name: str) -> list[str]:
+    """A flag as it is given: a switch has no value."""
+    value = GIVEN[name]
+    return [flag(name)] if value is True else [flag(name), str(value)]
+
+
 def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) -> None:
     assert list(GIVEN) == [field.name for field in fields(CPOConfig)]
-    argv = [text for name, value in GIVEN.items() for text in (flag(name), str(value))]
-    assert cpo_config(parser.parse_args(["--cpo-aux-loss", *argv])) == CPOConfig(**GIVEN)
+    argv = [text for name in GIVEN for text in words(name)]
+    whole = ["--cpo-mle-average", "token"]  # what a fraction needs
+    parsed = parser.parse_args(["--cpo-aux-loss", *argv, *whole])
+    assert cpo_config(parsed) == CPOConfig(**GIVEN | {"mle_average": "token"})
+    assert parser.parse_args(words("mle_average")).cpo_mle_average == "group"
     ours = {a.option_strings[0] for a in parser._actions if a.dest.startswith("cpo_")}
     assert ours == {"--cpo-aux-loss", *map(flag, GIVEN)}
 
@@ -60,7 +75,7 @@ def test_every_flag_is_the_field_of_its_name(parser: argparse.ArgumentParser) ->
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_flag_without_aux_loss_is_refused(parser: argparse.ArgumentParser, name: str) -> None:
     """It would have no effect, and nobody would notice."""
-    args = parser.parse_args([flag(name), str(GIVEN[name])])
+    args = parser.parse_args(words(name))
     with pytest.raises(
         ValueError, match=f"^{flag(name)} given without --cpo-aux-loss.*add --cpo-aux"
     ):
@@ -101,6 +116,23 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
             ["--cpo-weight", "0", "--cpo-mle-weight", "0"],
             r"--cpo-weight \+ --cpo-mle-weight 0\.0: needs one of the two above 0",
         ),
+        (["--cpo-dpop-lambda", "-1"], r"--cpo-dpop-lambda -1\.0: needs a number of at least 0"),
+        (
+            ["--cpo-objective", "nce"],
+            r"--cpo-objective nce with --cpo-beta 5\.0: needs 1: NCE's log-ratio",
+        ),
+        (
+            ["--cpo-objective", "ranking-nce", "--cpo-beta", "1", "--cpo-dpop-lambda", "2"],
+            r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs its default",
+        ),
+        (
+            ["--cpo-objective", "nce", "--cpo-beta", "1", "--cpo-length-normalise"],
+            r"--cpo-objective nce with --cpo-length-normalise True: needs its default",
+        ),
+        (
+            ["--cpo-fraction", "0.5", "--cpo-mle-average", "group"],
+            r"--cpo-fraction 0\.5 with --cpo-mle-average group.*--cpo-mle-average token, or",
+        ),
         (["--cpo-fraction", "0"], r"--cpo-fraction 0\.0: needs a share in \(0, 1\]"),
         (["--cpo-fraction", "1.01"], r"--cpo-fraction 1\.01: needs a share in \(0, 1\]"),
     ],
@@ -140,7 +172,8 @@ def test_unknown_choices_are_refused_by_the_parser(
 
 def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
     for objective in OBJECTIVES:
-        config = cpo_config(parser.parse_args([*CPO, "--cpo-objective", objective]))
+        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1"]
+        config = cpo_config(parser.parse_args(argv))
         assert config.objective == objective
 
 

@@ -122,7 +122,7 @@ def test_a_step_sends_keys_values_and_one_float_a_candidate(tmp_path: Path) -> N
     run = (
         "--context-parallel-size 2 --seq-length 256 --micro-batch-size 2 --global-batch-size 4 "
         "--train-iters 1 --lr 1e-3 --eval-iters 0 --split 1,0,0 --log-interval 1 "
-        f"--cpo-aux-loss --cpo-k 5 --cpo-data-path {store}"
+        f"--cpo-aux-loss --cpo-k 5 --cpo-no-warmup --cpo-data-path {store}"
     )
     sent = run_ranks(_count_traffic, 2, [*MODEL, *run.split()])[0]
     keys_and_values = 256 * 2 * 2 * 32  # row tokens, rows, two of them, hidden size

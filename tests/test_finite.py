@@ -285,7 +285,7 @@ TRAIN = (
 
 def test_a_checkpoint_whose_weights_are_none(tmp_path: Path, store: str) -> None:
     """Scoring, drawing and training under Megatron: each names it."""
-    cpo = ["--cpo-aux-loss", "--cpo-k", str(K), "--cpo-data-path", store]
+    cpo = ["--cpo-aux-loss", "--cpo-no-warmup", "--cpo-k", str(K), "--cpo-data-path", store]
     save = str(tmp_path / "mle")
     run = ["--train-iters", "1", "--save", save, "--save-interval", "1"]
     run_pretrain([*MODEL, *TRAIN, *cpo, *run], 1)
@@ -315,7 +315,8 @@ def test_a_checkpoint_whose_weights_are_none(tmp_path: Path, store: str) -> None
 
 def test_a_loss_that_diverges_names_the_groups(tmp_path: Path, store: str) -> None:
     """Later than the first iteration Megatron looks, and repeats the iteration before it ends."""
-    flags = ["--cpo-aux-loss", "--cpo-k", str(K), "--cpo-data-path", store, "--train-iters", "3"]
+    flags = ["--cpo-aux-loss", "--cpo-no-warmup", "--cpo-k", str(K), "--cpo-data-path", store]
+    flags += ["--train-iters", "3"]
     flags += ["--lr", "1e30", "--clip-grad", "0", "--save", str(tmp_path / "cpo")]
     with pytest.raises(RuntimeError, match="exited with 16") as error:  # to look on another GPU
         run_pretrain([*MODEL, *TRAIN, *flags, "--save-interval", "9"], 1)

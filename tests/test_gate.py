@@ -12,9 +12,14 @@ from megatron_cpo.training.metrics import float32_spacing
 REFERENCE = {"name": "mle", "iteration": "60", "digest": "a" * 64}
 
 
+def beta_of(objective: str) -> float:
+    """NCE's objectives have none."""
+    return 1.0 if "nce" in objective else 5.0
+
+
 def gate_of(objective: str = "best", k: int = 12, tolerance: float = TOLERANCE) -> StepZeroGate:
     """Of a run at beta 5 that starts from its reference."""
-    gate = StepZeroGate(objective, k, 5.0, REFERENCE, tolerance)
+    gate = StepZeroGate(objective, k, beta_of(objective), REFERENCE, tolerance)
     assert gate.begin(dict(REFERENCE)) is None
     assert gate.applies
     return gate
@@ -47,11 +52,17 @@ def test_tolerance_grows_with_what_rounding_can_do(objective: str, limit: float)
     assert "FAILED" in outside
 
 
+def test_tolerance_knows_what_holds_the_truth_up() -> None:
+    """y_1's reward may err 1 + lambda times as much."""
+    plain, held = (StepZeroGate("best", 12, 5.0, REFERENCE, dpop_lambda=x) for x in (0.0, 9.0))
+    assert held.sensitivity == pytest.approx(10 * plain.sensitivity)
+
+
 def first_loss(objective: str, logps: torch.Tensor, off: torch.Tensor) -> str:
     """The verdict on a batch whose policy's log-probs differ from its reference's by `off`."""
     mask = torch.ones_like(logps, dtype=torch.bool)
     ranks = torch.arange(logps.shape[1]).expand(logps.shape)
-    found = OBJECTIVES[objective](logps + off, logps, ranks, 5.0, mask).mean()
+    found = OBJECTIVES[objective](logps + off, logps, ranks, beta_of(objective), mask).mean()
     expected = loss_at_reference(objective, mask).mean()
     spacing = float32_spacing(logps, mask).mean()
     return gate_of(objective, logps.shape[1]).verdict(float(found), float(expected), float(spacing))
@@ -75,7 +86,10 @@ def test_rounding_passes_and_a_reference_that_is_a_little_wrong_fails(
     rounding = spacing[:, None] * gradient.sign()
     rounding[:, 0] = 0
     assert first_loss(objective, logps, rounding).endswith("ok")
-    wrong = max(1e-5 * size, 1e-3) * torch.randn(8, 12, generator=generator)
+    # Without beta a loss errs less.
+    wrong = (
+        5 / beta_of(objective) * max(1e-5 * size, 1e-3) * torch.randn(8, 12, generator=generator)
+    )
     assert "FAILED" in first_loss(objective, logps, wrong)
 
 

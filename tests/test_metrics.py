@@ -11,7 +11,12 @@ from harness.stores import random_group
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.model.forward import candidate_logps, padding_tokens
-from megatron_cpo.training.metrics import float32_spacing, group_metrics, packing_metrics
+from megatron_cpo.training.metrics import (
+    float32_spacing,
+    group_metrics,
+    length_correlation,
+    packing_metrics,
+)
 
 GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
 
@@ -166,6 +171,28 @@ def test_random_groups_equal_loops() -> None:
     assert found["cpo accuracy"] == pytest.approx(np.mean(accuracies))
     assert found["cpo margin"] == pytest.approx(np.mean(margins))
     assert found["cpo rank tau"] == pytest.approx(np.mean(taus))
+
+
+def test_length_correlation_by_numpy() -> None:
+    """Over groups of several lengths, what is masked aside; rewards that are alike count 0."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(6, 5, generator=generator)
+    lengths = torch.randint(1, 30, (6, 5), generator=generator)
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    mask[1, 3:], mask[2] = False, False
+    scores[1, 3:], lengths[3], scores[4] = torch.nan, 7, 2.0
+    expected = [
+        np.corrcoef(scores[g][mask[g]].numpy(), lengths[g][mask[g]].numpy())[0, 1]
+        for g in (0, 1, 5)
+    ]
+    total, groups = length_correlation(scores, lengths, mask).tolist()
+    assert total == pytest.approx(sum(expected), rel=1e-5)
+    assert groups == pytest.approx(4)  # three, and one whose rewards are alike
+    parts = sum(
+        length_correlation(*x)
+        for x in zip(scores.split(2), lengths.split(2), mask.split(2), strict=True)
+    )
+    torch.testing.assert_close(parts, torch.tensor([total, groups]))
 
 
 def test_packing_by_hand() -> None:

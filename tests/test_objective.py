@@ -16,13 +16,22 @@ from torch import Tensor
 from megatron_cpo.objective import (
     OBJECTIVES,
     best_of_k,
+    dpo_positive,
     loss_at_reference,
+    nce,
+    per_token,
     ranked,
+    ranking_nce,
     rewards,
     sensitivity_at_reference,
 )
 
 HAND = torch.tensor([[4.0, 3.0, 1.0]], dtype=torch.float64).log()
+
+
+def temper(objective: str, beta: float) -> float:
+    """The inverse temperature at which an objective is asked: NCE's have none, so 1."""
+    return 1.0 if objective in ("nce", "ranking-nce") else beta
 
 
 def with_rewards(scores: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -32,9 +41,13 @@ def with_rewards(scores: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def double_loop(objective: str, scores: Tensor, ranks: Tensor) -> Tensor:
-    """The paper's formula for one group [K], term by term."""
+    """The papers' formulas for one group [K], term by term."""
     candidates = range(len(scores))
-    if objective == "best":
+    n = len(scores) - 1
+    if objective == "nce":  # posteriors by Bayes' rule: one truth, n samples of the noise
+        is_true = [scores[k].exp() / (scores[k].exp() + n) for k in candidates]
+        return -torch.log(is_true[0]) - sum(torch.log(1 - p) for p in is_true[1:])
+    if objective in ("best", "ranking-nce"):
         return -torch.log(scores[0].exp() / sum(scores[j].exp() for j in candidates))
     order = sorted(candidates, key=lambda k: int(ranks[k]))
     loss = torch.zeros((), dtype=scores.dtype)
@@ -95,9 +108,15 @@ def test_two_candidates_are_dpo() -> None:
     torch.testing.assert_close(ranked(policy, reference, ranks, 0.3), dpo)
 
 
-@pytest.mark.parametrize(("objective", "expected"), [("best", 2.484907), ("ranked", 19.987214)])
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [("best", 2.484907), ("ranked", 19.987214), ("nce", 3.442031), ("ranking-nce", 2.484907)],
+)
 def test_at_the_reference(objective: str, expected: float) -> None:
-    """log 12 and log 12!, whatever the log-probs and beta are (float32, 1e-6 relative)."""
+    """log 12, log 12! and 12 log 12 - 11 log 11, whatever the log-probs and beta are.
+
+    In float32, 1e-6 relative.
+    """
     logps = torch.linspace(-300, -1, 24).view(2, 12)
     ranks = torch.stack([torch.arange(12), torch.tensor([0, *range(11, 0, -1)])])
     loss = OBJECTIVES[objective](logps, logps.clone(), ranks, 5.0, None)
@@ -111,11 +130,19 @@ def test_loss_at_reference_is_log_k_and_log_k_factorial() -> None:
     plackett_luce = torch.tensor([math.lgamma(k + 1) for k in candidates])
     torch.testing.assert_close(loss_at_reference("best", mask), best)
     torch.testing.assert_close(loss_at_reference("ranked", mask), plackett_luce)
+    torch.testing.assert_close(loss_at_reference("ranking-nce", mask), best)
+    # log 1 is not asked for at K = 1: a truth without noise is certain.
+    binary = [k * math.log(k) - (k - 1) * math.log(max(k - 1, 1)) for k in candidates]
+    torch.testing.assert_close(loss_at_reference("nce", mask), torch.tensor(binary))
     assert loss_at_reference("ranked", torch.zeros(1, 3, dtype=torch.bool)).tolist() == [0]
 
 
 def test_sensitivity_at_reference_by_hand() -> None:
-    """Of three: best |1/3 - 1| + 1/3 + 1/3; ranked |1/3 - 1| + |1/3 + 1/2 - 1| + 1/3 + 1/2."""
+    """Of three: best |1/3 - 1| + 1/3 + 1/3; ranked |1/3 - 1| + |1/3 + 1/2 - 1| + 1/3 + 1/2.
+
+    nce: each is true with 1/3, so the same as best.
+    """
+    assert sensitivity_at_reference("nce", 3) == pytest.approx(4 / 3)
     assert sensitivity_at_reference("best", 3) == pytest.approx(4 / 3)
     assert sensitivity_at_reference("ranked", 3) == pytest.approx(5 / 3)
     for k in (2, 12, 48):
@@ -133,8 +160,9 @@ def test_loss_and_gradient_equal_the_double_loop(objective: str, k: int) -> None
     ranks = torch.tensor(order)
     slow_policy, policy = policy.clone().requires_grad_(), policy.requires_grad_()
 
-    loss = OBJECTIVES[objective](policy, reference, ranks, 0.7, None)
-    scores = 0.7 * (slow_policy - reference)
+    beta = temper(objective, 0.7)
+    loss = OBJECTIVES[objective](policy, reference, ranks, beta, None)
+    scores = beta * (slow_policy - reference)
     slow = torch.stack([double_loop(objective, scores[g], ranks[g]) for g in range(6)])
 
     torch.testing.assert_close(loss, slow, rtol=1e-12, atol=1e-12)
@@ -207,6 +235,104 @@ def test_one_candidate_is_zero_with_zero_gradient(objective: str) -> None:
     assert policy.grad.tolist() == [[0], [0]]
 
 
+def test_nce_by_hand() -> None:
+    """exp(r) = 4, 3, 1 and n = 2: true with 4/6, 3/5, 1/3, so -log(4/6 * 2/5 * 2/3) = log 5.625."""
+    loss = nce(*with_rewards(HAND, 1.0))
+    torch.testing.assert_close(loss, torch.tensor([math.log(5.625)], dtype=torch.float64))
+
+
+def test_ranking_nce_ignores_an_offset_and_nce_does_not() -> None:
+    """All candidates e**3 times as likely: a softmax over them is the same, odds are not."""
+    policy, noise = with_rewards(HAND, 1.0)
+    torch.testing.assert_close(ranking_nce(policy + 3, noise), ranking_nce(policy, noise))
+    assert not torch.allclose(nce(policy + 3, noise), nce(policy, noise))
+
+
+def test_cpo_at_beta_1_is_ranking_nce_with_the_reference_as_noise() -> None:
+    """Ma and Collins's formula from probabilities, against eq. 1: loss and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(50, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    noise = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    scores = policy.exp() / noise.exp()  # exp(log pi - log p_N)
+    formula = -(scores[:, 0] / scores.sum(1)).log()
+    cpo = best_of_k(policy, noise, beta=1.0)
+    for other in (cpo, ranking_nce(policy, noise)):
+        torch.testing.assert_close(other, formula)
+        gradients = [
+            torch.autograd.grad(x.sum(), policy, retain_graph=True) for x in (other, formula)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_dpo_positive_of_two_is_its_papers_formula() -> None:
+    """Eq. 3 of arXiv:2402.13228 as it stands there, for truths above and below the reference."""
+    generator = torch.Generator().manual_seed(0)
+    policy = (torch.randn(50, 2, generator=generator, dtype=torch.float64) * 3).requires_grad_()
+    reference = torch.randn(50, 2, generator=generator, dtype=torch.float64) * 3
+    beta, weight = 0.3, 5.0
+    won, lost = policy.exp().unbind(1)
+    won_ref, lost_ref = reference.exp().unbind(1)
+    penalty = torch.maximum(torch.zeros_like(won), torch.log(won_ref / won))
+    inside = torch.log(won / won_ref) - torch.log(lost / lost_ref) - weight * penalty
+    formula = -torch.log(torch.sigmoid(beta * inside))
+    held = dpo_positive(policy, reference, weight)
+    ranks = torch.tensor([[0, 1]]).expand(50, 2)
+    for loss in (best_of_k(held, reference, beta), ranked(held, reference, ranks, beta)):
+        torch.testing.assert_close(loss, formula)
+        gradients = [
+            torch.autograd.grad(x.sum(), policy, retain_graph=True) for x in (loss, formula)
+        ]
+        torch.testing.assert_close(*gradients)
+    assert 10 < int((penalty > 0).sum()) < 40
+
+
+@pytest.mark.parametrize("objective", ["best", "ranked"])
+def test_dpo_positive_of_k_equals_the_double_loop(objective: str) -> None:
+    """s_1 = beta * (r_1 - lambda max(0, -r_1)) in the papers' formulas, group by group."""
+    generator = torch.Generator().manual_seed(1)
+    policy = (torch.randn(8, 5, generator=generator, dtype=torch.float64) * 2).requires_grad_()
+    reference = torch.randn(8, 5, generator=generator, dtype=torch.float64) * 2
+    ranks = torch.stack([torch.tensor([0, 3, 1, 2, 4])] * 8)
+    loss = OBJECTIVES[objective](dpo_positive(policy, reference, 2.0), reference, ranks, 0.5, None)
+    slow = []
+    for g in range(8):
+        ratios = list(policy[g] - reference[g])
+        if ratios[0] < 0:
+            ratios[0] = ratios[0] + 2.0 * ratios[0]
+        slow.append(double_loop(objective, 0.5 * torch.stack(ratios), ranks[g]))
+    slow = torch.stack(slow)
+    torch.testing.assert_close(loss, slow)
+    gradients = [torch.autograd.grad(x.sum(), policy) for x in (loss, slow)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_dpo_positive_changes_nothing_at_the_reference() -> None:
+    """The step-0 gate holds with it; what is no group stays one."""
+    logps = torch.tensor([[-3.0, -4.0], [torch.nan, torch.nan]])
+    mask = torch.tensor([[True, True], [False, False]])
+    held = dpo_positive(logps, logps.clone(), 50.0)
+    assert best_of_k(held, logps, 5.0, mask).tolist() == pytest.approx([math.log(2), 0])
+
+
+def test_length_normalised_dpo_by_its_formula() -> None:
+    """-log sigma(beta / |y_w| * r_w - beta / |y_l| * r_l), r summed: loss and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    policy = (torch.randn(20, 2, generator=generator, dtype=torch.float64) * 9).requires_grad_()
+    reference = torch.randn(20, 2, generator=generator, dtype=torch.float64) * 9
+    lengths = torch.randint(1, 40, (20, 2), generator=generator)
+    won, lost = (5.0 / lengths * (policy - reference)).unbind(1)
+    formula = -torch.nn.functional.logsigmoid(won - lost)
+    loss = best_of_k(per_token(policy, lengths), per_token(reference, lengths), 5.0)
+    torch.testing.assert_close(loss, formula)
+    gradients = [torch.autograd.grad(x.sum(), policy) for x in (loss, formula)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_empty_candidate_has_a_mean_of_zero() -> None:
+    means = per_token(torch.tensor([[-6.0, 0.0]]), torch.tensor([[3, 0]]))
+    assert means.tolist() == [[-2, 0]]
+
+
 def test_equal_ranks_are_taken_in_candidate_order() -> None:
     """Ranks (0, 1, 1) over 4, 3, 1: the second before the third, log 8/3 and not log 8."""
     loss = ranked(*with_rewards(HAND, 1.0), torch.tensor([[0, 1, 1]]), 1.0)
@@ -265,6 +391,9 @@ def test_extreme_rewards_stay_finite(objective: str, sign: float) -> None:
     tie = math.log(2)  # between the two equal negatives
     expected = {("best", 1.0): 0.0, ("best", -1.0): 2e4 + tie}
     expected |= {("ranked", 1.0): tie, ("ranked", -1.0): 2e4 + 2 * tie}
+    expected |= {("ranking-nce", sign): expected["best", sign] for sign in (1.0, -1.0)}
+    # The truth is 1e4 + log 2 too unlikely, and each negative 1e4 - log 2 too likely.
+    expected |= {("nce", 1.0): 0.0, ("nce", -1.0): 3e4 - tie}
     # float32 numbers near 1e4 are 1e-3 apart.
     assert loss.item() == pytest.approx(expected[objective, sign], rel=1e-6, abs=1e-3)
 

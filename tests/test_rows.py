@@ -66,6 +66,7 @@ def test_two_groups_by_hand() -> None:
         "reference_logps": [[-3, -5, -4, 0], [-6, 0, 0, 0], [0] * 4],
         "ranks": [[0, 1, 2, 0], [0] * 4, [0] * 4],
         "kinds": [[0, 4, 2, 0], [0] * 4, [0] * 4],
+        "lengths": [[3, 2, 2, 0], [2, 0, 0, 0], [0] * 4],
         "group_indices": [-1] * 3,
     }
 
@@ -176,6 +177,10 @@ def test_random_rows_spell_out_their_groups(seed: int, lm_prefix: bool) -> None:
         size = len(order)
         for name in ("ranks", "kinds", "reference_logps"):
             assert row[name][g, :size].tolist() == np.asarray(getattr(made, name))[order].tolist()
+        assert row["lengths"][g].tolist() == [
+            *(len(made.candidates[c]) for c in order),
+            *[0] * (6 - size),
+        ]
         assert row["candidate_mask"][g].tolist() == [True] * size + [False] * (6 - size)
         supervised += len(made.candidates[0]) + (len(made.prefix) - 1 if lm_prefix else 0)
     assert not row["candidate_mask"][len(groups) :].any()

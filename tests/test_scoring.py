@@ -92,6 +92,7 @@ def test_gate_holds_when_training_starts_from_the_reference(
 ) -> None:
     """The first loss of the log is log K or log K! within 1e-4, and the gate says so."""
     cpo = f"--cpo-aux-loss --cpo-k {K} --cpo-objective {objective} --train-iters 1 --finetune"
+    cpo += " --cpo-no-warmup"
     flags = [*TRAIN, *cpo.split(), *layout.split(), "--load", reference]
     outputs = run_pretrain([*MODEL, *flags, "--cpo-data-path", scored[0]], world_size)
     assert abs(cpo_curves(outputs[-1])["cpo_loss"][0] - expected) < 1e-4
@@ -104,7 +105,9 @@ def test_gate_is_silent_about_another_reference(
     tmp_path: Path, scored: tuple[str, np.ndarray]
 ) -> None:
     """Training from random weights names both and claims nothing."""
-    flags = f"--cpo-aux-loss --cpo-k {K} --train-iters 1 --cpo-data-path {scored[0]}"
+    flags = (
+        f"--cpo-aux-loss --cpo-k {K} --cpo-no-warmup --train-iters 1 --cpo-data-path {scored[0]}"
+    )
     [output] = run_pretrain([*MODEL, *TRAIN, *flags.split()], 1)
     assert re.search(
         r"step-0 gate: does not apply: .* of mle iteration 5 .* starts from random weights", output

@@ -137,7 +137,7 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     run_pretrain(plain, 1)
     store = write_store(tmp_path / "groups", 20, 4)
     flags = [*MODEL, *RUN, "--seq-length", "256", "--cpo-aux-loss", "--cpo-k", "4"]
-    flags += ["--cpo-data-path", store]
+    flags += ["--cpo-no-warmup", "--cpo-data-path", store]
     with pytest.raises(ValueError, match="without --finetune: it was saved by a run without"):
         run_pretrain([*flags, "--load", mle, "--train-iters", "4"], 2)
     flags += ["--train-iters", "4"]

@@ -141,6 +141,7 @@ def test_from_text_to_a_merged_model(installed: Installed) -> None:
     assert said.startswith("scored 12 groups under mle iteration 2\ngroups ")
     log = train(
         *"--seq-length 128 --cpo-aux-loss --cpo-k 4 --cpo-data-path groups --save cpo".split(),
+        "--cpo-no-warmup",
         *"--load mle --finetune".split(),
     )
     assert re.search("step-0 gate: .*: ok\n", log)

@@ -62,7 +62,7 @@ def train_megatron(folder: Path, flags: list[str]) -> str:
     train = (
         "--micro-batch-size 1 --global-batch-size 1 --lr 1e-4 --train-iters 1 --eval-iters 0 "
         f"--eval-interval 9 --split 1,0,0 --ckpt-format torch_dist --save {folder}/model "
-        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-data-path {store}"
+        f"--save-interval 1 --cpo-aux-loss --cpo-k 3 --cpo-no-warmup --cpo-data-path {store}"
     )
     run_pretrain([*flags, *train.split()], 1)
     return f"{folder}/model"

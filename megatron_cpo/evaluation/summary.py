@@ -2,7 +2,7 @@
 
 The log is what training printed, from its first line on: Megatron's own lines and our `[cpo]` lines
 (`training.log`). Of several attempts in one file the later one counts, from the iteration where it
-starts.
+starts. What is wrong at the end of the run is asked anew (`training.diagnosis`).
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_cpo.extras import needs
 from megatron_cpo.groups.kinds import REGISTRY
+from megatron_cpo.training.diagnosis import Setting, diagnose
 
 Metrics = dict[str, float]
 
@@ -30,7 +31,8 @@ _VALIDATION = re.compile(r"validation loss at iteration (\d+)(?: on validation s
 _VALIDATION_VALUE = re.compile(rf"([a-z ]+) value: {_NUMBER}")
 _GATE = re.compile(r"step-0 gate: .*")
 _EXPECTED = re.compile(r"at theta = ref it must be ([\d.]+)")
-_ARGUMENT = re.compile(r"^ +(cpo_\w+) \.+ (.*)$")
+_DIAGNOSIS = re.compile(r"\[cpo\] diagnosis at iteration (\d+): ((.*?): .*)")
+_ARGUMENT = re.compile(r"^ +(cpo_\w+|lr|lr_\w+|train_\w+|global_batch_size) \.+ (.*)$")
 _SAVED = re.compile(r"successfully saved checkpoint from iteration +(\d+) to (.+?)(?: \[|$)")
 
 _MEANINGS = (
@@ -39,6 +41,7 @@ _MEANINGS = (
     ("margin", "margin", "reward of the truth - best negative's"),
     ("truth_logratio", "truth log-ratio", "log pi/pi_ref of the truth, nats"),
     ("rank_tau", "rank tau", "-1 to 1, rewards against similarity"),
+    ("length_correlation", "length corr.", "-1 to 1, rewards with numbers of tokens"),
     ("lm_loss", "LM loss", "nats a token"),
 )
 
@@ -54,7 +57,9 @@ class RunLog:
     timing: dict[int, tuple[float, int]] = field(default_factory=dict)
     """(seconds an iteration, rows a global batch)."""
     settings: dict[str, str] = field(default_factory=dict)
-    """The `cpo_*` arguments as Megatron prints them."""
+    """The arguments of CPO, of the learning rate and of the length as Megatron prints them."""
+    diagnoses: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """(iteration, line) by name, as they were said while it ran; at 0: of the store."""
     gate: str | None = None
     """The log's `step-0 gate:` line."""
     checkpoint: tuple[str, int] | None = None
@@ -62,13 +67,24 @@ class RunLog:
 
     @property
     def loss_at_reference(self) -> float | None:
-        """log K or log K!: the CPO loss at theta = ref; None when the log does not tell."""
+        """The CPO loss at theta = ref, such as log K; None when the log does not tell."""
         if self.gate and (found := _EXPECTED.search(self.gate)):
             return float(found[1])
         if "cpo_k" not in self.settings:
             return None
-        k = int(self.settings["cpo_k"])
-        return math.lgamma(k + 1) if self.settings.get("cpo_objective") == "ranked" else math.log(k)
+        import torch
+
+        from megatron_cpo.objective import loss_at_reference
+
+        mask = torch.ones(1, int(self.settings["cpo_k"]), dtype=torch.bool)
+        return float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
+
+    @property
+    def setting(self) -> Setting:
+        """What diagnoses compare with; an unknown loss at the reference is above any other."""
+        at_reference = self.loss_at_reference
+        numbers = {name: _number(text) for name, text in self.settings.items()}
+        return Setting.of(numbers, math.inf if at_reference is None else at_reference)
 
     @property
     def groups_per_second(self) -> float | None:
@@ -122,7 +138,12 @@ def read_log(lines: Iterable[str]) -> RunLog:
             for kept in (run.train, run.validation, run.timing):
                 for old in [i for i in kept if i > at or (i == at and kept is run.train)]:
                     del kept[old]
+            run.diagnoses = {
+                name: said for name, said in run.diagnoses.items() if said[0] < max(at, 1)
+            }
             run.train[at] = {n: float(v) for n, v in _CPO_VALUE.findall(found[2])}
+        elif found := _DIAGNOSIS.search(line):
+            run.diagnoses[found[3]] = (int(found[1]), found[2].strip())
         elif found := _ITERATION.search(line):
             run.timing[int(found[1])] = (float(found[2]) / 1000, int(found[3]))
         elif found := _VALIDATION.search(line):
@@ -171,7 +192,28 @@ def describe(run: RunLog) -> str:
     saved = "none in this log (--save DIR --save-interval N)"
     if run.checkpoint:
         saved = "{}, iteration {}".format(*run.checkpoint)
-    return "\n".join([*lines, f"checkpoint   {saved}"])
+    return "\n".join([*lines, f"checkpoint   {saved}", *_diagnoses(run)])
+
+
+def _diagnoses(run: RunLog) -> list[str]:
+    """A line for each: of the store, at the end of the run, and those that have passed."""
+    now = diagnose(run.train, run.validation, run.setting)
+    lines = [text for at, text in run.diagnoses.values() if at == 0]
+    lines += map(str, now)
+    names = {diagnosis.name for diagnosis in now}
+    lines += [
+        f"passed since iteration {at}: {text}"
+        for name, (at, text) in run.diagnoses.items()
+        if at > 0 and name not in names
+    ]
+    return [f"diagnosis    {line}" for line in lines]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _table(title: str, metrics: dict[int, Metrics], columns: dict[str, list[int]]) -> list[str]:
@@ -260,7 +302,8 @@ def _curve(
 
 def _formula(run: RunLog) -> str:
     k = run.settings.get("cpo_k", "K")
-    return f"log {k}!" if run.settings.get("cpo_objective") == "ranked" else f"log {k}"
+    formulas = {"ranked": f"log {k}!", "nce": f"{k} log {k} - (K-1) log(K-1)"}
+    return formulas.get(run.settings.get("cpo_objective", "best"), f"log {k}")
 
 
 def _rows(metrics: Iterable[Metrics]) -> list[tuple[str, str, str]]:

@@ -27,6 +27,7 @@ query_lm                            [Q] bool; counts in the MLE (language-modell
 candidate_mask                      [G, K] bool; column 0 is y_1
 reference_logps                     [G, K] float32, nats, summed
 ranks, kinds                        [G, K] int64
+lengths                             [G, K] int64; tokens of each candidate, its end included
 group_indices                       [G] int64; places in the store, for messages; -1 is padding
 """
 
@@ -113,6 +114,7 @@ def _empty_row(shape: RowShape, pad_token: int) -> Row:
         "reference_logps": np.zeros(candidates, dtype=np.float32),
         "ranks": np.zeros(candidates, dtype=np.int64),
         "kinds": np.zeros(candidates, dtype=np.int64),
+        "lengths": np.zeros(candidates, dtype=np.int64),
         "group_indices": np.full(shape.groups, -1, dtype=np.int64),
     }
 
@@ -150,3 +152,4 @@ def _fill_candidates(row: Row, g: int, group: Group, tree: Tree) -> None:
     row["reference_logps"][g, :k] = group.reference_logps[order]
     row["ranks"][g, :k] = group.ranks[order]
     row["kinds"][g, :k] = group.kinds[order]
+    row["lengths"][g, :k] = [len(group.candidates[c]) for c in order]

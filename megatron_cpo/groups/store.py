@@ -140,6 +140,17 @@ class GroupReader:
         lengths = self._tokens.sequence_lengths
         return lengths[first], lengths[first + 1]
 
+    def candidate_lengths(self, groups: Ints) -> Ints:
+        """Tokens of the candidates of some groups, ends included, [groups, K]; -1: there is none.
+
+        Args:
+            groups: [groups] which, by index.
+        """
+        documents, lengths = self._tokens.document_indices, self._tokens.sequence_lengths
+        first = documents[groups][:, None] + 1 + np.arange(self.manifest["k"])
+        there = first < documents[groups + 1][:, None]
+        return np.where(there, lengths[np.where(there, first, 0)], -1).astype(np.int32)
+
     def _document(self, dataset: Any, index: int) -> Iterator[NDArray[Any]]:
         first, last = dataset.document_indices[index : index + 2]
         return (dataset[i] for i in range(int(first), int(last)))

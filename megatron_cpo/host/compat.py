@@ -27,6 +27,7 @@ BOUND = {
     ),
     "megatron.training.training:dummy_train_step": ("data_iterator",),
     "megatron.training.training:training_log": ("loss_dict", "iteration", "skipped_iter"),
+    "megatron.training.training:evaluate": ("forward_step_func", "data_iterator", "model"),
     # 0.17 parses inside `pretrain`, out of reach of a check before it.
     "megatron.training.arguments:parse_and_validate_args": ("extra_args_provider",),
     "megatron.training.arguments:validate_args": ("args",),
@@ -68,9 +69,14 @@ def load(path: str) -> Any:
 def check_host() -> None:
     """Raise ImportError unless this Megatron has every name we bind to."""
     for path, needed in BOUND.items():
-        parameters = inspect.signature(load(path)).parameters
-        if missing := [name for name in needed if name not in parameters]:
-            raise _unsupported(path, f"it has no parameter {', '.join(missing)}")
+        require_parameters(path, needed)
+
+
+def require_parameters(path: str, needed: Sequence[str]) -> None:
+    """Raise ImportError unless the function at `module:name` has parameters of these names."""
+    parameters = inspect.signature(load(path)).parameters
+    if missing := [name for name in needed if name not in parameters]:
+        raise _unsupported(path, f"it has no parameter {', '.join(missing)}")
 
 
 def _unsupported(path: str, reason: str) -> ImportError:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.objective import NOISE_CONTRASTIVE, OBJECTIVES
+from megatron_cpo.training.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,13 @@ class CPOConfig:
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
     objective: str = "best"
-    """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order."""
+    """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order;
+    nce, ranking-nce: noise-contrastive estimation, beta 1, with the reference as the noise."""
+    dpop_lambda: float = 0.0
+    """lambda of DPO-Positive, >= 0: y_1's reward falls 1 + lambda times as fast below 0 as its
+    log-ratio does, which holds the truth's log-prob up. With best and ranked."""
+    length_normalise: bool = False
+    """Rewards of mean log-probs a token in the place of sums (`objective.per_token`)."""
     beta: float = 5.0
     """Inverse temperature of the reward beta * log(pi / pi_ref); > 0. The paper: 5."""
     weight: float = 1.0
@@ -28,16 +35,27 @@ class CPOConfig:
     mle_weight: float = 1.0
     """Weight of the MLE loss, averaged over supervised tokens; >= 0. 1: CPO is an auxiliary loss.
     The paper's own runs use 0 and merge the MLE and CPO weights afterwards."""
+    mle_average: str = "token"
+    """What the MLE loss is averaged over: token, the supervised tokens of a global batch; group:
+    summed over the tokens of a group and averaged over groups, the scale of the CPO loss."""
     mle_tokens: str = "continuation"
     """Tokens the MLE loss covers: the true continuation, or the whole sequence with its prefix."""
     fraction: float = 1.0
     """Share of rows that hold groups, in (0, 1]; the others are plain rows of --data-path. Counted
     in rows of --seq-length tokens, evenly interleaved: late pretraining."""
+    no_warmup: bool = False
+    """Train without a learning-rate warm-up, which is refused otherwise (`training.warmup`)."""
+    preset: str | None = None
+    """Settings by name that stand where no flag was given (`training.presets`)."""
+    grad_norm_interval: int = 0
+    """Iterations between logs of both terms' gradient norms (`training.gradients`); 0: never."""
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(sorted(OBJECTIVES)),
+    "mle_average": ("token", "group"),
     "mle_tokens": ("continuation", "sequence"),
+    "preset": tuple(PRESETS),
 }
 _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "data_path": (
@@ -61,7 +79,21 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         str,
         None,
         "best (default): the truth against all candidates, eq. 1. "
-        "ranked: Plackett-Luce over the similarity order, eq. 2.",
+        "ranked: Plackett-Luce over the similarity order, eq. 2. nce, ranking-nce: binary and "
+        "ranking noise-contrastive estimation; both need --cpo-beta 1 and negatives that the "
+        "reference drew (an).",
+    ),
+    "dpop_lambda": (
+        float,
+        "LAMBDA",
+        "Hold the truth up, DPO-Positive (arXiv:2402.13228) with K candidates: lowers its reward "
+        "by beta * LAMBDA * max(0, log pi_ref - log pi), summed over its tokens (default 0: off).",
+    ),
+    "length_normalise": (
+        bool,
+        None,
+        "Rewards per token: log pi - log pi_ref divided by the candidate's number of tokens, its "
+        "end included. Without it they are sums, as in the paper.",
     ),
     "beta": (
         float,
@@ -80,6 +112,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Weight of the MLE loss beside it. 1 (default): CPO is an auxiliary loss. The paper's own "
         "runs use 0 and merge the MLE and CPO weights afterwards.",
     ),
+    "mle_average": (
+        str,
+        None,
+        "token (default): the MLE loss is the mean over supervised tokens. group: the sum over a "
+        "group's, averaged over groups as the CPO loss is, so that equal weights are comparable.",
+    ),
     "mle_tokens": (
         str,
         None,
@@ -92,8 +130,26 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Share of rows that hold groups; the others are plain rows of --data-path, for late "
         "pretraining. Counts rows of --seq-length tokens (default 1: groups alone).",
     ),
+    "no_warmup": (
+        bool,
+        None,
+        "Train without a learning-rate warm-up. Adam's first steps have the size of --lr whatever "
+        "the gradient, so a run without --lr-warmup-iters is refused otherwise.",
+    ),
+    "preset": (
+        str,
+        None,
+        "Settings by name, for flags that are not given. paper: --lr 1e-5 --weight-decay 0.05 "
+        "--cpo-beta 5 --cpo-k 12 --cpo-mle-weight 0, 64 groups a batch, and a warm-up.",
+    ),
+    "grad_norm_interval": (
+        int,
+        "N",
+        "Log the gradient norms of the weighted CPO and MLE terms every N iterations, in which "
+        "each takes one more forward and backward (default 0: never).",
+    ),
 }
-"""Type, metavar and help of each field's flag; the default is the field's."""
+"""Type (bool: a switch), metavar and help of each field's flag; the default is the field's."""
 
 
 def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -109,8 +165,12 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for name, (kind, metavar, text) in _HELP.items():
         default = CPOConfig.__dataclass_fields__[name].default
+        flag = f"--cpo-{name.replace('_', '-')}"
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=text)
+            continue
         group.add_argument(
-            f"--cpo-{name.replace('_', '-')}",
+            flag,
             type=kind,
             metavar=metavar,
             default=None if default is MISSING else default,
@@ -148,15 +208,29 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
     beta = values["beta"]
     _require(0 < beta < math.inf, "--cpo-beta", beta, "a number above 0; the paper uses 5")
-    for name in ("weight", "mle_weight"):
+    if values["objective"] in NOISE_CONTRASTIVE:
+        wanted = "1: NCE's log-ratio of policy and noise has no inverse temperature"
+        _require(beta == 1, f"--cpo-objective {values['objective']} with --cpo-beta", beta, wanted)
+        for name in ("dpop_lambda", "length_normalise"):
+            flag = f"--cpo-objective {values['objective']} with --cpo-{name.replace('_', '-')}"
+            wanted = "its default: with it the log-ratio is not that of policy and noise"
+            _require(not values[name], flag, values[name], wanted)
+    for name in ("weight", "mle_weight", "dpop_lambda"):
         flag = f"--cpo-{name.replace('_', '-')}"
         _require(0 <= values[name] < math.inf, flag, values[name], "a number of at least 0")
+    interval = values["grad_norm_interval"]
+    _require(interval >= 0, "--cpo-grad-norm-interval", interval, "at least 0 iterations")
     both = values["weight"] + values["mle_weight"]
     _require(both > 0, "--cpo-weight + --cpo-mle-weight", both, "one of the two above 0")
     if values["fraction"] < 1 and values["mle_weight"] == 0:
         raise ValueError(
             f"--cpo-fraction {values['fraction']} with --cpo-mle-weight 0: the plain rows would be "
             "computed and count for nothing; raise the weight, or use --cpo-fraction 1"
+        )
+    if values["fraction"] < 1 and values["mle_average"] == "group":
+        raise ValueError(
+            f"--cpo-fraction {values['fraction']} with --cpo-mle-average group: the plain rows "
+            "have no groups to be averaged over; use --cpo-mle-average token, or --cpo-fraction 1"
         )
     _require(0 < values["fraction"] <= 1, "--cpo-fraction", values["fraction"], "a share in (0, 1]")
     return CPOConfig(**values)

@@ -8,8 +8,10 @@ from typing import Any
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
+from megatron_cpo.objective import NOISE_CONTRASTIVE
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
+from megatron_cpo.training.noise import check_noise
 
 
 def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, positions: int) -> None:
@@ -52,6 +54,8 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
             f"{path} has no reference log-probs; score it with megatron-cpo build "
             f"--score-only --output-prefix {path} --load CHECKPOINT and the model's flags"
         )
+    if config.objective in NOISE_CONTRASTIVE:
+        check_noise(path, manifest, config.objective)
 
 
 class CPODatasets:

@@ -37,6 +37,7 @@ class StepZeroGate:
         reference: identity of the checkpoint the store was scored under.
         tolerance: nats by which the loss may always differ.
         hidden_dropout: with it the policy is not its reference even at step 0.
+        dpop_lambda: of `objective.dpo_positive`: y_1's reward may err 1 + lambda times as much.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class StepZeroGate:
         reference: dict[str, Any],
         tolerance: float = TOLERANCE,
         hidden_dropout: float = 0.0,
+        dpop_lambda: float = 0.0,
     ) -> None:
         self.objective, self.k, self.tolerance = objective, k, tolerance
         self.reference, self._hidden_dropout = reference, hidden_dropout
-        self.sensitivity = beta * sensitivity_at_reference(objective, k)
+        self.sensitivity = beta * (1 + dpop_lambda) * sensitivity_at_reference(objective, k)
         """By how much the loss may change when each log-prob does by 1."""
         self.begun = False
         self.reason: str | None = None

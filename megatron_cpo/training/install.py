@@ -1,10 +1,11 @@
 """The seam to Megatron: a few functions wrapped once, bound by parameter name.
 
 `install()` wraps `parse_and_validate_args` (the `--cpo-*` flags and their checks), `pretrain`
-(data, step and attention) and `training_log` (one line of metrics). A host script that imports
-Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through, and
-nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in place
-where that is missing. A machine without CUDA needs the CPU host either way.
+(data, step and attention), `training_log` (one line of metrics) and `evaluate` (which is looked at
+for diagnoses); `pretrain` wraps `train_step` where gradient norms are asked for. A host script that
+imports Megatron afterwards runs unchanged; without `--cpo-aux-loss` all of them only pass through,
+and nothing of Megatron is changed on a GPU. With it, `host.without_transformer_engine` is put in
+place where that is missing. A machine without CUDA needs the CPU host either way.
 """
 
 import functools
@@ -16,11 +17,16 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.host.help import readable
+from megatron_cpo.objective import NOISE_CONTRASTIVE, loss_at_reference
 from megatron_cpo.quiet import ignore_import_warnings
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
-from megatron_cpo.training.log import MetricLog
+from megatron_cpo.training.gradients import BOUND, TRAIN_STEP, GradientNorms, check_grad_norms
+from megatron_cpo.training.log import MetricLog, format_diagnosis
+from megatron_cpo.training.presets import complete_preset, set_preset_defaults
 from megatron_cpo.training.support import check_supported
+from megatron_cpo.training.warmup import check_warmup
 
 USAGE = "%(prog)s [Megatron's flags] [--cpo-aux-loss --cpo-data-path PREFIX --cpo-...]"
 _MARK = "_megatron_cpo"
@@ -44,9 +50,10 @@ def install() -> None:
         cpu_host.enable()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
-    log = MetricLog()
-    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log))
+    log, norms = MetricLog(), GradientNorms()
+    _replace("megatron.training.training:pretrain", functools.partial(_pretrain, log, norms))
     _replace("megatron.training.training:training_log", log)
+    _replace("megatron.training.training:evaluate", log.evaluated)
 
 
 def _replace(path: str, wrap: Any) -> None:
@@ -73,7 +80,9 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
             from megatron_cpo.host import cpu as cpu_host
 
             cpu_host.set_parser_defaults(parser)
-        return readable(parser, usage=USAGE, first=add_cpo_args)
+        parser = readable(parser, usage=USAGE, first=add_cpo_args)
+        set_preset_defaults(parser, sys.argv[1:])
+        return parser
 
     bound.arguments["extra_args_provider"] = provider
     parsed = original(*bound.args, **bound.kwargs)
@@ -114,7 +123,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cpu_host.check_args(args)
-    training = _config(args) is not None
+    config = _config(args)
+    training = config is not None
     trees = training or getattr(args, "tree_rows", False)
     if trees or on_cpu:  # on a GPU a run without CPO is Megatron's own affair
         plain_torch.adapt()
@@ -126,6 +136,13 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     positions = args.max_position_embeddings
     if positions is not None and args.seq_length is not None:
         args.max_position_embeddings = max(positions, args.seq_length)
+    if config is not None and config.preset is not None:
+        from megatron_cpo.groups.store import GroupReader
+
+        sizes, _ = GroupReader(config.data_path).tree_sizes()
+        line = complete_preset(args, float(sizes.mean()))
+        if args.rank == 0:
+            print(line, flush=True)
     args = original(args, *rest, **kwargs)
     args.max_position_embeddings = positions
     if args.attention_dropout:
@@ -134,10 +151,15 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
             print(f"megatron_cpo: --attention-dropout {args.attention_dropout} is set to 0")
         args.attention_dropout = 0.0
     check_supported(args, training)
+    if config is not None:
+        check_warmup(args, config)
+        check_grad_norms(args, config)
     return args
 
 
-def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
+def _pretrain(
+    log: MetricLog, norms: GradientNorms, original: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Megatron's `pretrain` with CPO's data, step and attention in place of the script's."""
     from megatron.training import get_args
 
@@ -147,6 +169,12 @@ def _pretrain(log: MetricLog, original: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     bound = inspect.signature(original).bind(*args, **kwargs)
     log.gate = _bind(bound.arguments, config, parsed)
+    norms.measure(bound.arguments["forward_step_func"], config)
+    if config.grad_norm_interval:
+        compat.require_parameters(TRAIN_STEP, BOUND)
+        _replace(TRAIN_STEP, norms)
+    at_reference = loss_at_reference(config.objective, torch.ones(1, config.k, dtype=torch.bool))
+    log.setting = Setting.of(vars(parsed), float(at_reference))
     return original(*bound.args, **bound.kwargs)
 
 
@@ -155,12 +183,14 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron.training import get_tokenizer
 
     from megatron_cpo.groups.kinds import KINDS
-    from megatron_cpo.groups.store import read_manifest
+    from megatron_cpo.groups.shortcuts import shortcuts
+    from megatron_cpo.groups.store import GroupReader, read_manifest
     from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.host.reading import skip_on_every_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
+    from megatron_cpo.training.noise import describe_noise
     from megatron_cpo.training.start import (
         check_reference,
         check_start,
@@ -170,6 +200,10 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.training.step import CPOStep
 
     check_rows(args.padded_vocab_size, get_tokenizer())
+    if args.rank == args.world_size - 1:  # whose output has the metrics
+        found = diagnose_store(shortcuts(GroupReader(config.data_path)), config.k)
+        for diagnosis in found:
+            print(format_diagnosis(0, diagnosis), flush=True)
     manifest = read_manifest(config.data_path)
     check_start(args, config, manifest)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
@@ -181,7 +215,14 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
         manifest["reference"],
         tolerance,
         args.hidden_dropout,
+        config.dpop_lambda,
     )
+    if (
+        config.objective in NOISE_CONTRASTIVE
+        and args.rank == 0
+        and (line := describe_noise(manifest))
+    ):
+        print(line, flush=True)
 
     def prepare(chunks: list[Any]) -> list[Any]:
         """Runs while the model is built: ranks are there to be told what one of them has read."""

@@ -4,6 +4,10 @@ Megatron's own line leaves out every value that is not above zero, which rewards
 mostly are; TensorBoard has them all. The line is for people and parsers:
 
     [cpo] iteration 20: cpo_loss=1.234567e+00 lm_loss=... accuracy=... margin=-...
+
+What `training.diagnosis` finds in these lines and in the evaluations is said once, when it is seen:
+
+    [cpo] diagnosis at iteration 20: truth falls: log pi(y_1 | x) is 3.10 nats below ...; ...
 """
 
 import inspect
@@ -11,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_cpo.training.diagnosis import Diagnosis, Setting, diagnose
 from megatron_cpo.training.gate import StepZeroGate
 
 AT_REFERENCE = "cpo loss at reference"
@@ -18,15 +23,29 @@ AT_REFERENCE = "cpo loss at reference"
 SPACING = "float32 spacing of log-probs"
 """The same: how far apart float32 numbers of the size of the batch's log-probs are, nats."""
 
+GRAD_NORMS = ("cpo grad norm", "lm grad norm")
+"""What `training.gradients` adds to the losses: of the weighted CPO and the weighted MLE term."""
+
 
 class MetricLog:
-    """Wraps Megatron's `training_log`: the means since the last line, on the last rank."""
+    """Wraps Megatron's `training_log`: the means since the last line, on the last rank.
+
+    And its `evaluate`, for the diagnoses (`evaluated`).
+    """
 
     def __init__(self) -> None:
         self.gate: StepZeroGate | None = None
         """Of a CPO run's step; asked when the step reports what it needs."""
+        self.setting: Setting | None = None
+        """Of a CPO run; without it nothing is diagnosed."""
         self._sums: dict[str, Tensor] = {}
         self._iterations = 0
+        self._norms: dict[str, float] = {}
+        """The last ones since the line before; Megatron's own means are over every iteration."""
+        self._train: dict[int, dict[str, float]] = {}
+        self._validation: dict[int, dict[str, float]] = {}
+        self._at = 0
+        self._said: set[str] = set()
 
     def __call__(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Log as Megatron does, then our line if an interval ends here."""
@@ -39,19 +58,59 @@ class MetricLog:
             expected, spacing = (float(losses.pop(name)) for name in (AT_REFERENCE, SPACING))
             if expected > 0:  # the batch has a group
                 print_rank_last(self.gate.verdict(float(losses["cpo loss"]), expected, spacing))
+        norms = {name: losses.pop(name) for name in GRAD_NORMS if name in losses}
         result = original(*args, **kwargs)
         if bound["skipped_iter"] == 0 and "cpo loss" in losses:
             self._iterations += 1
             for name, value in losses.items():
                 self._sums[name] = self._sums.get(name, 0) + value.detach()
-        interval_ends = bound["iteration"] % get_args().log_interval == 0
+        self._at = bound["iteration"]
+        if norms:
+            self._norms = norms
+            _to_tensorboard(norms, self._at)
+        interval_ends = self._at % get_args().log_interval == 0
         # Megatron logs a run's first iteration as well.
         if self._sums and (interval_ends or bound.get("is_first_iteration", False)):
             means = {name: float(total) / self._iterations for name, total in self._sums.items()}
-            print_rank_last(format_line(bound["iteration"], means))
+            means |= self._norms
+            print_rank_last(format_line(self._at, means))
+            self._train[self._at] = {_word(name): value for name, value in means.items()}
+            self._diagnose()
         if interval_ends:
-            self._sums, self._iterations = {}, 0
+            self._sums, self._iterations, self._norms = {}, 0, {}
         return result
+
+    def evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Megatron does, and look at what came out, on ranks that are told."""
+        result = original(*args, **kwargs)
+        if result[0]:
+            self._validation[self._at] = {_word(n): float(v) for n, v in result[0].items()}
+            self._diagnose()
+        return result
+
+    def _diagnose(self) -> None:
+        """Print what is wrong and was not said yet."""
+        from megatron.training import print_rank_last
+
+        if self.setting is None:
+            return
+        for diagnosis in diagnose(self._train, self._validation, self.setting):
+            if diagnosis.name not in self._said:
+                self._said.add(diagnosis.name)
+                print_rank_last(format_diagnosis(self._at, diagnosis))
+
+
+def _to_tensorboard(values: dict[str, float], iteration: int) -> None:
+    from megatron.training import get_tensorboard_writer
+
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, iteration)
+
+
+def format_diagnosis(iteration: int, diagnosis: Diagnosis) -> str:
+    """The log line of a diagnosis."""
+    return f" [cpo] diagnosis at iteration {iteration}: {diagnosis}"
 
 
 def format_line(iteration: int, metrics: dict[str, float]) -> str:
@@ -62,5 +121,5 @@ def format_line(iteration: int, metrics: dict[str, float]) -> str:
 
 def _word(name: str) -> str:
     """`cpo margin` -> `margin`, `cpo loss` -> `cpo_loss`: one word each, no two alike."""
-    short = name if name.endswith("loss") else name.removeprefix("cpo ")
+    short = name if name.endswith(("loss", "grad norm")) else name.removeprefix("cpo ")
     return short.replace(" ", "_")

@@ -65,6 +65,28 @@ def margins(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(contested, scores[:, 0] - best_negative, 0.0), contested
 
 
+def length_correlation(scores: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    """[2], a numerator and a denominator: how rewards go with lengths, -1 to 1.
+
+    Pearson's correlation of reward and number of tokens over the candidates of a group, its mean
+    over the groups with candidates of several lengths. 0 where all rewards are alike.
+
+    Args:
+        scores, lengths, mask: [groups, K].
+    """
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def centred(values: Tensor) -> Tensor:
+        values = values.float().masked_fill(~mask, 0.0)
+        return (values - values.sum(dim=1, keepdim=True) / count).masked_fill(~mask, 0.0)
+
+    rewards, tokens = centred(scores), centred(lengths)
+    product = (rewards * tokens).sum(dim=1)
+    norms = rewards.norm(dim=1) * tokens.norm(dim=1)
+    several = tokens.abs().amax(dim=1) > 0
+    return _ratio(product / norms.clamp(min=torch.finfo(norms.dtype).tiny), several)
+
+
 def packing_metrics(padding: Tensor, groups: Tensor) -> dict[str, Tensor]:
     """How full the rows are: `cpo groups per row`, and `cpo packing`, the share of real tokens.
 

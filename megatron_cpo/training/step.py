@@ -5,6 +5,7 @@ from the packing plan, see `groups.dataset.BatchTotals`),
 
     loss = weight * sum_groups(CPO loss) / N + mle_weight * sum_tokens(-log pi) / T
 
+(with --cpo-mle-average group, / N for both: a sum over the tokens of each group),
 so every group has the same weight and every supervised token has the same weight, whatever the
 micro-batch size, the packing and the layout. What `loss` returns makes Megatron's own divisions
 come out at that; they are named beside the return statement.
@@ -19,11 +20,23 @@ from torch import Tensor
 
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
-from megatron_cpo.objective import OBJECTIVES, loss_at_reference, rewards
+from megatron_cpo.objective import (
+    OBJECTIVES,
+    dpo_positive,
+    loss_at_reference,
+    per_token,
+    rewards,
+)
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import AT_REFERENCE, SPACING
-from megatron_cpo.training.metrics import EMPTY, float32_spacing, group_metrics, packing_metrics
+from megatron_cpo.training.metrics import (
+    EMPTY,
+    float32_spacing,
+    group_metrics,
+    length_correlation,
+    packing_metrics,
+)
 
 
 class CPOStep:
@@ -68,30 +81,36 @@ class CPOStep:
 
         config, args = self.config, get_args()
         mask = batch["candidate_mask"].flatten(0, 1)
-        reference, ranks, kinds = (
-            batch[name].flatten(0, 1) for name in ("reference_logps", "ranks", "kinds")
+        reference, ranks, kinds, lengths = (
+            batch[name].flatten(0, 1) for name in ("reference_logps", "ranks", "kinds", "lengths")
         )
         policy = candidate_logps(logps, batch["first_slot"], batch["last_slot"], mask.numel())
         policy = policy.view_as(mask)
-        losses = OBJECTIVES[config.objective](policy, reference, ranks, config.beta, mask)
+        scored, anchor = policy, reference
+        if config.length_normalise:
+            scored, anchor = per_token(policy, lengths), per_token(reference, lengths)
+        held = dpo_positive(scored, anchor, config.dpop_lambda) if config.dpop_lambda else scored
+        losses = OBJECTIVES[config.objective](held, anchor, ranks, config.beta, mask)
         nll = -(logps * batch["lm"]).sum()  # of this context-parallel rank's tokens
         groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
         per_group = losses.sum() / batch["batch_groups"][0].clamp(min=1)
-        per_token = nll / batch["batch_lm_tokens"][0].clamp(min=1)
-        loss = config.weight * per_group + config.mle_weight * per_token
+        over = "batch_groups" if config.mle_average == "group" else "batch_lm_tokens"
+        mle = nll / batch[over][0].clamp(min=1)
+        loss = config.weight * per_group + config.mle_weight * mle
 
         with torch.no_grad():
             report = {
                 "cpo loss": torch.stack([losses.sum(), groups + EMPTY]),
                 "lm loss": torch.stack([nll, lm_tokens + EMPTY]),
             }
-            policy, scores = policy.detach(), rewards(policy.detach(), reference, config.beta)
+            policy, scores = policy.detach(), rewards(scored.detach(), anchor, config.beta)
             report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
+            report["cpo length correlation"] = length_correlation(scores, lengths, mask)
             report |= packing_metrics(batch["padding"], groups)
             if loss.requires_grad and self._needs_verdict(args.curr_iteration):
                 at_reference = loss_at_reference(config.objective, mask).sum()
                 report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
-                spacing = float32_spacing(reference, mask).sum()
+                spacing = float32_spacing(anchor, mask).sum()
                 report[SPACING] = torch.stack([spacing, groups + EMPTY])
         self._reject_bad_loss(args, loss, policy, batch)
 

@@ -101,9 +101,8 @@ def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
             "prefix is empty: a group needs at least one token to predict from (a BOS will do)"
         )
     paths = [np.asarray(c, dtype=np.int32) for c in candidates]
-    order = _visiting_order(paths)
+    order, shared = branches(paths)
     paths = [paths[c] for c in order]
-    shared = [_common_prefix(a, b) for a, b in pairwise([root[:0], *paths])]  # with the path before
     extended = _extended(paths, shared)
 
     longest = max((len(p) for p in paths), default=0)
@@ -146,6 +145,17 @@ def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
         query_last_slot=np.concatenate(lasts[::-1] or none),
         candidate_order=np.asarray(order, dtype=np.int32),
     )
+
+
+def branches(candidates: Sequence[Ints]) -> tuple[list[int], list[int]]:
+    """Which candidate is visited in each slot, and how many tokens it shares with the one before.
+
+    Any two share the least of what lies between them. So the tree of some of the candidates, which
+    are visited in the same order, can be measured without building it.
+    """
+    order = _visiting_order(list(candidates))
+    paths = [candidates[c] for c in order]
+    return order, [0, *(_common_prefix(a, b) for a, b in pairwise(paths))][: len(paths)]
 
 
 def _visiting_order(paths: list[Ints]) -> list[int]:

@@ -36,6 +36,7 @@ GIVEN = {
     "data_path": "a",
     "valid_data_path": "b",
     "k": 3,
+    "candidates": 2,
     "objective": "ranked",
     "dpop_lambda": 2.0,
     "length_normalise": True,
@@ -113,6 +114,8 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
             ["--cpo-weight", "0", "--cpo-mle-weight", "0"],
             r"--cpo-weight \+ --cpo-mle-weight 0\.0: needs one of the two above 0",
         ),
+        (["--cpo-candidates", "1"], r"--cpo-candidates 1: needs 2 to --cpo-k 12 candidates"),
+        (["--cpo-candidates", "13"], r"--cpo-candidates 13: needs 2 to --cpo-k 12 candidates"),
         (["--cpo-dpop-lambda", "-1"], r"--cpo-dpop-lambda -1\.0: needs a number of at least 0"),
         (
             ["--cpo-objective", "nce"],

@@ -19,6 +19,9 @@ class CPOConfig:
     """PREFIX of the store to evaluate on; None: Megatron's --split divides `data_path`."""
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
+    candidates: int | None = None
+    """N: each epoch contrasts y_1 with a random part of N-1 of its K-1 negatives; None: with all.
+    The trees are smaller, and so is the cost. Evaluation uses all."""
     objective: str = "best"
     """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order;
     nce, ranking-nce: noise-contrastive estimation, beta 1, with the reference as the noise."""
@@ -43,6 +46,11 @@ class CPOConfig:
     """Share of rows that hold groups, in (0, 1]; the others are plain rows of --data-path. Counted
     in rows of --seq-length tokens, evenly interleaved: late pretraining."""
 
+    @property
+    def contrasted(self) -> int:
+        """Candidates of a group that a training step sees."""
+        return self.candidates or self.k
+
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(sorted(OBJECTIVES)),
@@ -66,6 +74,12 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "K",
         "Candidates per group, the true one included; must match the data "
         "(default 12, as in the paper).",
+    ),
+    "candidates": (
+        int,
+        "N",
+        "Train on y_1 and N-1 of its negatives, drawn anew each epoch: a step costs less, and the "
+        "first loss is log N. Evaluation uses all (default: all K).",
     ),
     "objective": (
         str,
@@ -180,6 +194,9 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
             "megatron-cpo build --output-prefix PREFIX"
         )
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
+    if (some := values["candidates"]) is not None:
+        wanted = f"2 to --cpo-k {values['k']} candidates, the true one included"
+        _require(2 <= some <= values["k"], "--cpo-candidates", some, wanted)
     beta = values["beta"]
     _require(0 < beta < math.inf, "--cpo-beta", beta, "a number above 0; the paper uses 5")
     if values["objective"] in NOISE_CONTRASTIVE:

@@ -84,7 +84,7 @@ class CPODatasets:
         if self.config.valid_data_path:
             valid_reader = GroupReader(self.config.valid_data_path)
             train_span, valid_span = (0, len(reader)), (0, len(valid_reader))
-        train = self._rows(args, reader, train_span, train_rows, mixed=self.config.fraction < 1)
+        train = self._rows(args, reader, train_span, train_rows, training=True)
         batch = args.global_batch_size
         _report("train", train, batch)
         train = BatchTotals(train, batch, args.consumed_train_samples % batch)
@@ -113,7 +113,7 @@ class CPODatasets:
         reader: GroupReader,
         span: tuple[int, int],
         rows: int | None,
-        mixed: bool = False,
+        training: bool = False,
     ) -> Any:
         from megatron.training import get_tokenizer
 
@@ -125,8 +125,9 @@ class CPODatasets:
             cache=args.data_cache_path,
             vocab_size=vocabulary_size(get_tokenizer()),
             scored=True,
+            candidates=self.config.candidates if training else None,
         )
-        if not mixed or rows is None:
+        if not training or self.config.fraction == 1 or rows is None:
             return GroupDataset(reader, config, rows, span)
         group_rows = math.floor(rows * self.config.fraction) + 2
         groups = GroupDataset(reader, config, group_rows, span)

@@ -203,6 +203,7 @@ CASES = [
     Case(HYBRID_EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP}"),
 ]
 LOSSES = (
+    "--cpo-objective pss --cpo-mle-weight 0 --cpo-candidates 4",
     "--cpo-objective best --cpo-dpop-lambda 3 --cpo-candidates 3 --cpo-mle-average group",
     "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
     "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
@@ -336,8 +337,8 @@ class Matrix:
         return self._twins[key]
 
     def store_for(self, flags: str) -> str:
-        """PREFIX of a store that a loss takes: NCE wants samples of the reference."""
-        kind = "an" if "nce" in flags else "mixed"
+        """PREFIX of a store that a loss takes: NCE wants samples of the reference, PSS copies."""
+        kind = "an" if "nce" in flags else "pss" if "pss" in flags else "mixed"
         if kind not in self._stores:
             kinds = ("bn", "mn", "tn") if kind == "mixed" else (kind,)
             path = self.folder / f"groups-{kind}"

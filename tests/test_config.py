@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.objective import OBJECTIVES, PSS
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.support import _REFUSED, check_supported
 
@@ -126,6 +126,10 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
             r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs its default",
         ),
         (
+            ["--cpo-objective", "pss"],
+            r"--cpo-objective pss with --cpo-mle-weight 1\.0: needs 0: the true continuation is",
+        ),
+        (
             ["--cpo-objective", "nce", "--cpo-beta", "1", "--cpo-length-normalise"],
             r"--cpo-objective nce with --cpo-length-normalise True: needs its default",
         ),
@@ -171,8 +175,8 @@ def test_unknown_choices_are_refused_by_the_parser(
 
 
 def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
-    for objective in OBJECTIVES:
-        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1"]
+    for objective in (*OBJECTIVES, PSS):
+        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1", "--cpo-mle-weight", "0"]
         config = cpo_config(parser.parse_args(argv))
         assert config.objective == objective
 

@@ -79,7 +79,8 @@ class RunLog:
         from megatron_cpo.objective import loss_at_reference
 
         mask = torch.ones(1, int(self.candidates), dtype=torch.bool)
-        return float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
+        value = float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
+        return None if math.isnan(value) else value
 
     @property
     def groups_per_second(self) -> float | None:

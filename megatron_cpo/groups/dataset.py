@@ -44,6 +44,8 @@ class RowConfig:
     """The reference log-probs are wanted: a row without is refused."""
     candidates: int | None = None
     """So many of the `k` are drawn anew each epoch, `--cpo-candidates`; None: all."""
+    gold_labels: bool = False
+    """Candidates are copies of y_1 that are asked for its tokens; see `rows.group_row`."""
 
 
 class GroupDataset(torch.utils.data.Dataset[Row]):
@@ -84,6 +86,9 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
         prefix, truth = (lengths[first:last] for lengths in reader.prefix_and_truth_lengths())
         lm_queries = truth + (prefix - 1 if config.lm_prefix else 0)
         wanted = queries + (prefix - 1 if config.lm_prefix else 0)
+        if config.gold_labels:  # as many for each copy
+            counts = reader.candidate_counts()[first:last]
+            lm_queries = truth * np.minimum(counts, config.candidates or config.k)
         self.groups_per_row = np.diff(self.plan.starts)
         self.tokens_per_row = self.plan.totals(sizes)
         self.lm_tokens_per_row = self.plan.totals(lm_queries)
@@ -113,7 +118,9 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
         if self._draws is not None:
             chosen = self._draws.chosen(self.plan.epoch(row))[self.plan[row]]
             groups = [part(group, at) for group, at in zip(groups, chosen, strict=True)]
-        made = group_row(groups, self.shape, self.config.lm_prefix)
+        made = group_row(
+            groups, self.shape, self.config.lm_prefix, gold_labels=self.config.gold_labels
+        )
         made["group_indices"][: len(indices)] = indices
         path, size = self.reader.path_prefix, self.config.vocab_size
         if size is not None and not _are_tokens(made, size):

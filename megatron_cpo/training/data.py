@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
-from megatron_cpo.objective import NOISE_CONTRASTIVE
+from megatron_cpo.objective import NOISE_CONTRASTIVE, PSS
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.noise import check_noise
@@ -53,6 +53,12 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
         raise ValueError(
             f"{path} has no reference log-probs; score it with megatron-cpo build "
             f"--score-only --output-prefix {path} --load CHECKPOINT and the model's flags"
+        )
+    others = [kind for kind in manifest["kinds"] if kind not in ("gt", "pss")]
+    if config.objective == PSS and (others or "pss" not in manifest["kinds"]):
+        raise ValueError(
+            f"--cpo-objective pss: {path} has negatives of kind {', '.join(others) or 'none'}, but "
+            "it trains on corrupted copies of y_1 alone; build a store with --negatives pss=3"
         )
     if config.objective in NOISE_CONTRASTIVE:
         check_noise(path, manifest, config.objective)
@@ -125,6 +131,7 @@ class CPODatasets:
             cache=args.data_cache_path,
             vocab_size=vocabulary_size(get_tokenizer()),
             scored=True,
+            gold_labels=self.config.objective == PSS,
             candidates=self.config.candidates if training else None,
         )
         if not training or self.config.fraction == 1 or rows is None:

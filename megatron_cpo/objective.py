@@ -155,6 +155,22 @@ def dpo_positive(policy_logps: Tensor, reference_logps: Tensor, weight: float) -
     return torch.cat([truth, policy[:, 1:]], dim=1)
 
 
+def scheduled_sampling(gold_logps: Tensor, mask: Tensor) -> Tensor:
+    """-sum_k sum_d log pi(y_1[d] | x, copy_k[:d]) per group, [G], in nats: MLE on corrupted inputs.
+
+    Parallel scheduled sampling (Duckworth et al., arXiv:1906.04331), the PSS baseline of
+    arXiv:2502.16433: copies of y_1 whose tokens were replaced with probability 0.5 by draws of the
+    policy are the inputs, y_1's own tokens the labels. y_1 itself is the first copy.
+    It is no contrast, so it has no value at theta = ref.
+
+    Args:
+        gold_logps: [G, K] log-probs of y_1's tokens, summed over d, each given a copy's before it.
+        mask: [G, K] bool, True where a copy exists.
+    """
+    dtype = torch.promote_types(gold_logps.dtype, torch.float32)
+    return -gold_logps.to(dtype).masked_fill(~mask, 0.0).sum(1)
+
+
 def _masked_rewards(
     policy_logps: Tensor, reference_logps: Tensor, beta: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -201,13 +217,15 @@ OBJECTIVES: dict[str, Objective] = {
     "nce": _nce,
     "ranking-nce": _ranking_nce,
 }
+PSS = "pss"
+"""`scheduled_sampling`: an objective that compares nothing."""
 NOISE_CONTRASTIVE = ("nce", "ranking-nce")
 """Objectives whose reference log-probs must be those of what drew the negatives."""
 
 
 def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
     """What `objective` must give at theta = ref, [G] float32: log K (best, ranking-nce), log K!
-    (ranked) or K log K - (K-1) log(K-1) (nce).
+    (ranked), K log K - (K-1) log(K-1) (nce), or NaN (pss): nothing in particular.
 
     Holding a first loss against it catches almost every wiring fault. It needs no table: it is the
     objective itself at rewards of zero.
@@ -215,6 +233,8 @@ def loss_at_reference(objective: str, mask: Tensor) -> Tensor:
     Args:
         mask: [G, K] bool, which candidates exist.
     """
+    if objective == PSS:
+        return torch.full((len(mask),), torch.nan, device=mask.device)
     zeros = torch.zeros_like(mask, dtype=torch.float32)
     order = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     return OBJECTIVES[objective](zeros, zeros, order, 1.0, mask)

@@ -101,9 +101,8 @@ def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
             "prefix is empty: a group needs at least one token to predict from (a BOS will do)"
         )
     paths = [np.asarray(c, dtype=np.int32) for c in candidates]
-    order = _visiting_order(paths)
+    order, shared = branches(paths)
     paths = [paths[c] for c in order]
-    shared = [_common_prefix(a, b) for a, b in pairwise([root[:0], *paths])]  # with the path before
     extended = _extended(paths, shared)
 
     longest = max((len(p) for p in paths), default=0)
@@ -146,6 +145,45 @@ def build_tree(prefix: TokenIds, candidates: Sequence[TokenIds]) -> Tree:
         query_last_slot=np.concatenate(lasts[::-1] or none),
         candidate_order=np.asarray(order, dtype=np.int32),
     )
+
+
+def gold_queries(tree: Tree, truth: TokenIds) -> tuple[Ints, Ints, Ints, Ints]:
+    """The queries of y_1's tokens along every branch: positions, targets, first and last slots.
+
+    For copies of y_1 that have wrong tokens as inputs and y_1's as labels (scheduled sampling):
+    each token of the tree is asked for the token that y_1 has at the next depth. The queries that
+    cover a slot then add up to sum_d log pi(y_1[d] | x, copy[:d]).
+
+    Args:
+        tree: of y_1 and copies of its length.
+        truth: y_1.
+
+    Returns:
+        Arrays as the tree's `query_*`; (position, target) pairs are distinct.
+    """
+    gold = np.asarray(truth, dtype=np.int32)
+    if not len(gold):
+        return tuple(np.zeros((4, 0), dtype=np.int32))  # type: ignore[return-value]
+    root = int(tree.query_positions.min())  # the last token of the prefix
+    depths = tree.position_ids[tree.query_positions] - root
+    # A query leads to a token of the tree, in the tree's order, unless it is of a last token: no
+    # copy goes on behind that.
+    inner = depths < len(gold) - 1
+    positions = np.arange(root, len(tree.tokens), dtype=np.int32)
+    first = np.concatenate([[0], tree.query_first_slot[inner]]).astype(np.int32)
+    last = np.concatenate([[len(tree.candidate_order)], tree.query_last_slot[inner]])
+    return positions, gold[tree.position_ids[positions] - root], first, last.astype(np.int32)
+
+
+def branches(candidates: Sequence[Ints]) -> tuple[list[int], list[int]]:
+    """Which candidate is visited in each slot, and how many tokens it shares with the one before.
+
+    Any two share the least of what lies between them. So the tree of some of the candidates, which
+    are visited in the same order, can be measured without building it.
+    """
+    order = _visiting_order(list(candidates))
+    paths = [candidates[c] for c in order]
+    return order, [0, *(_common_prefix(a, b) for a, b in pairwise(paths))][: len(paths)]
 
 
 def _visiting_order(paths: list[Ints]) -> list[int]:

@@ -91,6 +91,10 @@ def token_logps(model: Any, prefix: Any, inputs: list[Any], labels: list[Any]) -
 
 def group_terms(model: Any, group: Group, settings: Any) -> tuple[Tensor, Tensor]:
     """The objective's loss of a group, and -log pi(y_1 | x)."""
+    if settings.objective == "pss":
+        labels = [group.candidates[0]] * len(group.candidates)
+        gold = token_logps(model, group.prefix, group.candidates, labels)
+        return -torch.cat(gold).sum(), -gold[0].sum()
     by_token = token_logps(model, group.prefix, group.candidates, group.candidates)
     ratios = []
     for logps, reference in zip(by_token, group.reference_logps.tolist(), strict=True):
@@ -117,4 +121,7 @@ def average(
     """Both terms of the loss over a global batch."""
     tokens = sum(len(group.candidates[0]) for group in groups)
     over = len(groups) if settings.mle_average == "group" else tokens
+    if settings.objective == "pss":
+        copies = sum(len(candidate) for group in groups for candidate in group.candidates)
+        return torch.stack(contrast).sum() / copies, torch.stack(supervised).sum() / over
     return torch.stack(contrast).mean(), torch.stack(supervised).sum() / over

@@ -203,6 +203,8 @@ CASES = [
     Case(HYBRID_EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP}"),
 ]
 LOSSES = (
+    "--cpo-objective pss --cpo-mle-weight 0 --cpo-candidates 4",
+    "--cpo-objective best --cpo-dpop-lambda 3 --cpo-candidates 3 --cpo-mle-average group",
     "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
     "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
 )
@@ -220,8 +222,8 @@ class Step:
     logps: dict[bytes, torch.Tensor]
     """[K] by group, which its reference log-probs name."""
     gradients: dict[str, torch.Tensor]
-    groups: list[int]
-    """Places in the store of the groups of the global batch."""
+    groups: list[tuple[int, bytes]]
+    """Of the groups of the global batch, the place in the store and the reference log-probs."""
 
 
 def measure(argv: list[str], folder: str) -> dict[str, Any]:
@@ -254,12 +256,12 @@ def measure(argv: list[str], folder: str) -> dict[str, Any]:
         mask = batch["candidate_mask"].flatten(0, 1)
         slots = batch["first_slot"], batch["last_slot"], mask.numel()
         sums = candidate_logps(logps.detach(), *slots).view_as(mask)
-        indices = batch["group_indices"].flatten()
-        found["groups"] += indices[indices >= 0].tolist()
-        for here, reference, policy in zip(
-            mask, batch["reference_logps"].flatten(0, 1), sums, strict=True
-        ):
+        indices, references = (
+            batch[name].flatten(0, 1) for name in ("group_indices", "reference_logps")
+        )
+        for here, index, reference, policy in zip(mask, indices, references, sums, strict=True):
             if here[0]:
+                found["groups"].append((int(index), reference[here].numpy().tobytes()))
                 found["logps"][reference.numpy().tobytes()] = policy[here].clone()
         return loss(self, batch, logps)
 
@@ -335,8 +337,8 @@ class Matrix:
         return self._twins[key]
 
     def store_for(self, flags: str) -> str:
-        """PREFIX of a store that a loss takes: NCE wants samples of the reference."""
-        kind = "an" if "nce" in flags else "mixed"
+        """PREFIX of a store that a loss takes: NCE wants samples of the reference, PSS copies."""
+        kind = "an" if "nce" in flags else "pss" if "pss" in flags else "mixed"
         if kind not in self._stores:
             kinds = ("bn", "mn", "tn") if kind == "mixed" else (kind,)
             path = self.folder / f"groups-{kind}"

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from megatron_cpo.objective import OBJECTIVES
+from megatron_cpo.objective import OBJECTIVES, PSS
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.support import _REFUSED, check_supported
 
@@ -36,6 +36,7 @@ GIVEN = {
     "data_path": "a",
     "valid_data_path": "b",
     "k": 3,
+    "candidates": 2,
     "objective": "ranked",
     "dpop_lambda": 2.0,
     "length_normalise": True,
@@ -116,6 +117,8 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
             ["--cpo-weight", "0", "--cpo-mle-weight", "0"],
             r"--cpo-weight \+ --cpo-mle-weight 0\.0: needs one of the two above 0",
         ),
+        (["--cpo-candidates", "1"], r"--cpo-candidates 1: needs 2 to --cpo-k 12 candidates"),
+        (["--cpo-candidates", "13"], r"--cpo-candidates 13: needs 2 to --cpo-k 12 candidates"),
         (["--cpo-dpop-lambda", "-1"], r"--cpo-dpop-lambda -1\.0: needs a number of at least 0"),
         (
             ["--cpo-objective", "nce"],
@@ -124,6 +127,10 @@ def test_aux_loss_needs_data(parser: argparse.ArgumentParser) -> None:
         (
             ["--cpo-objective", "ranking-nce", "--cpo-beta", "1", "--cpo-dpop-lambda", "2"],
             r"--cpo-objective ranking-nce with --cpo-dpop-lambda 2\.0: needs its default",
+        ),
+        (
+            ["--cpo-objective", "pss"],
+            r"--cpo-objective pss with --cpo-mle-weight 1\.0: needs 0: the true continuation is",
         ),
         (
             ["--cpo-objective", "nce", "--cpo-beta", "1", "--cpo-length-normalise"],
@@ -171,8 +178,8 @@ def test_unknown_choices_are_refused_by_the_parser(
 
 
 def test_choices_are_the_objectives(parser: argparse.ArgumentParser) -> None:
-    for objective in OBJECTIVES:
-        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1"]
+    for objective in (*OBJECTIVES, PSS):
+        argv = [*CPO, "--cpo-objective", objective, "--cpo-beta", "1", "--cpo-mle-weight", "0"]
         config = cpo_config(parser.parse_args(argv))
         assert config.objective == objective
 

@@ -52,6 +52,12 @@ def test_tolerance_grows_with_what_rounding_can_do(objective: str, limit: float)
     assert "FAILED" in outside
 
 
+def test_gate_says_that_scheduled_sampling_has_no_value() -> None:
+    gate = StepZeroGate("pss", 4, 5.0, REFERENCE)
+    assert "compares nothing with the reference" in str(gate.begin(dict(REFERENCE)))
+    assert gate.begun and not gate.applies
+
+
 def test_tolerance_knows_what_holds_the_truth_up() -> None:
     """y_1's reward may err 1 + lambda times as much."""
     plain, held = (StepZeroGate("best", 12, 5.0, REFERENCE, dpop_lambda=x) for x in (0.0, 9.0))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from harness.ranks import run_ranks
+from megatron_cpo.groups.draws import part
 from megatron_cpo.groups.store import Group, GroupReader
 from tests.padded import padded_step, settings_of
 from tests.parity import GQA, LOSSES, TIED, Matrix, Step
@@ -25,6 +26,16 @@ def twin(matrix: Matrix, architecture: str, flags: str, groups: list[Group]) -> 
     return Step(losses, {}, gradients, [])
 
 
+def seen(reader: GroupReader, step: Step) -> list[Group]:
+    """The groups of a step with the candidates that it had, which their log-probs name."""
+    groups = []
+    for index, references in step.groups:
+        group = reader[index]
+        named = np.isin(group.reference_logps, np.frombuffer(references, np.float32))
+        groups.append(part(group, named))
+    return groups
+
+
 @pytest.mark.parametrize(
     ("architecture", "flags"),
     [
@@ -38,7 +49,10 @@ def test_a_step_equals_its_twin(matrix: Matrix, architecture: str, flags: str) -
     found = matrix.step(architecture, 1, flags)
     reader = GroupReader(matrix.store_for(flags))
     assert len(found.groups) > 20
-    slow = twin(matrix, architecture, flags, [reader[index] for index in found.groups])
+    groups = seen(reader, found)
+    config = settings_of(matrix.command(architecture, flags.split()))
+    assert {len(group.candidates) for group in groups} == {config.contrasted}
+    slow = twin(matrix, architecture, flags, groups)
     for name, loss in slow.losses.items():
         assert found.losses[name] == pytest.approx(loss, rel=1e-5), name
     assert found.gradients.keys() == slow.gradients.keys() and len(slow.gradients) > 5

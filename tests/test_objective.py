@@ -23,6 +23,7 @@ from megatron_cpo.objective import (
     ranked,
     ranking_nce,
     rewards,
+    scheduled_sampling,
     sensitivity_at_reference,
 )
 
@@ -331,6 +332,16 @@ def test_length_normalised_dpo_by_its_formula() -> None:
 def test_an_empty_candidate_has_a_mean_of_zero() -> None:
     means = per_token(torch.tensor([[-6.0, 0.0]]), torch.tensor([[3, 0]]))
     assert means.tolist() == [[-2, 0]]
+
+
+def test_scheduled_sampling_sums_over_copies() -> None:
+    gold = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, torch.nan, torch.nan]], requires_grad=True)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    loss = scheduled_sampling(gold, mask)
+    assert loss.tolist() == [7, 8]
+    loss.sum().backward()
+    assert gold.grad.tolist() == [[-1, -1, -1], [-1, 0, 0]]
+    assert loss_at_reference("pss", mask).isnan().all()
 
 
 def test_equal_ranks_are_taken_in_candidate_order() -> None:

@@ -71,6 +71,44 @@ def test_two_groups_by_hand() -> None:
     }
 
 
+def copies(seed: int, k: int) -> Group:
+    return random_group(np.random.default_rng(seed), k, kinds=("pss",))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gold_labels_by_loops(seed: int) -> None:
+    """Each copy's path through the row, input by input, is asked for y_1's tokens and no others."""
+    groups = [copies(seed, 5), copies(seed + 100, 1), copies(seed + 200, 6)]
+    row = group_row(groups, RowShape(400, 400, 4, 6), lm_prefix=False, gold_labels=True)
+    plain = group_row(groups, RowShape(400, 400, 4, 6), lm_prefix=False)
+    for name in ("tokens", "position_ids", "subtree_end", "lengths"):
+        assert row[name].tolist() == plain[name].tolist()
+    real = row["query_targets"] >= 0
+    at, target, first, last, lm = (
+        row[f"query_{name}"][real]
+        for name in ("positions", "targets", "first_slot", "last_slot", "lm")
+    )
+    assert len(set(at.tolist())) == len(at)  # one token of y_1 for each input
+    index, ends = np.arange(400), row["subtree_end"]
+    for g, made in enumerate(groups):
+        order = build_tree(made.prefix, made.candidates).candidate_order
+        for slot, candidate in enumerate(order):
+            on_path = (first <= g * 6 + slot) & (g * 6 + slot < last)
+            assert target[on_path].tolist() == made.candidates[0].tolist()
+            for d, position in enumerate(at[on_path]):
+                seen = row["tokens"][(index <= position) & (position < ends)]
+                inputs = [*made.prefix.tolist(), *made.candidates[candidate][:d].tolist()]
+                assert seen.tolist() == inputs
+            if slot == 0:
+                assert lm[on_path].all()
+    assert lm.sum() == sum(len(made.candidates[0]) for made in groups)
+
+
+def test_gold_labels_need_copies() -> None:
+    with pytest.raises(ValueError, match=r"candidates of \[2, 3\] tokens: copies.*pss=3"):
+        group_row(TWO_GROUPS, SHAPE, lm_prefix=False, gold_labels=True)
+
+
 def test_lm_prefix_adds_the_prefix_tokens_after_the_first() -> None:
     """One more query, for 2 on position 0; the second prefix has one token, which nothing predicts.
 

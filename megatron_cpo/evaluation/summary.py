@@ -66,6 +66,12 @@ class RunLog:
     """(folder, iteration) of the last one saved."""
 
     @property
+    def candidates(self) -> str:
+        """Of a group in training: --cpo-candidates, or all."""
+        some = self.settings.get("cpo_candidates", "None")
+        return self.settings.get("cpo_k", "K") if some == "None" else some
+
+    @property
     def loss_at_reference(self) -> float | None:
         """The CPO loss at theta = ref, such as log K; None when the log does not tell."""
         if self.gate and (found := _EXPECTED.search(self.gate)):
@@ -76,8 +82,9 @@ class RunLog:
 
         from megatron_cpo.objective import loss_at_reference
 
-        mask = torch.ones(1, int(self.settings["cpo_k"]), dtype=torch.bool)
-        return float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
+        mask = torch.ones(1, int(self.candidates), dtype=torch.bool)
+        value = float(loss_at_reference(self.settings.get("cpo_objective", "best"), mask))
+        return None if math.isnan(value) else value
 
     @property
     def setting(self) -> Setting:
@@ -249,7 +256,7 @@ def draw_curves(run: RunLog, png: str | Path) -> None:
     _curve(order, run, "accuracy", "rank-1 accuracy: share of groups whose truth wins", "C0")
     _curve(order, run, "rank_tau", "rank tau: rewards against similarity to the truth", "C1")
     if "cpo_k" in run.settings:
-        k = int(run.settings["cpo_k"])
+        k = int(run.candidates)
         order.axhline(1 / k, color="0.4", linestyle=":", linewidth=1, label=f"chance, 1/{k}")
     order.set(title="Which candidate wins", ylabel="accuracy (0 to 1), tau (-1 to 1)")
 
@@ -301,7 +308,7 @@ def _curve(
 
 
 def _formula(run: RunLog) -> str:
-    k = run.settings.get("cpo_k", "K")
+    k = run.candidates
     formulas = {"ranked": f"log {k}!", "nce": f"{k} log {k} - (K-1) log(K-1)"}
     return formulas.get(run.settings.get("cpo_objective", "best"), f"log {k}")
 

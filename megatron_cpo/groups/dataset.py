@@ -14,6 +14,7 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.draws import Draws, cached_shapes, part
 from megatron_cpo.groups.finite import require_finite, require_tokens
 from megatron_cpo.groups.plan import Plan, cached_pack
 from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
@@ -30,7 +31,7 @@ class RowConfig:
     row_tokens: int
     """Tokens of a row, `--seq-length`."""
     k: int
-    """Candidate slots of a group, `--cpo-k`."""
+    """Candidates of a group of the store, `--cpo-k`."""
     lm_prefix: bool = False
     """The MLE term covers the whole sequence, not only the continuation."""
     seed: int = 0
@@ -41,6 +42,10 @@ class RowConfig:
     """The tokenizer's: a row with an id beyond is refused. None: nobody looks."""
     scored: bool = False
     """The reference log-probs are wanted: a row without is refused."""
+    candidates: int | None = None
+    """So many of the `k` are drawn anew each epoch, `--cpo-candidates`; None: all."""
+    gold_labels: bool = False
+    """Candidates are copies of y_1 that are asked for its tokens; see `rows.group_row`."""
 
 
 class GroupDataset(torch.utils.data.Dataset[Row]):
@@ -65,14 +70,25 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
         first, last = span or (0, len(reader))
         self.reader, self.config, self.first = reader, config, first
         sizes, queries = (values[first:last] for values in reader.tree_sizes())
-        self.plan: Plan = cached_pack(
-            config.cache, sizes, config.row_tokens, rows, config.seed, shuffle
-        )
-        self.too_long = int((sizes > config.row_tokens).sum())
+        self._draws: Draws | None = None
+        packing = (config.row_tokens, rows, config.seed, shuffle)
+        if config.candidates is None:
+            self.plan: Plan = cached_pack(config.cache, sizes, *packing)
+        else:
+            shapes = cached_shapes(config.cache, reader)
+            self._draws = Draws(shapes, config.candidates, config.seed, (first, last))
+            self.plan = cached_pack(
+                config.cache, self._draws.tree_tokens, *packing, name=self._draws.name
+            )
+            sizes, queries = self._draws.of_epochs(len(self.plan.epochs))
+        self.too_long = int((sizes > config.row_tokens).sum(axis=-1).max())
         """Groups whose tree is longer than a row; they are left out and reported."""
         prefix, truth = (lengths[first:last] for lengths in reader.prefix_and_truth_lengths())
         lm_queries = truth + (prefix - 1 if config.lm_prefix else 0)
         wanted = queries + (prefix - 1 if config.lm_prefix else 0)
+        if config.gold_labels:  # as many for each copy
+            counts = reader.candidate_counts()[first:last]
+            lm_queries = truth * np.minimum(counts, config.candidates or config.k)
         self.groups_per_row = np.diff(self.plan.starts)
         self.tokens_per_row = self.plan.totals(sizes)
         self.lm_tokens_per_row = self.plan.totals(lm_queries)
@@ -80,7 +96,7 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
             tokens=config.row_tokens,
             queries=int(self.plan.totals(wanted).max()),
             groups=int(self.groups_per_row.max()),
-            candidates=config.k,
+            candidates=config.candidates or config.k,
         )
 
     def padded_to(self, shape: RowShape) -> "GroupDataset":
@@ -99,7 +115,12 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
     def __getitem__(self, row: int) -> Row:
         indices = self.group_indices(row).tolist()
         groups = [self.reader[index] for index in indices]
-        made = group_row(groups, self.shape, self.config.lm_prefix)
+        if self._draws is not None:
+            chosen = self._draws.chosen(self.plan.epoch(row))[self.plan[row]]
+            groups = [part(group, at) for group, at in zip(groups, chosen, strict=True)]
+        made = group_row(
+            groups, self.shape, self.config.lm_prefix, gold_labels=self.config.gold_labels
+        )
         made["group_indices"][: len(indices)] = indices
         path, size = self.reader.path_prefix, self.config.vocab_size
         if size is not None and not _are_tokens(made, size):

@@ -7,6 +7,7 @@ and a resumed run continues it.
 
 import hashlib
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,8 @@ class Plan:
     """[g] group index in the store; epochs follow one another."""
     starts: NDArray[np.int64]
     """[rows + 1] offsets into `groups`."""
-    rows_per_epoch: int
-    """Rows of the first epoch (later ones may differ by a few)."""
+    epochs: NDArray[np.int64]
+    """[epochs] first row of each epoch."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -37,34 +38,55 @@ class Plan:
     def __getitem__(self, row: int) -> NDArray[np.int64]:
         return self.groups[self.starts[row] : self.starts[row + 1]]
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of the first epoch (later ones may differ by a few)."""
+        return int(self.epochs[1]) if len(self.epochs) > 1 else len(self)
+
+    def epoch(self, row: int) -> int:
+        """The epoch that a row is of."""
+        return int(np.searchsorted(self.epochs, row, side="right")) - 1
+
     def totals(self, per_group: Ints) -> NDArray[np.int64]:
-        """[rows] sum of a per-group quantity over each row."""
-        sums = np.concatenate([[0], np.cumsum(per_group[self.groups], dtype=np.int64)])
+        """[rows] sum of a quantity over each row.
+
+        Args:
+            per_group: [groups], or [epochs, groups] where it changes from epoch to epoch.
+        """
+        values = np.broadcast_to(per_group, (len(self.epochs), per_group.shape[-1]))
+        epochs = np.repeat(np.arange(len(self.epochs)), np.diff([*self.epochs, len(self)]))
+        of_groups = values[np.repeat(epochs, np.diff(self.starts)), self.groups]
+        sums = np.concatenate([[0], np.cumsum(of_groups, dtype=np.int64)])
         return sums[self.starts[1:]] - sums[self.starts[:-1]]
 
 
-def pack(sizes: Ints, row_tokens: int, rows: int | None, seed: int, shuffle: bool = True) -> Plan:
+Sizes = Ints | Callable[[int], Ints]
+"""[groups] tokens of each group's tree; or, where trees change, what gives them for an epoch."""
+
+
+def pack(sizes: Sizes, row_tokens: int, rows: int | None, seed: int, shuffle: bool = True) -> Plan:
     """A plan of at least `rows` rows over as many epochs as that takes.
 
     Args:
-        sizes: [groups] tokens of each group's tree; all must fit, see `fitting`.
+        sizes: of the trees; what is longer than a row is left out of that epoch, see `fitting`.
         row_tokens: tokens of a row.
         rows: rows wanted; None means one epoch.
         seed: of the shuffling; the epoch's number is mixed in.
         shuffle: False keeps the groups in store order (next fit): for scoring.
     """
-    fits = fitting(sizes, row_tokens)
     packed: list[list[int]] = []
-    rows_per_epoch, epoch = 0, 0
+    epochs: list[int] = []
     while not packed or (rows is not None and len(packed) < rows):
+        epoch = len(epochs)
+        epochs.append(len(packed))
+        now = sizes(epoch) if callable(sizes) else sizes
+        fits = fitting(now, row_tokens)
         if shuffle:
-            packed += _pack_epoch(sizes, fits, row_tokens, np.random.default_rng([seed, epoch]))
+            packed += _pack_epoch(now, fits, row_tokens, np.random.default_rng([seed, epoch]))
         else:
-            packed += _pack_in_order(sizes, fits, row_tokens)
-        rows_per_epoch = rows_per_epoch or len(packed)
-        epoch += 1
+            packed += _pack_in_order(now, fits, row_tokens)
     starts = np.cumsum([0, *map(len, packed)], dtype=np.int64)
-    return Plan(np.concatenate(packed).astype(np.int64), starts, rows_per_epoch)
+    return Plan(np.concatenate(packed).astype(np.int64), starts, np.array(epochs, dtype=np.int64))
 
 
 def fitting(sizes: Ints, row_tokens: int) -> NDArray[np.int64]:
@@ -85,27 +107,32 @@ def fitting(sizes: Ints, row_tokens: int) -> NDArray[np.int64]:
 
 def cached_pack(
     cache: str | None,
-    sizes: Ints,
+    sizes: Sizes,
     row_tokens: int,
     rows: int | None,
     seed: int,
     shuffle: bool = True,
+    name: bytes | None = None,
 ) -> Plan:
-    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path), if given."""
+    """`pack`, kept as one file in the folder `cache` (Megatron's --data-cache-path), if given.
+
+    Args:
+        name: tells sizes that change from others'; None: they do not change.
+    """
     if cache is None:
         return pack(sizes, row_tokens, rows, seed, shuffle)
-    text = f"{row_tokens} {rows} {seed} {shuffle} {WINDOW}".encode()
-    key = hashlib.sha256(np.ascontiguousarray(sizes).tobytes() + text).hexdigest()[:32]
+    text = f"{row_tokens} {rows} {seed} {shuffle} {WINDOW} with epochs".encode()
+    name = np.ascontiguousarray(sizes).tobytes() if name is None else name
+    key = hashlib.sha256(name + text).hexdigest()[:32]
     path = Path(cache) / f"{key}-cpo-packing-plan.npz"
     if not path.exists():
         plan = pack(sizes, row_tokens, rows, seed, shuffle)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:  # every rank may write: the bytes are the same
-            rows = plan.rows_per_epoch
-            np.savez(file, groups=plan.groups, starts=plan.starts, rows_per_epoch=rows)
+            np.savez(file, groups=plan.groups, starts=plan.starts, epochs=plan.epochs)
         return plan
     with np.load(path) as stored:
-        return Plan(stored["groups"], stored["starts"], int(stored["rows_per_epoch"]))
+        return Plan(stored["groups"], stored["starts"], stored["epochs"])
 
 
 def _pack_epoch(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.store import Group
-from megatron_cpo.tree import Tree, build_tree
+from megatron_cpo.tree import Ints, Tree, build_tree, gold_queries
 
 Row = dict[str, NDArray[Any]]
 """Arrays of one row, all of fixed shape:
@@ -46,7 +46,13 @@ class RowShape:
     """K, `--cpo-k`."""
 
 
-def group_row(groups: list[Group], shape: RowShape, lm_prefix: bool, pad_token: int = 0) -> Row:
+def group_row(
+    groups: list[Group],
+    shape: RowShape,
+    lm_prefix: bool,
+    pad_token: int = 0,
+    gold_labels: bool = False,
+) -> Row:
     """Lay groups out one after the other in one row.
 
     Args:
@@ -54,17 +60,26 @@ def group_row(groups: list[Group], shape: RowShape, lm_prefix: bool, pad_token: 
         lm_prefix: also ask for the log-probs of the prefix tokens, for an MLE term over the whole
             sequence rather than the continuation.
         pad_token: the token id at padding positions (any valid one).
+        gold_labels: every candidate is asked for the tokens of y_1, not for its own; they must be
+            as long as y_1.
     """
     row = _empty_row(shape, pad_token)
     queries: list[NDArray[np.int64]] = []  # [5, q]: position, target, first slot, last slot, lm
     start = 0
     for g, group in enumerate(groups):
+        if gold_labels and {*map(len, group.candidates)} != {len(group.candidates[0])}:
+            raise ValueError(
+                f"a group has candidates of {sorted({*map(len, group.candidates)})} tokens: copies "
+                "that are asked for the tokens of y_1 must be as long; build them with "
+                "--negatives pss=3"
+            )
         tree = build_tree(group.prefix, group.candidates)
         end = start + len(tree.tokens)
         row["tokens"][start:end] = tree.tokens
         row["position_ids"][start:end] = tree.position_ids
         row["subtree_end"][start:end] = tree.subtree_end + start
-        queries.append(_tree_queries(tree, start, g * shape.candidates))
+        asked = gold_queries(tree, group.candidates[0]) if gold_labels else _own_queries(tree)
+        queries.append(_tree_queries(asked, start, g * shape.candidates))
         if lm_prefix:
             queries.append(_prefix_queries(group, start))
         _fill_candidates(row, g, group, tree)
@@ -119,11 +134,16 @@ def _empty_row(shape: RowShape, pad_token: int) -> Row:
     }
 
 
-def _tree_queries(tree: Tree, start: int, slot: int) -> NDArray[np.int64]:
+def _own_queries(tree: Tree) -> tuple[Ints, Ints, Ints, Ints]:
+    return tree.query_positions, tree.query_targets, tree.query_first_slot, tree.query_last_slot
+
+
+def _tree_queries(
+    queries: tuple[Ints, Ints, Ints, Ints], start: int, slot: int
+) -> NDArray[np.int64]:
     """[5, q] queries of a tree at `start`; those on y_1's path (slot 0) count in the MLE term."""
-    first, last = tree.query_first_slot, tree.query_last_slot
-    on_truth = first == 0
-    rows = [tree.query_positions + start, tree.query_targets, first + slot, last + slot, on_truth]
+    positions, targets, first, last = queries
+    rows = [positions + start, targets, first + slot, last + slot, first == 0]
     return np.stack(rows).astype(np.int64)
 
 

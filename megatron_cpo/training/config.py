@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from megatron_cpo.objective import NOISE_CONTRASTIVE, OBJECTIVES
+from megatron_cpo.objective import NOISE_CONTRASTIVE, OBJECTIVES, PSS
 from megatron_cpo.training.presets import PRESETS
 
 
@@ -20,9 +20,13 @@ class CPOConfig:
     """PREFIX of the store to evaluate on; None: Megatron's --split divides `data_path`."""
     k: int = 12
     """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
+    candidates: int | None = None
+    """N: each epoch contrasts y_1 with a random part of N-1 of its K-1 negatives; None: with all.
+    The trees are smaller, and so is the cost. Evaluation uses all."""
     objective: str = "best"
     """best: eq. 1, truth against all; ranked: eq. 2, Plackett-Luce over the similarity order;
-    nce, ranking-nce: noise-contrastive estimation, beta 1, with the reference as the noise."""
+    nce, ranking-nce: noise-contrastive estimation, beta 1, with the reference as the noise; pss:
+    parallel scheduled sampling, MLE on corrupted copies."""
     dpop_lambda: float = 0.0
     """lambda of DPO-Positive, >= 0: y_1's reward falls 1 + lambda times as fast below 0 as its
     log-ratio does, which holds the truth's log-prob up. With best and ranked."""
@@ -50,9 +54,14 @@ class CPOConfig:
     grad_norm_interval: int = 0
     """Iterations between logs of both terms' gradient norms (`training.gradients`); 0: never."""
 
+    @property
+    def contrasted(self) -> int:
+        """Candidates of a group that a training step sees."""
+        return self.candidates or self.k
+
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": tuple(sorted(OBJECTIVES)),
+    "objective": tuple(sorted([*OBJECTIVES, PSS])),
     "mle_average": ("token", "group"),
     "mle_tokens": ("continuation", "sequence"),
     "preset": tuple(PRESETS),
@@ -75,13 +84,20 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "Candidates per group, the true one included; must match the data "
         "(default 12, as in the paper).",
     ),
+    "candidates": (
+        int,
+        "N",
+        "Train on y_1 and N-1 of its negatives, drawn anew each epoch: a step costs less, and the "
+        "first loss is log N. Evaluation uses all (default: all K).",
+    ),
     "objective": (
         str,
         None,
         "best (default): the truth against all candidates, eq. 1. "
         "ranked: Plackett-Luce over the similarity order, eq. 2. nce, ranking-nce: binary and "
         "ranking noise-contrastive estimation; both need --cpo-beta 1 and negatives that the "
-        "reference drew (an).",
+        "reference drew (an). pss: parallel scheduled sampling, the mean MLE loss a token of y_1 "
+        "and its corrupted copies (negatives pss); needs --cpo-mle-weight 0.",
     ),
     "dpop_lambda": (
         float,
@@ -206,14 +222,25 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
             "megatron-cpo build --output-prefix PREFIX"
         )
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
+    if (some := values["candidates"]) is not None:
+        wanted = f"2 to --cpo-k {values['k']} candidates, the true one included"
+        _require(2 <= some <= values["k"], "--cpo-candidates", some, wanted)
     beta = values["beta"]
     _require(0 < beta < math.inf, "--cpo-beta", beta, "a number above 0; the paper uses 5")
+    if values["objective"] == PSS:
+        _require(
+            values["mle_weight"] == 0,
+            "--cpo-objective pss with --cpo-mle-weight",
+            values["mle_weight"],
+            "0: the true continuation is in its mean already",
+        )
     if values["objective"] in NOISE_CONTRASTIVE:
         wanted = "1: NCE's log-ratio of policy and noise has no inverse temperature"
         _require(beta == 1, f"--cpo-objective {values['objective']} with --cpo-beta", beta, wanted)
+    if values["objective"] not in ("best", "ranked"):
         for name in ("dpop_lambda", "length_normalise"):
             flag = f"--cpo-objective {values['objective']} with --cpo-{name.replace('_', '-')}"
-            wanted = "its default: with it the log-ratio is not that of policy and noise"
+            wanted = "its default: it changes rewards, which best and ranked alone have"
             _require(not values[name], flag, values[name], wanted)
     for name in ("weight", "mle_weight", "dpop_lambda"):
         flag = f"--cpo-{name.replace('_', '-')}"

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
-from megatron_cpo.objective import NOISE_CONTRASTIVE
+from megatron_cpo.objective import NOISE_CONTRASTIVE, PSS
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.noise import check_noise
@@ -54,6 +54,12 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
             f"{path} has no reference log-probs; score it with megatron-cpo build "
             f"--score-only --output-prefix {path} --load CHECKPOINT and the model's flags"
         )
+    others = [kind for kind in manifest["kinds"] if kind not in ("gt", "pss")]
+    if config.objective == PSS and (others or "pss" not in manifest["kinds"]):
+        raise ValueError(
+            f"--cpo-objective pss: {path} has negatives of kind {', '.join(others) or 'none'}, but "
+            "it trains on corrupted copies of y_1 alone; build a store with --negatives pss=3"
+        )
     if config.objective in NOISE_CONTRASTIVE:
         check_noise(path, manifest, config.objective)
 
@@ -84,7 +90,7 @@ class CPODatasets:
         if self.config.valid_data_path:
             valid_reader = GroupReader(self.config.valid_data_path)
             train_span, valid_span = (0, len(reader)), (0, len(valid_reader))
-        train = self._rows(args, reader, train_span, train_rows, mixed=self.config.fraction < 1)
+        train = self._rows(args, reader, train_span, train_rows, training=True)
         batch = args.global_batch_size
         _report("train", train, batch)
         train = BatchTotals(train, batch, args.consumed_train_samples % batch)
@@ -113,7 +119,7 @@ class CPODatasets:
         reader: GroupReader,
         span: tuple[int, int],
         rows: int | None,
-        mixed: bool = False,
+        training: bool = False,
     ) -> Any:
         from megatron.training import get_tokenizer
 
@@ -125,8 +131,10 @@ class CPODatasets:
             cache=args.data_cache_path,
             vocab_size=vocabulary_size(get_tokenizer()),
             scored=True,
+            gold_labels=self.config.objective == PSS,
+            candidates=self.config.candidates if training else None,
         )
-        if not mixed or rows is None:
+        if not training or self.config.fraction == 1 or rows is None:
             return GroupDataset(reader, config, rows, span)
         group_rows = math.floor(rows * self.config.fraction) + 2
         groups = GroupDataset(reader, config, group_rows, span)

@@ -18,7 +18,7 @@ that is larger. At beta 5 and K = 12, groups of 1,000 nats may miss by 6e-4 (bes
 from typing import Any
 
 from megatron_cpo.checkpoints.identity import same_checkpoint, short_digest
-from megatron_cpo.objective import sensitivity_at_reference
+from megatron_cpo.objective import PSS, sensitivity_at_reference
 
 TOLERANCE = 1e-4
 """Nats by which the mean loss may always miss the gate in float32."""
@@ -31,7 +31,7 @@ class StepZeroGate:
     """Checks the first training loss of a run, once, and says the result in one log line.
 
     Args:
-        objective: key of `objective.OBJECTIVES`.
+        objective: key of `objective.OBJECTIVES`, or `objective.PSS`.
         k: candidates of a group.
         beta: inverse temperature of the rewards.
         reference: identity of the checkpoint the store was scored under.
@@ -52,7 +52,10 @@ class StepZeroGate:
     ) -> None:
         self.objective, self.k, self.tolerance = objective, k, tolerance
         self.reference, self._hidden_dropout = reference, hidden_dropout
-        self.sensitivity = beta * (1 + dpop_lambda) * sensitivity_at_reference(objective, k)
+        contrast = objective != PSS
+        self.sensitivity = (
+            beta * (1 + dpop_lambda) * sensitivity_at_reference(objective, k) if contrast else 0.0
+        )
         """By how much the loss may change when each log-prob does by 1."""
         self.begun = False
         self.reason: str | None = None
@@ -71,6 +74,11 @@ class StepZeroGate:
                 None: random weights.
         """
         self.begun, self.reason = True, _why_not(self.reference, start, self._hidden_dropout)
+        if self.objective == PSS:
+            self.reason = (
+                "step-0 gate: does not apply: --cpo-objective pss compares nothing with the "
+                "reference, so its first loss may be any"
+            )
         return self.reason
 
     def verdict(self, found: float, expected: float, spacing: float) -> str:

@@ -210,7 +210,7 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(
         config.objective,
-        config.k,
+        config.contrasted,
         config.beta,
         manifest["reference"],
         tolerance,

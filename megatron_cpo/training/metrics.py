@@ -15,6 +15,8 @@ from megatron_cpo.groups.kinds import KINDS
 
 EMPTY = 1e-9
 """Added to denominators, so that a batch without such a candidate logs 0 and not NaN."""
+TRUTH = ("cpo truth logp", "cpo truth logratio")
+"""Those of `group_metrics` that are of y_1 alone."""
 
 
 def group_metrics(

@@ -5,7 +5,8 @@ from the packing plan, see `groups.dataset.BatchTotals`),
 
     loss = weight * sum_groups(CPO loss) / N + mle_weight * sum_tokens(-log pi) / T
 
-(with --cpo-mle-average group, / N for both: a sum over the tokens of each group),
+(with --cpo-mle-average group, / N for both: a sum over the tokens of each group; with
+--cpo-objective pss, / T for both, and T counts y_1's tokens for each of its copies),
 so every group has the same weight and every supervised token has the same weight, whatever the
 micro-batch size, the packing and the layout. What `loss` returns makes Megatron's own divisions
 come out at that; they are named beside the return statement.
@@ -22,16 +23,19 @@ from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.model.forward import Batch, RowForward, candidate_logps
 from megatron_cpo.objective import (
     OBJECTIVES,
+    PSS,
     dpo_positive,
     loss_at_reference,
     per_token,
     rewards,
+    scheduled_sampling,
 )
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import AT_REFERENCE, SPACING
 from megatron_cpo.training.metrics import (
     EMPTY,
+    TRUTH,
     float32_spacing,
     group_metrics,
     length_correlation,
@@ -89,23 +93,33 @@ class CPOStep:
         scored, anchor = policy, reference
         if config.length_normalise:
             scored, anchor = per_token(policy, lengths), per_token(reference, lengths)
-        held = dpo_positive(scored, anchor, config.dpop_lambda) if config.dpop_lambda else scored
-        losses = OBJECTIVES[config.objective](held, anchor, ranks, config.beta, mask)
         nll = -(logps * batch["lm"]).sum()  # of this context-parallel rank's tokens
         groups, lm_tokens = mask[:, 0].sum(), batch["lm"].sum()
-        per_group = losses.sum() / batch["batch_groups"][0].clamp(min=1)
+        if config.objective == PSS:
+            losses, terms = scheduled_sampling(policy, mask), lengths.sum()
+            per_term = losses.sum() / batch["batch_lm_tokens"][0].clamp(min=1)
+        else:
+            held = scored
+            if config.dpop_lambda:
+                held = dpo_positive(scored, anchor, config.dpop_lambda)
+            losses = OBJECTIVES[config.objective](held, anchor, ranks, config.beta, mask)
+            terms = groups
+            per_term = losses.sum() / batch["batch_groups"][0].clamp(min=1)
         over = "batch_groups" if config.mle_average == "group" else "batch_lm_tokens"
         mle = nll / batch[over][0].clamp(min=1)
-        loss = config.weight * per_group + config.mle_weight * mle
+        loss = config.weight * per_term + config.mle_weight * mle
 
         with torch.no_grad():
             report = {
-                "cpo loss": torch.stack([losses.sum(), groups + EMPTY]),
+                "cpo loss": torch.stack([losses.sum(), terms + EMPTY]),
                 "lm loss": torch.stack([nll, lm_tokens + EMPTY]),
             }
             policy, scores = policy.detach(), rewards(scored.detach(), anchor, config.beta)
-            report |= group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
-            report["cpo length correlation"] = length_correlation(scores, lengths, mask)
+            metrics = group_metrics(scores, policy, reference, ranks, kinds, mask, self.kinds)
+            metrics["cpo length correlation"] = length_correlation(scores, lengths, mask)
+            if config.objective == PSS:  # what it has of a copy is no log-prob of the copy
+                metrics = {name: metrics[name] for name in TRUTH}
+            report |= metrics
             report |= packing_metrics(batch["padding"], groups)
             if loss.requires_grad and self._needs_verdict(args.curr_iteration):
                 at_reference = loss_at_reference(config.objective, mask).sum()

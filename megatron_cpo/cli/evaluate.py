@@ -14,6 +14,7 @@ from megatron_cpo.cli.errors import fail
 
 SUBJECTS = {
     "winrate": "by a language model as judge, against another model or the records' own answers",
+    "report": "tables, figures and one page of a folder of results, best alpha chosen and checked",
 }
 """In the order of work; a new one is a line here and a module in `cli/evaluating`."""
 

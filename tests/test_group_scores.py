@@ -14,7 +14,7 @@ from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
-from tests.commands import assert_one_line_error, run_python
+from tests.commands import run_command
 from tests.tiny_models import GPT_FLAGS, save_hugging_face, train_megatron
 
 GROUPS, K, BETA = 30, 6, 0.5
@@ -129,7 +129,9 @@ def test_bad_input(policy, tmp_path):
         (["--groups", "x", "--policy", "hf:y"], "x.json: no manifest there"),
     ],
 )
-def test_mistakes_are_one_line(flags, said):
-    done = run_python("-m", "megatron_cpo", "evaluate", "score", *flags)
-    assert_one_line_error(done, "megatron-cpo evaluate")
-    assert said in done.stderr
+def test_mistakes_are_one_line(flags, said, monkeypatch, capsys):
+    assert run_command(monkeypatch, "evaluate", "score", *flags) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-cpo evaluate: ")
+    assert error.count("\n") == 1
+    assert said in error

@@ -1,5 +1,6 @@
 """Texts without a judge: likelihoods against plain transformers, the file, and what is refused."""
 
+import functools
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ from megatron_cpo.evaluation.results import read_results
 from megatron_cpo.evaluation.scores import describe, is_report, score_files, write_scores
 from megatron_cpo.evaluation.statistics import mean, paired_difference
 from megatron_cpo.evaluation.text_metrics import repetition, self_bleu
-from tests.commands import assert_one_line_error, run_python
+from tests.commands import run_command, run_python
 from tests.scored_texts import records, save_with_tokenizer, write_texts
 
 TEXTS = 24
@@ -41,15 +42,21 @@ def files(tmp_path):
     ]
 
 
+@functools.cache
+def load(folder):
+    """By transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 def slow_nll(folder, prompt, text):
     """Nats and tokens of one text, by one forward of transformers, without any code of ours.
 
     Tokens that end within the prompt, white space at its end apart, are the prompt's.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
+    tokenizer, model = load(folder)
     encoded = tokenizer(prompt + text, return_offsets_mapping=True, add_special_tokens=False)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     cut = sum(end <= len(prompt.rstrip()) for _, end in spans)
@@ -221,7 +228,7 @@ def test_weights_that_are_not_finite_are_refused(files, tmp_path):
         score_files(files, external=ExternalModel(f"hf:{folder}"))
 
 
-def test_the_command(files, tmp_path):
+def test_the_command(files, tmp_path, monkeypatch, capsys):
     """The reports among results/*.json are left out, so that the same command may be given twice;
     one line for a mistake."""
     command = ["-m", "megatron_cpo", "evaluate", "score", "--candidate"]
@@ -230,9 +237,13 @@ def test_the_command(files, tmp_path):
     assert "seq-rep-4" in done.stdout
     assert "two minus one" in done.stdout
     before = (tmp_path / "scores.json").read_bytes()
-    done = run_python(*command, files[0], files[1], tmp_path / "scores.json")
-    assert f"left out, being no texts: {tmp_path / 'scores.json'}" in done.stdout
+    words = [*map(str, files), str(tmp_path / "scores.json")]
+    assert run_command(monkeypatch, "evaluate", "score", "--candidate", *words) == 0
+    said = capsys.readouterr().out
+    assert f"left out, being no texts: {tmp_path / 'scores.json'}" in said
     assert (tmp_path / "scores.json").read_bytes() == before
-    done = run_python(*command, tmp_path / "nowhere.json")
-    assert_one_line_error(done, "megatron-cpo evaluate")
-    assert "nowhere.json: cannot be read" in done.stderr
+    nowhere = str(tmp_path / "nowhere.json")
+    assert run_command(monkeypatch, "evaluate", "score", "--candidate", nowhere) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "nowhere.json: cannot be read" in error

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.evaluation.kept import KeptLines, digest
@@ -93,6 +95,28 @@ class ExternalModel:
             self._ask(missing, cache)
         return [Likelihood(**(cache.row(key) or {})) for key in keys]
 
+    def features(self, texts: Sequence[str], pool: str, longest: int) -> NDArray[np.float32]:
+        """[texts, hidden] the last hidden state of the last token of each text, or the mean of all.
+
+        Args:
+            pool: `last` or `mean`.
+            longest: most tokens of a text that are read, and as many as the model can.
+        """
+        encoder, model = self._encoder, self._model
+        room = min(longest, model.positions or longest)
+        tokens = [np.array(encoder.prefix(text)[:room], dtype=np.int32) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: -len(tokens[i]))
+        found: list[Any] = [None] * len(texts)
+        with progress(None, self.identity["name"], "texts", len(order)) as bar:
+            for first in range(0, len(order), PART):
+                part = order[first : first + PART]
+                sequences = [tokens[i] for i in part]
+                hidden = model.embed(sequences, last) if pool == "last" else model.embed(sequences)
+                for i, vector in zip(part, hidden, strict=True):
+                    found[i] = vector
+                bar.update(len(part))
+        return np.stack(found)
+
     def _ask(self, missing: dict[str, tuple[str, str]], cache: KeptLines) -> None:
         pairs = {key: self._pair(*text) for key, text in missing.items()}
         # Of like length together, the longest first: what does not fit into memory fails at once.
@@ -122,6 +146,11 @@ class ExternalModel:
             return prefix, tokens, False
         room = max(self._model.positions - len(prefix) + 1, 0)  # the last token is not read
         return prefix, tokens[:room], len(tokens) > room
+
+
+def last(hidden: Tensor) -> Tensor:
+    """[hidden] of the last token, from [tokens, hidden]."""
+    return hidden[-1]
 
 
 def encoded(encoder: Encoder, prompt: str, text: str) -> tuple[Ints, Ints]:

@@ -66,6 +66,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
 
 def main() -> None:
     """Score as the command line says."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # weights load in a second
     if any(word.split("=")[0] == "--load" for word in sys.argv[1:]):
         answer_help(__doc__, add_score_arguments)
         with hidden_chatter():

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import warnings
 from typing import Any, NamedTuple
 
 from harness.ranks import ROOT
+from megatron_cpo import cli, quiet
 
 
 def run_python(
@@ -22,6 +24,20 @@ def run_python(
         check=False,
         timeout=timeout,
     )
+
+
+def run_command(monkeypatch: Any, *words: str) -> int | str | None:
+    """The exit status of `megatron-cpo WORDS` in this process, whose settings are put back."""
+    monkeypatch.setattr(sys, "argv", ["megatron-cpo", *words])
+    monkeypatch.setattr(quiet, "verbose", False)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 class Done(NamedTuple):

@@ -6,12 +6,12 @@ missing, and for what was under way when it died.
 """
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.evaluation.kept import KeptLines, digest
 from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.progress import progress
 
@@ -19,50 +19,20 @@ MAX_TOKENS = 512
 """Of a reply: room for the sentence that a template asks for."""
 
 
-class ReplyCache:
-    """Replies by the digest of their requests, in a file of JSON lines that only grows.
-
-    Raises:
-        ValueError: a line that is not the last one cannot be read. Half a last line is what a kill
-            leaves; it is cut off, and its reply asked for again.
-    """
+class ReplyCache(KeptLines):
+    """Replies by the digest of their requests; see `KeptLines`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._replies: dict[str, str] = {}
-        whole = 0
-        if path.exists():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            for number, line in enumerate(content[:whole].splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                    self._replies[row["key"]] = row["reply"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}:{number}: not a judge's reply ({error}); repair or remove it"
-                    ) from error
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._file.truncate(whole)
-
-    def __len__(self) -> int:
-        return len(self._replies)
+        super().__init__(path, "a judge's reply", ["reply"])
 
     def find(self, key: str) -> str | None:
         """The reply to a request, or None."""
-        return self._replies.get(key)
+        row = self.row(key)
+        return None if row is None else row["reply"]
 
     def add(self, key: str, model: str, reply: str) -> None:
         """Keep a reply; it outlives this process."""
-        line = json.dumps({"key": key, "model": model, "reply": reply})
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        self._replies[key] = reply
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        self.keep(key, model=model, reply=reply)
 
 
 def request(model: str, prompt: str) -> dict[str, Any]:
@@ -73,11 +43,6 @@ def request(model: str, prompt: str) -> dict[str, Any]:
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
     }
-
-
-def digest(body: dict[str, Any]) -> str:
-    """What a reply is kept under: the model and all that it is asked."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def replies(endpoint: Endpoint, model: str, prompts: Sequence[str], cache: ReplyCache) -> list[str]:

@@ -30,7 +30,7 @@ def repetition(text: str, n: int = 4) -> float:
     >>> repetition("a b a b a b", n=2)      # ab ba ab ba ab: 2 distinct of 5
     0.6
     """
-    grams = _grams(words(text), n)
+    grams = ngrams(words(text), n)
     return 1 - len(grams) / grams.total() if grams else 0.0
 
 
@@ -44,7 +44,7 @@ def distinct(texts: Sequence[str], n: int) -> float:
     """
     grams: Counter[tuple[str, ...]] = Counter()
     for text in texts:
-        grams.update(_grams(words(text), n))
+        grams.update(ngrams(words(text), n))
     return len(grams) / grams.total() if grams else 0.0
 
 
@@ -73,5 +73,6 @@ def self_bleu(texts: Sequence[str], references: int = 100) -> list[float]:
     return found
 
 
-def _grams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def ngrams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+    """How often each run of n tokens is there."""
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))

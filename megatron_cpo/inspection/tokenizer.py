@@ -8,6 +8,7 @@ import argparse
 import json
 from typing import Any
 
+from megatron_cpo.policies.same_tokenizer import has_tokenizer
 from megatron_cpo.records.tokenizing import tokenizer_identity
 
 TYPES = {
@@ -25,11 +26,15 @@ _REST = {
 }
 
 
-def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of `megatron-cpo build` that say which tokenizer it was."""
-    add = parser.add_argument_group(
-        "tokenizer, as given to build (none: token ids are shown)"
-    ).add_argument
+def add_tokenizer_arguments(
+    parser: argparse.ArgumentParser, without: str = "token ids are shown"
+) -> argparse.ArgumentParser:
+    """Add the flags of `megatron-cpo build` that say which tokenizer it was.
+
+    Args:
+        without: what is done if none of them is given.
+    """
+    add = parser.add_argument_group(f"tokenizer, as given to build (none: {without})").add_argument
     add("--tokenizer-model", metavar="PATH", help="its model file, folder or name")
     add("--tokenizer-type", metavar="TYPE", help="Megatron's name of it (default: the store's)")
     add("--vocab-file", metavar="FILE", help="vocabulary of a BPE tokenizer")
@@ -68,12 +73,8 @@ def store_tokenizer(manifest: dict[str, Any], args: argparse.Namespace) -> Any |
             f"the library {stored.get('library')}, whose type is not known here; give its "
             "--tokenizer-type, or no tokenizer flag to see token ids"
         )
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
     try:
-        tokenizer = build_tokenizer(
-            argparse.Namespace(**{**_REST, **vars(args), "tokenizer_type": kind})
-        )
+        tokenizer = _build(args, kind)
     except Exception as error:  # four libraries, each of which raises what it likes
         raise ValueError(
             f"--tokenizer-type {kind} --tokenizer-model {args.tokenizer_model}: it cannot be "
@@ -87,3 +88,31 @@ def store_tokenizer(manifest: dict[str, Any], args: argparse.Namespace) -> Any |
             "built with, or none to see token ids"
         )
     return tokenizer
+
+
+def folder_tokenizer(name: str, folder: str) -> Any:
+    """The tokenizer in a Hugging Face model's folder, as Megatron wraps it.
+
+    Args:
+        name: how the user named the model.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    words = ["--tokenizer-model", folder]
+    args = add_tokenizer_arguments(argparse.ArgumentParser()).parse_args(words)
+    try:
+        if not has_tokenizer(folder):
+            raise ValueError("there are no such files")
+        return _build(args, "HuggingFaceTokenizer")
+    except Exception as error:  # whatever transformers raises
+        raise ValueError(
+            f"{name}: its tokenizer cannot be read ({error}); give the folder of a model with its "
+            "tokenizer, as save_pretrained of both writes it"
+        ) from error
+
+
+def _build(args: argparse.Namespace, kind: str) -> Any:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    return build_tokenizer(argparse.Namespace(**{**_REST, **vars(args), "tokenizer_type": kind}))

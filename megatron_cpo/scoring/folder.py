@@ -40,19 +40,14 @@ class ScoreFolder(WorkFolder):
         Raises:
             ValueError: no store there, or it is of another tokenizer.
         """
-        ours = tokenizer_identity(tokenizer)
         with self.locked():
             try:
                 finish_publishing(self._prefix, self.is_alone)
-                theirs = read_manifest(self._prefix)["tokenizer"]
+                manifest = read_manifest(self._prefix)
             finally:
                 if not (self.path / "command.json").exists():
                     self.remove()
-        if theirs != ours:
-            raise ValueError(
-                f"{self._prefix}: built with the tokenizer {json.dumps(theirs)}, "
-                f"--tokenizer-model is {json.dumps(ours)}: pass the one the store was built with"
-            )
+        require_tokenizer(self._prefix, manifest, tokenizer)
 
     def is_scored(self, reference: dict[str, Any]) -> bool:
         """Whether the store has the log-probs of this reference."""
@@ -136,6 +131,16 @@ class ScoreFolder(WorkFolder):
         except (zipfile.BadZipFile, EOFError, KeyError, ValueError) as error:
             raise self.damaged(path, error) from error
         return logps
+
+
+def require_tokenizer(path_prefix: str, manifest: dict[str, Any], tokenizer: Any) -> None:
+    """Raise ValueError for a store that was built with another tokenizer than Megatron's here."""
+    ours, theirs = tokenizer_identity(tokenizer), manifest["tokenizer"]
+    if theirs != ours:
+        raise ValueError(
+            f"{path_prefix}: built with the tokenizer {json.dumps(theirs)}, "
+            f"--tokenizer-model is {json.dumps(ours)}: pass the one the store was built with"
+        )
 
 
 def _stored(reference: dict[str, Any]) -> dict[str, Any]:

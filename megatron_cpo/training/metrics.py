@@ -36,11 +36,7 @@ def group_metrics(
     - `cpo reward <kind>`: mean reward of the candidates of each of `reported_kinds`.
     """
     groups = mask[:, 0]
-    contested = groups & mask[:, 1:].any(dim=1)
-    lowest = torch.finfo(scores.dtype).min
-    best_negative = scores[:, 1:].masked_fill(~mask[:, 1:], lowest)
-    best_negative = best_negative.amax(dim=1) if scores.shape[1] > 1 else scores[:, 0]
-    margin = torch.where(contested, scores[:, 0] - best_negative, 0.0)
+    margin, contested = margins(scores, mask)
     log_ratio = policy_logps - reference_logps
     metrics = {
         "cpo accuracy": _ratio((margin > 0).float(), contested),
@@ -52,6 +48,21 @@ def group_metrics(
     for kind in reported_kinds:
         metrics[f"cpo reward {kind}"] = _ratio(scores, mask & (kinds == KINDS.index(kind)))
     return metrics
+
+
+def margins(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """s_1 minus the best negative's score, and whether there is a negative; both are [groups].
+
+    The truth has rank 1 where the margin is above 0.
+
+    Args:
+        scores, mask: [groups, K], and which of them count.
+    """
+    contested = mask[:, 0] & mask[:, 1:].any(dim=1)
+    lowest = torch.finfo(scores.dtype).min
+    best_negative = scores[:, 1:].masked_fill(~mask[:, 1:], lowest)
+    best_negative = best_negative.amax(dim=1) if scores.shape[1] > 1 else scores[:, 0]
+    return torch.where(contested, scores[:, 0] - best_negative, 0.0), contested
 
 
 def packing_metrics(padding: Tensor, groups: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,253 @@
+"""How a model ranks the candidates of held-out groups: what `evaluate score --groups` does.
+
+A candidate's score is its log-prob, summed over its tokens, or, where the store has log-probs of
+a reference, its reward s_k = beta * (log pi - log pi_ref). Against all negatives, and against those
+of each kind: the share of groups whose truth is strictly above all of them, and the mean margin to
+the best of them. A log-prob favours short candidates, a reward does not.
+
+It writes an object with
+
+    groups        {"path", "groups", "beta", "model": identity, "reference": identity or null,
+                  "figures": {NAME: {"value", "low", "high", "prompts", "method"}}}
+    definitions   {NAME: {"label", "definition"}}
+    tool          this package and its version
+
+where NAME is `nll_truth`, `perplexity_truth`, and SCORE_accuracy, SCORE_margin of all negatives and
+SCORE_accuracy_KIND, SCORE_margin_KIND of a kind's; SCORE is `logp` or `reward`.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_cpo.evaluation.figures import Figure, PerText, Pooled
+from megatron_cpo.evaluation.scores import TOOL, definition_rows, figure_rows
+from megatron_cpo.files import write_json
+from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
+from megatron_cpo.groups.kinds import KINDS, REGISTRY
+from megatron_cpo.groups.store import Group, GroupReader
+from megatron_cpo.policies.policy import Policy
+from megatron_cpo.progress import progress
+from megatron_cpo.records.vocabulary import vocabulary_size
+from megatron_cpo.scoring.folder import require_tokenizer
+from megatron_cpo.training.metrics import margins
+from megatron_cpo.work.job import BLOCK_RECORDS
+
+SCORES = {"logp": "log-prob, nats", "reward": "reward, nats times beta"}
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """How a model ranks the candidates of a store."""
+
+    path_prefix: str
+    groups: int
+    beta: float
+    model: dict[str, Any]
+    reference: dict[str, Any] | None
+    """Of the rewards."""
+    figures: dict[str, Figure]
+    definitions: dict[str, tuple[str, str]]
+    """Label and definition of each figure."""
+
+
+def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -> GroupScores:
+    """Ask a model for the log-probs of all candidates of a store, and compare them.
+
+    Args:
+        path_prefix: the store's PREFIX.
+        policy: the model; on all ranks that hold it.
+        tokenizer: Megatron's, of the store and the model.
+        beta: of the rewards; it scales their margins.
+
+    Raises:
+        ValueError: no store, of another tokenizer, of fewer than two groups, or with longer groups
+            than the model reads; a log-prob is not finite.
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"--beta {beta}: needs a number above 0, and finite")
+    reader = GroupReader(path_prefix)
+    require_tokenizer(path_prefix, reader.manifest, tokenizer)
+    if len(reader) < 2:
+        raise ValueError(f"{path_prefix}: {len(reader)} group; an interval needs at least 2")
+    groups: list[Group] = []
+    logps: list[NDArray[np.float32]] = []
+    with progress(None, model_name(policy.identity), "groups", len(reader)) as bar:
+        for first in range(0, len(reader), BLOCK_RECORDS):
+            indices = range(first, min(first + BLOCK_RECORDS, len(reader)))
+            block = [reader[index] for index in indices]
+            for index, group in zip(indices, block, strict=True):
+                _check(path_prefix, index, group, policy.positions, vocabulary_size(tokenizer))
+            found = policy.logps([g.prefix for g in block], [g.candidates for g in block])
+            for index, scores in zip(indices, found, strict=True):
+                require_finite(scores, f"group {index}", "log-prob", model_name(policy.identity))
+            groups += block
+            logps += found
+            bar.update(len(block))
+    figures, definitions = _truth_figures(groups, logps)
+    reference = reader.manifest["reference"]
+    values = {"logp": logps}
+    if reference is not None:
+        for index, group in enumerate(groups):
+            source = f"the reference of {path_prefix}"
+            require_finite(group.reference_logps, f"group {index}", "stored log-prob", source)
+        values["reward"] = [
+            beta * (ours - group.reference_logps) for ours, group in zip(logps, groups, strict=True)
+        ]
+    for name, by_group in values.items():
+        more, what = _ranking_figures(name, groups, by_group)
+        figures, definitions = figures | more, definitions | what
+    identity = policy.identity
+    return GroupScores(path_prefix, len(groups), beta, identity, reference, figures, definitions)
+
+
+def under_folder(
+    path_prefix: str, folder: str, batch: int, beta: float, args: argparse.Namespace
+) -> GroupScores:
+    """`score_store` under the Hugging Face model in a folder.
+
+    Args:
+        batch: most sequences at a time.
+        args: the flags of `inspection.tokenizer`; none: the tokenizer of the folder.
+
+    Raises:
+        ValueError: as `score_store`, or there is no such model.
+    """
+    from megatron_cpo.inspection.tokenizer import folder_tokenizer, store_tokenizer
+    from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+
+    tokenizer = store_tokenizer(GroupReader(path_prefix).manifest, args)
+    if tokenizer is None:
+        tokenizer = folder_tokenizer(f"--policy hf:{folder}", folder)
+    policy = HuggingFacePolicy(folder, tokenizer, batch)
+    return score_store(path_prefix, policy, tokenizer, beta)
+
+
+def under_checkpoint(path_prefix: str, args: Any, batch: int, beta: float) -> GroupScores:
+    """`score_store` under a Megatron checkpoint, on all ranks that hold it.
+
+    Args:
+        args: Megatron's parsed and validated arguments, see `host.loading.score_args`.
+
+    Raises:
+        ValueError: as `score_store`, or there is no such checkpoint.
+    """
+    from megatron_cpo.host.loading import open_tokenizer
+    from megatron_cpo.policies.megatron import MegatronPolicy
+
+    tokenizer = open_tokenizer(args)
+    return score_store(path_prefix, MegatronPolicy.load(args, tokenizer, batch), tokenizer, beta)
+
+
+def write_group_scores(path: Path, found: GroupScores) -> None:
+    """Write the result, whole or not at all; see this module."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "path": found.path_prefix,
+        "groups": found.groups,
+        "beta": found.beta,
+        "model": found.model,
+        "reference": found.reference,
+        "figures": figure_rows(found.figures),
+    }
+    definitions = definition_rows(found.definitions, found.figures)
+    write_json(path, {"groups": content, "definitions": definitions, "tool": TOOL})
+
+
+def describe_groups(found: GroupScores) -> str:
+    """The figures for people."""
+    lines = [f"{found.path_prefix} under {model_name(found.model)}: {found.groups} groups"]
+    width = max(len(label) for label, _ in found.definitions.values())
+    for name, figure in found.figures.items():
+        label, _ = found.definitions[name]
+        lines.append(f"  {label:<{width}}  {figure.estimate()}")
+    if found.reference is None:
+        lines.append("  no rewards: the store has no reference log-probs (build --score-only)")
+    return "\n".join(lines)
+
+
+def _check(
+    path_prefix: str, index: int, group: Group, positions: int | None, vocab_size: int
+) -> None:
+    require_tokens(group.tokens, vocab_size, f"group {index} of {path_prefix}")
+    longest = len(group.prefix) + max(map(len, group.candidates)) - 1  # the last one is not read
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"group {index} of {path_prefix}: {longest} tokens to read, the model reads at most "
+            f"{positions}; build the store with a smaller --max-length"
+        )
+
+
+def _truth_figures(
+    groups: Sequence[Group], logps: Sequence[NDArray[np.float32]]
+) -> tuple[dict[str, Figure], dict[str, tuple[str, str]]]:
+    """NLL and perplexity of the truths, EOD included, a mean over all their tokens."""
+    nats: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    for key, group, scores in zip(_prompts(groups), groups, logps, strict=True):
+        nats[key] = nats.get(key, 0.0) - float(scores[0])
+        tokens[key] = tokens.get(key, 0) + len(group.candidates[0])
+    total, count = sum(nats.values()), sum(tokens.values())
+    if len(nats) < 2:
+        raise ValueError("all groups have one prefix; an interval needs at least 2")
+    without = {key: (total - nats[key]) / (count - tokens[key]) for key in nats}
+    nll = Pooled(total / count, without)
+    perplexity = Pooled(total / count, without, shown=math.exp)
+    said = "of the truths given their prefixes, over all tokens, ends included"
+    return {"nll_truth": nll, "perplexity_truth": perplexity}, {
+        "nll_truth": ("NLL of the truth", f"nats a token {said}"),
+        "perplexity_truth": ("perplexity of the truth", f"exp of the nats a token {said}"),
+    }
+
+
+def _ranking_figures(
+    score: str, groups: Sequence[Group], values: Sequence[NDArray[np.float32]]
+) -> tuple[dict[str, Figure], dict[str, tuple[str, str]]]:
+    """Rank-1 accuracy and margin by a score, against all negatives and those of each kind."""
+    k = max(map(len, values))
+    scores, kinds = torch.zeros(len(groups), k, dtype=torch.float64), torch.zeros(len(groups), k)
+    mask = torch.zeros(len(groups), k, dtype=torch.bool)
+    for row, (group, found) in enumerate(zip(groups, values, strict=True)):
+        scores[row, : len(found)] = torch.from_numpy(found.astype(np.float64))
+        kinds[row, : len(found)] = torch.from_numpy(group.kinds.astype(np.float32))
+        mask[row, : len(found)] = True
+    prompts = _prompts(groups)
+    figures: dict[str, Figure] = {}
+    definitions: dict[str, tuple[str, str]] = {}
+    present = set(kinds[mask].int().tolist())
+    for code in [None, *(i for i in range(1, len(KINDS)) if i in present)]:
+        counted = mask.clone()
+        if code is not None:
+            counted[:, 1:] &= kinds[:, 1:] == code
+        margin, contested = margins(scores, counted)
+        rows = torch.nonzero(contested)[:, 0].tolist()
+        keys = [prompts[row] for row in rows]
+        if len(set(keys)) < 2:  # no interval
+            continue
+        suffix = "" if code is None else f"_{KINDS[code]}"
+        against = "all negatives" if code is None else REGISTRY[KINDS[code]].label
+        short = "" if code is None else f", {KINDS[code]}"
+        ahead = (margin[rows] > 0).double().numpy()
+        figures[f"{score}_accuracy{suffix}"] = PerText(keys, ahead, share=True)
+        figures[f"{score}_margin{suffix}"] = PerText(keys, margin[rows].numpy())
+        definitions[f"{score}_accuracy{suffix}"] = (
+            f"{score} accuracy{short}",
+            f"share of groups whose truth is strictly above {against}, by {SCORES[score]}",
+        )
+        definitions[f"{score}_margin{suffix}"] = (
+            f"{score} margin{short}",
+            f"the truth's minus the best of {against}, by {SCORES[score]}",
+        )
+    return figures, definitions
+
+
+def _prompts(groups: Sequence[Group]) -> list[str]:
+    """What tells the groups' prefixes apart: groups of one prefix are one prompt."""
+    return [group.prefix.tobytes().hex() for group in groups]

@@ -6,7 +6,10 @@ import random
 from dataclasses import replace
 
 import pytest
+from scipy.stats import wasserstein_distance
 
+from megatron_cpo.evaluation.external import ExternalModel
+from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.reporting.choosing import choose, half
 from megatron_cpo.evaluation.reporting.contents import contents
 from megatron_cpo.evaluation.reporting.folder import read_folder
@@ -14,9 +17,11 @@ from megatron_cpo.evaluation.reporting.markdown import render_markdown
 from megatron_cpo.evaluation.reporting.measures import QUANTITIES, curves
 from megatron_cpo.evaluation.reporting.naming import Model, read_name
 from megatron_cpo.evaluation.reporting.report import write_report
+from megatron_cpo.evaluation.scores import score_files, write_scores
 from megatron_cpo.evaluation.statistics import Estimate
 from tests.commands import assert_one_line_error, assert_quick, run_tool
 from tests.results_folders import MADE, judge, texts_of, write_model, write_sweep
+from tests.scored_texts import records, save_with_tokenizer, write_texts
 
 IDS = [f"r{i}" for i in range(60)]
 
@@ -163,6 +168,65 @@ def test_without_verdicts_alpha_is_chosen_by_repetition(tmp_path):
         contents(read_folder(tmp_path), "win_rate")
 
 
+def test_alpha_by_the_distance_under_an_external_model(tmp_path):
+    """Of a real model: the truths with one word more are nearer to the truths than their words
+    over and over; on each half the distance is scipy's, of what `score` has kept."""
+    external = ExternalModel(f"hf:{save_with_tokenizer(tmp_path / 'lm')}")
+    results = tmp_path / "results"
+    results.mkdir()
+    truths = [answer for _, answer in records(24)]
+    outputs = {0.0: [f"{t} {t}" for t in truths], 0.5: [f"{t} then" for t in truths]}
+    paths = [
+        write_texts(results / f"m-{alpha}.json", texts, generator=f"m@alpha={alpha}")
+        for alpha, texts in outputs.items()
+    ]
+    write_scores(results / "scores.json", score_files(paths, external=external))
+    report = contents(read_folder(results))
+    (row,) = table(report, "Best alpha")
+    assert dict(report.facts)["alpha chosen by"] == "distance of the external NLL to the truth's"
+
+    parts = halves([str(i) for i in range(24)])
+    cache = KeptLines(tmp_path / "fresh.jsonl", "a text", ["nats", "tokens", "cut"])
+    pairs = [prompt for prompt, _ in records(24)]
+    asked = [(f"{p}\n", t) for texts in (*outputs.values(), truths)
+             for p, t in zip(pairs, texts, strict=True)]  # fmt: skip
+    nll = [each.nats / each.tokens for each in external.likelihoods(asked, cache)]
+    first, second, truth = nll[:24], nll[24:48], nll[48:]
+
+    def distance(values, ids):
+        at = [int(id) for id in ids]
+        return wasserstein_distance([values[i] for i in at], [truth[i] for i in at])
+
+    on_a = {"0": distance(first, parts["A"]), "0.5": distance(second, parts["A"])}
+    best = min(on_a, key=on_a.get)
+    assert row["best alpha"] == best
+    assert row["half A, chose it"].value == pytest.approx(on_a[best])
+    values = {"0": first, "0.5": second}[best]
+    assert row["half B, reported"].value == pytest.approx(distance(values, parts["B"]))
+    (results / "external-nll.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"--choose-by nll_distance: .* has no scores under"):
+        contents(read_folder(results), "nll_distance")
+
+
+def test_mauve_is_a_table(tmp_path):
+    results = write_model(tmp_path, "a", "a@alpha=0.5", ids=IDS)
+    row = {"candidate": "elsewhere/a.json", "baseline": "reference", "generator": "a@alpha=0.5",
+           "made": vars(results.made), "value": 0.875, "sd": 0.01, "values": [0.87, 0.88],
+           "seeds": [25, 26], "buckets": 6, "texts": 60, "baseline_texts": 60}  # fmt: skip
+    content = {"mauve": [row], "features": {"name": "lm"}, "tool": "megatron_cpo 0"}
+    (tmp_path / "mauve.json").write_text(json.dumps(content))
+    (found,) = table(contents(read_folder(tmp_path)), "Table 4")
+    assert (found["model"], found["alpha"], found["MAUVE"], found["sd"]) == (
+        "a",
+        "0.5",
+        0.875,
+        0.01,
+    )
+    row["generator"] = "b"
+    (tmp_path / "mauve.json").write_text(json.dumps(content))
+    refused(tmp_path, "measure it again, megatron-cpo evaluate mauve")
+
+
 def test_decodings_stand_side_by_side(tmp_path):
     sampled = replace(MADE, decoding="top-k 50")
     for place, (stem, made) in enumerate((("greedy", MADE), ("sampled", sampled))):
@@ -252,7 +316,7 @@ def test_scores_are_read_and_stale_ones_refused(tmp_path):
     ]
     scores["files"][0]["made"] = vars(replace(results.made, checkpoint="old"))
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    refused(tmp_path, "score it again")
+    refused(tmp_path, "measure it again, megatron-cpo evaluate score")
 
 
 # ---- written

@@ -89,7 +89,7 @@ class ExternalModel:
         Raises:
             ValueError: the model cannot be loaded, or its numbers are not finite.
         """
-        keys = [digest([self.identity["digest"], self.identity["dtype"], *t]) for t in texts]
+        keys = [likelihood_key(self.identity, *text) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if not cache.row(key)}
         if missing:
             self._ask(missing, cache)
@@ -151,6 +151,11 @@ class ExternalModel:
 def last(hidden: Tensor) -> Tensor:
     """[hidden] of the last token, from [tokens, hidden]."""
     return hidden[-1]
+
+
+def likelihood_key(identity: dict[str, Any], prompt: str, text: str) -> str:
+    """What a text's likelihood is kept under: the model's weights and dtype, prompt and text."""
+    return digest([identity["digest"], identity["dtype"], prompt, text])
 
 
 def encoded(encoder: Encoder, prompt: str, text: str) -> tuple[Ints, Ints]:

@@ -89,6 +89,7 @@ def contents(folder: Folder, choose_by: str | None = None, seed: int = 0) -> Rep
         tables.negatives(choices),
         tables.ranking(folder),
         tables.decodings(folder, quantity),
+        tables.mauve(folder),
         *tables.scores(folder),
         *(tables.alphas(plot.curve, plot.choice) for plot in plots),
     ]
@@ -139,4 +140,6 @@ def _left_out(folder: Folder, plots: list[Plot], quantity: Quantity) -> list[str
         )
     if len(folder.decodings) < 2:
         notes.append("no table of decodings: all texts were decoded alike")
+    if not folder.mauve:
+        notes.append("no table of MAUVE: `megatron-cpo evaluate mauve` adds it")
     return notes

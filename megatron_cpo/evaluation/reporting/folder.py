@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.evaluation.reporting.likelihoods import External, read_external
 from megatron_cpo.evaluation.reporting.naming import Model, read_name
 from megatron_cpo.evaluation.reporting.verdicts import (
     SUFFIX,
@@ -34,6 +35,10 @@ class Folder:
     """Label and definition of each figure of a score."""
     groups: list[dict[str, Any]]
     """Scores of held-out groups."""
+    external: list[External]
+    """External models, with what they said of texts."""
+    mauve: list[dict[str, Any]]
+    """The rows of files of MAUVE, each with its `features`."""
     notes: list[str] = field(default_factory=list)
     """What was left out, and why."""
 
@@ -79,7 +84,7 @@ def read_folder(path: Path) -> Folder:
         else:
             notes.append(f"{file.name}: a file of texts that it names is not here")
     folder = Folder(path, results, judged, read_leaderboard(path / "leaderboard.csv"), {}, {}, {},
-                    [], notes)  # fmt: skip
+                    [], [], [], notes)  # fmt: skip
     for file, content in objects.items():
         _take(folder, file, content)
     if missing := [each.path.name for each in results if each.path.name not in folder.scores]:
@@ -138,6 +143,8 @@ def _take(folder: Folder, file: Path, content: dict[str, Any]) -> None:
     """Put a JSON object where it belongs."""
     if isinstance(content.get("files"), list):
         _take_scores(folder, file, content)
+    elif isinstance(content.get("mauve"), list):
+        _take_mauve(folder, file, content)
     elif isinstance(content.get("groups"), dict):
         folder.groups.append(content["groups"])
         folder.definitions.update(content.get("definitions") or {})
@@ -146,24 +153,46 @@ def _take(folder: Folder, file: Path, content: dict[str, Any]) -> None:
 
 
 def _take_scores(folder: Folder, file: Path, content: dict[str, Any]) -> None:
-    names = {each.path.name: each for each in folder.results}
     folder.definitions.update(content.get("definitions") or {})
+    if content.get("external") and (said := read_external(content["external"], file)):
+        folder.external.append(said)
     for row in content["files"]:
-        name = Path(row["path"]).name
-        if name not in names:
-            folder.notes.append(f"{file.name}: scores of {name}, which is not here")
+        results = _described(folder, file, row, row["path"], "score")
+        if results is None:
             continue
-        made = asdict(names[name].made)
-        texts = (row.get("counts") or {}).get("texts", len(names[name].texts))
-        if row["made"] != made or texts != len(names[name].texts):
-            raise ValueError(
-                f"{file} has scores of {texts} texts of {name}, made by {row['made']}, which has "
-                f"{len(names[name].texts)} made by {made} now; score it again: "
-                f"megatron-cpo evaluate score --candidate {names[name].path} ..."
-            )
-        folder.scores.setdefault(name, {}).update(row["figures"])
+        folder.scores.setdefault(results.path.name, {}).update(row["figures"])
         if content.get("truth"):
-            folder.truth.setdefault(made["decoding"], {}).update(content["truth"]["figures"])
+            truth = folder.truth.setdefault(results.made.decoding, {})
+            truth.update(content["truth"]["figures"])
+
+
+def _take_mauve(folder: Folder, file: Path, content: dict[str, Any]) -> None:
+    for row in content["mauve"]:
+        if _described(folder, file, row, row["candidate"], "mauve"):
+            features = content["features"].get("name", "")
+            folder.mauve.append({**row, "features": features})
+
+
+def _described(
+    folder: Folder, file: Path, row: dict[str, Any], path: str, subject: str
+) -> Results | None:
+    """The texts that a row of figures is of; None if they are not in the folder.
+
+    Raises:
+        ValueError: they were made anew since.
+    """
+    found = [each for each in folder.results if each.path.name == Path(path).name]
+    if not found:
+        folder.notes.append(f"{file.name}: figures of {Path(path).name}, which is not here")
+        return None
+    made = asdict(found[0].made)
+    if row["made"] != made or row["generator"] != found[0].generator:
+        raise ValueError(
+            f"{file} has figures of {path} as made by {row['generator']}, {row['made']}; it is of "
+            f"{found[0].generator}, {made} now: measure it again, megatron-cpo evaluate {subject} "
+            f"--candidate {found[0].path} ..."
+        )
+    return found[0]
 
 
 def _order(model: Model) -> tuple[str, str, float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_cpo.evaluation.reporting.folder import Folder, model_of
+from megatron_cpo.evaluation.reporting.likelihoods import truth_distance
 from megatron_cpo.evaluation.reporting.naming import Model
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import (
@@ -77,6 +78,7 @@ QUANTITIES = {
     quantity.name: quantity
     for quantity in (
         Quantity("win_rate", "win rate", "highest"),
+        Quantity("nll_distance", "distance of the external NLL to the truth's", "lowest"),
         Quantity("seq_rep_4", "seq-rep-4 minus the truth's", "nearest to 0"),
     )
 }
@@ -151,4 +153,13 @@ def _repetition(folder: Folder) -> list[tuple[Results, str, Measure]]:
     return found
 
 
-_SOURCES: dict[str, Source] = {"win_rate": _win_rates, "seq_rep_4": _repetition}
+def _distances(folder: Folder) -> list[tuple[Results, str, Measure]]:
+    found = [(results, truth_distance(results, folder.external)) for results in folder.results]
+    return [(results, "", measure) for results, measure in found if measure]
+
+
+_SOURCES: dict[str, Source] = {
+    "win_rate": _win_rates,
+    "nll_distance": _distances,
+    "seq_rep_4": _repetition,
+}

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from megatron_cpo.evaluation.command import REFERENCE
 from megatron_cpo.evaluation.reporting.choosing import Choice
 from megatron_cpo.evaluation.reporting.folder import Folder, model_of
 from megatron_cpo.evaluation.reporting.measures import Curve, Quantity, measured
+from megatron_cpo.evaluation.reporting.naming import read_name
 from megatron_cpo.evaluation.reporting.verdicts import judge_of
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.win_rate import win_rate
 
 Cell = str | int | float | Estimate | None
-SETTINGS = ("decoding", "chosen by", "against", "judge, template")
+SETTINGS = ("decoding", "chosen by", "against", "judge, template", "features")
 """Columns that go into the note where they are the same in all rows."""
 WORDS = ("model", "method", "negatives", "groups", "figure", *SETTINGS)
 """Columns of words; others are of numbers."""
@@ -188,6 +191,28 @@ def decodings(folder: Folder, quantity: Quantity) -> Table | None:
         "Table 3: decoding",
         f"{quantity.label}; best is {quantity.best}. Over all prompts.",
         ("model", "against", *(name or "not said" for name in names)),
+        rows,
+    ).narrow()
+
+
+def mauve(folder: Folder) -> Table | None:
+    """Table 4: MAUVE."""
+    rows: list[list[Cell]] = []
+    for each in folder.mauve:
+        model = read_name(each["generator"])
+        against = each["baseline"]
+        rows.append([
+            model.title, alpha_cell(model.alpha), each["made"]["decoding"] or None,
+            against if against == REFERENCE else Path(against).name, each["value"], each["sd"],
+            len(each["seeds"]), each["texts"], each["features"],
+        ])  # fmt: skip
+    if not rows:
+        return None
+    return Table(
+        "Table 4: MAUVE",
+        "Nearness of the distributions of texts, 0 to 1, higher is nearer; mean and standard "
+        "deviation over seeds of k-means, which is the noise of clustering alone.",
+        ("model", "alpha", "decoding", "against", "MAUVE", "sd", "seeds", "texts", "features"),
         rows,
     ).narrow()
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -308,12 +309,11 @@ def test_scores_are_read_and_stale_ones_refused(tmp_path):
         "tool": "megatron_cpo 0",
     }  # fmt: skip
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    rows = table(contents(read_folder(tmp_path)), "Without a judge")
+    (row,) = table(contents(read_folder(tmp_path)), "Without a judge")
     truth = Estimate(**figure | {"value": 0.5})
-    assert rows == [
-        {"model": "a", "words": Estimate(**figure)},
-        {"model": "the truths", "words": truth},
-    ]
+    assert row == {
+        "figure": "words", "a": Estimate(**figure), "the truths": truth, "definition": "of a text"
+    }  # fmt: skip
     scores["files"][0]["made"] = vars(replace(results.made, checkpoint="old"))
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     refused(tmp_path, "measure it again, megatron-cpo evaluate score")
@@ -339,6 +339,7 @@ def test_command_writes_everything(tmp_path):
                     "--markdown", out / "r.md", "--figures", out / "figures")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best alpha" in done.stdout
+    assert re.search(r"^ +0\.3  0\.\d{3} \[", done.stdout, re.MULTILINE)
     assert sorted(path.name for path in out.rglob("*.*")) == [
         "figure-1.png", "figure-2.png", "r.html", "r.md"
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from megatron_cpo.evaluation.reporting.folder import read_folder
 from megatron_cpo.evaluation.reporting.markdown import render_markdown
 from megatron_cpo.evaluation.reporting.page import render_page
 from megatron_cpo.evaluation.reporting.pictures import draw
-from megatron_cpo.evaluation.reporting.tables import alpha_cell
+from megatron_cpo.evaluation.reporting.tables import Table, alpha_cell, alphas, shown
 from megatron_cpo.files import write_whole
 
 
@@ -51,13 +51,26 @@ def write_report(
 
 
 def describe(report: Report) -> list[str]:
-    """The best alphas and what was left out, for a terminal."""
+    """The best alphas, the numbers that they were chosen by, and what was left out, for people."""
     lines = [
         f"best alpha {alpha_cell(choice.alpha)} of {choice.curve.title}: on half A, which chose "
         f"it, {choice.chosen[choice.alpha]}; on half B {choice.reported[choice.alpha]}"
         for choice in report.choices
     ]
+    quantity = report.plots[0].curve.quantity if report.plots else None
+    for plot in report.plots:
+        if plot.curve.quantity == quantity:
+            lines += [plot.curve.title, *_aligned(alphas(plot.curve, plot.choice))]
     return [*lines, *(f"left out: {note}" for note in report.notes)]
+
+
+def _aligned(table: Table) -> list[str]:
+    rows = [list(table.columns), *([shown(cell) for cell in row] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
 
 
 def _write(path: Path, text: str) -> str:

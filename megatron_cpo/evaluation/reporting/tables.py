@@ -1,6 +1,6 @@
 """The tables of a report, as values; `markdown` and `page` write them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from megatron_cpo.evaluation.reporting.measures import Curve, Quantity, measured
 from megatron_cpo.evaluation.reporting.naming import read_name
 from megatron_cpo.evaluation.reporting.verdicts import judge_of
 from megatron_cpo.evaluation.statistics import Estimate
+from megatron_cpo.evaluation.text_figures import DEFINITIONS
 from megatron_cpo.evaluation.win_rate import win_rate
 
 Cell = str | int | float | Estimate | None
 SETTINGS = ("decoding", "chosen by", "against", "judge, template", "features")
 """Columns that go into the note where they are the same in all rows."""
-WORDS = ("model", "method", "negatives", "groups", "figure", *SETTINGS)
+WORDS = ("model", "method", "negatives", "groups", "figure", "definition", *SETTINGS)
 """Columns of words; others are of numbers."""
 ALPHA_NOTE = (
     "Chosen on half A of the prompts, so the figure there is too good; half B, which took no part "
@@ -218,35 +219,27 @@ def mauve(folder: Folder) -> Table | None:
 
 
 def scores(folder: Folder) -> list[Table]:
-    """What needs no judge, a table a decoding, with the truth's figures below."""
+    """What needs no judge, a table a decoding: a row a figure, the truths in the last column."""
     tables = []
     for decoding in folder.decodings:
         files = [each for each in folder.results if each.made.decoding == decoding]
-        there = {each.generator: folder.scores.get(each.path.name, {}) for each in files}
-        names = _names(there.values())
+        sets = {each.generator: folder.scores.get(each.path.name, {}) for each in files}
+        if truth := folder.truth.get(decoding):
+            sets["the truths"] = truth
+        names = {name for figures in sets.values() for name in figures}
         if not names:
             continue
-        rows: list[list[Cell]] = [
-            [generator, *(estimate(figures.get(name)) for name in names)]
-            for generator, figures in there.items()
-        ]
-        if truth := folder.truth.get(decoding):
-            rows.append(["the truths", *(estimate(truth.get(name)) for name in names)])
-        labels = [folder.definitions.get(name, {}).get("label", name) for name in names]
-        said = "; ".join(
-            f"{label}: {folder.definitions[name]['definition']}"
-            for name, label in zip(names, labels, strict=True)
-            if name in folder.definitions
-        )
+        order = list(DEFINITIONS)
+        rows: list[list[Cell]] = []
+        for name in sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n)):
+            about = folder.definitions.get(name, {})
+            found = [estimate(figures.get(name)) for figures in sets.values()]
+            rows.append([about.get("label", name), *found, about.get("definition")])
         title = f"Without a judge{f': {decoding}' if decoding else ''}"
-        tables.append(Table(title, said, ("model", *labels), rows))
+        tables.append(Table(title, "", ("figure", *sets, "definition"), rows).narrow())
     return tables
 
 
 def estimate(figure: dict[str, object] | None) -> Estimate | None:
     """A figure of a file of scores."""
     return Estimate(**figure) if figure else None  # type: ignore[arg-type]
-
-
-def _names(figures: Iterable[dict[str, object]]) -> Sequence[str]:
-    return list(dict.fromkeys(name for each in figures for name in each))

@@ -15,8 +15,9 @@ from megatron_cpo.evaluation.reporting.choosing import choose, half
 from megatron_cpo.evaluation.reporting.contents import contents
 from megatron_cpo.evaluation.reporting.folder import read_folder
 from megatron_cpo.evaluation.reporting.markdown import render_markdown
-from megatron_cpo.evaluation.reporting.measures import QUANTITIES, curves
+from megatron_cpo.evaluation.reporting.measures import curves
 from megatron_cpo.evaluation.reporting.naming import Model, read_name
+from megatron_cpo.evaluation.reporting.quantities import QUANTITIES
 from megatron_cpo.evaluation.reporting.report import write_report
 from megatron_cpo.evaluation.scores import score_files, write_scores
 from megatron_cpo.evaluation.statistics import Estimate

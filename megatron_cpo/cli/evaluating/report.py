@@ -16,7 +16,7 @@ Needs the extra [eval]; --figures also [plot].
 from pathlib import Path
 
 from megatron_cpo.cli.parsing import Parser
-from megatron_cpo.evaluation.reporting.measures import QUANTITIES
+from megatron_cpo.evaluation.reporting.quantities import QUANTITIES
 
 
 def main() -> None:

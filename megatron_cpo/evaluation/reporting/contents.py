@@ -6,7 +6,8 @@ from megatron_cpo import __version__
 from megatron_cpo.evaluation.reporting import tables
 from megatron_cpo.evaluation.reporting.choosing import Choice, choose
 from megatron_cpo.evaluation.reporting.folder import Folder
-from megatron_cpo.evaluation.reporting.measures import QUANTITIES, Curve, Quantity, curves, measured
+from megatron_cpo.evaluation.reporting.measures import Curve, curves, measured
+from megatron_cpo.evaluation.reporting.quantities import QUANTITIES, Quantity
 from megatron_cpo.evaluation.reporting.tables import Table
 from megatron_cpo.evaluation.statistics import Estimate
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from megatron_cpo.evaluation.reporting.folder import Folder, model_of
 from megatron_cpo.evaluation.reporting.likelihoods import truth_distance
 from megatron_cpo.evaluation.reporting.naming import Model
+from megatron_cpo.evaluation.reporting.quantities import Quantity
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import (
     Difference,
@@ -58,31 +59,6 @@ class PromptMeans:
         assert isinstance(other, PromptMeans)
         both = [id for id in self.values if id in prompts and id in other.values]
         return paired_difference([self.values[i] for i in both], [other.values[i] for i in both])
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """Something that a model can be better or worse in."""
-
-    name: str
-    label: str
-    best: str
-    """What is best: `highest`, `lowest` or `nearest to 0`."""
-
-    def badness(self, value: float) -> float:
-        """Lower is better."""
-        return {"highest": -value, "lowest": value, "nearest to 0": abs(value)}[self.best]
-
-
-QUANTITIES = {
-    quantity.name: quantity
-    for quantity in (
-        Quantity("win_rate", "win rate", "highest"),
-        Quantity("nll_distance", "distance of the external NLL to the truth's", "lowest"),
-        Quantity("seq_rep_4", "seq-rep-4 minus the truth's", "nearest to 0"),
-    )
-}
-"""In the order in which one is taken by default, if it is there."""
 
 
 @dataclass(frozen=True)

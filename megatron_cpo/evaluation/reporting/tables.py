@@ -7,8 +7,9 @@ from pathlib import Path
 from megatron_cpo.evaluation.command import REFERENCE
 from megatron_cpo.evaluation.reporting.choosing import Choice
 from megatron_cpo.evaluation.reporting.folder import Folder, model_of
-from megatron_cpo.evaluation.reporting.measures import Curve, Quantity, measured
+from megatron_cpo.evaluation.reporting.measures import Curve, measured
 from megatron_cpo.evaluation.reporting.naming import read_name
+from megatron_cpo.evaluation.reporting.quantities import Quantity
 from megatron_cpo.evaluation.reporting.verdicts import judge_of
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.text_figures import DEFINITIONS

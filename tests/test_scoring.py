@@ -10,6 +10,7 @@ import pytest
 from harness.ranks import run_pretrain
 from harness.stores import write_store
 from megatron_cpo.groups.store import GroupReader
+from tests.commands import assert_one_line_error, run_tool
 from tests.runs import MODEL, cpo_curves
 
 K = 6
@@ -130,9 +131,17 @@ def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         score(tmp_path, str(tmp_path / "nowhere"), 1, "")
 
 
-def test_a_checkpoint_without_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_cpo.host.loading import start_megatron
-
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(ValueError, match=r"--load: .* needs the ranks of torchrun; start this"):
-        start_megatron()
+def test_a_process_that_nothing_launched_is_one_rank(
+    tmp_path: Path, reference: str, scored: tuple[str, np.ndarray]
+) -> None:
+    store = write_store(tmp_path / "groups", 30, K, seed=1, longest=16, scored=False)
+    flags = ["--score-only", "--output-prefix", store, "--load", reference, *MODEL]
+    flags += ["--seq-length", "256", "--micro-batch-size", "2"]
+    done = run_tool("build_negatives.py", *flags)
+    assert done.returncode == 0, done.stderr
+    reader = GroupReader(store)
+    found = np.stack([reader[i].reference_logps for i in range(len(reader))])
+    np.testing.assert_allclose(found, scored[1], rtol=1e-5)
+    done = run_tool("build_negatives.py", *flags, "--tensor-model-parallel-size", "2")
+    assert_one_line_error(done, "build_negatives.py")
+    assert "N ranks: megatron-cpo --nproc-per-node N" in done.stderr

@@ -40,23 +40,29 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="build nothing; score the store at --output-prefix under --load, or under "
         "--policy hf:")  # fmt: skip
     add_policy_arguments(parser)
-    add = parser.add_argument_group("scale; none of these changes a byte").add_argument
-    add("--workers", type=int, metavar="N",
-        help="processes that build blocks, or actors of --executor ray; on a CPU each runs models "
-        "on one thread (default: the cores; 1 for a model on a GPU, a Megatron policy or a "
-        "server)")  # fmt: skip
-    add("--shard", metavar="I/N",
-        help="build every N-th block only, from block I on, I in 0 .. N-1; the shard that "
-        "finishes last makes the store")  # fmt: skip
+    add = add_scale_arguments(parser)
     add("--merge", action="store_true",
         help="make the store of what shards built, should the last have missed it")  # fmt: skip
-    add("--executor", default="local", choices=EXECUTORS,
-        help="local = processes of this machine; ray = actors of the cluster at RAY_ADDRESS, or "
-        "of this machine; all nodes must see the output's folder (default: local)")  # fmt: skip
     add = parser.add_argument_group("resuming").add_argument
     add("--block-records", type=int, default=BLOCK_RECORDS, metavar="N",
         help="records that are finished at a time (default: %(default)s)")  # fmt: skip
     return parser
+
+
+def add_scale_arguments(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Add the flags that spread work, and return what adds more of their group."""
+    add = parser.add_argument_group("scale; none of these changes a byte").add_argument
+    add("--workers", type=int, metavar="N",
+        help="processes that do the work, or actors of --executor ray; on a CPU each runs models "
+        "on one thread (default: the cores; 1 for a model on a GPU, a Megatron policy or a "
+        "server)")  # fmt: skip
+    add("--shard", metavar="I/N",
+        help="do every N-th block only, from block I on, I in 0 .. N-1; the shard that finishes "
+        "last puts the result together")  # fmt: skip
+    add("--executor", default="local", choices=EXECUTORS,
+        help="local = processes of this machine; ray = actors of the cluster at RAY_ADDRESS, or "
+        "of this machine; all nodes must see the output's folder (default: local)")  # fmt: skip
+    return add
 
 
 def config_from_args(args: argparse.Namespace) -> BuildConfig:
@@ -125,9 +131,21 @@ def _same(policy: Any) -> Any:
 
 
 def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -> Run:
+    """Which share of a build this process has; see `share_of_work`.
+
+    Raises:
+        ValueError: a flag is out of range.
+    """
+    return share_of_work(args, config is not None and uses_megatron(args, config))
+
+
+def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
     """Which share of the work this process has, by --shard and by its rank under torchrun.
 
     Ranks are shares of a shard. Ranks that hold one Megatron policy together have one share.
+
+    Args:
+        by_megatron: whether a Megatron policy does it.
 
     Raises:
         ValueError: a flag is out of range.
@@ -135,11 +153,11 @@ def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -
     shard, shards = parse_shard(args.shard) if args.shard else (0, 1)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     writer = True
-    if config is not None and uses_megatron(args, config):
+    if by_megatron:
         if args.executor == "ray":
             raise ValueError(
-                "--executor ray: a Megatron policy needs the ranks of torchrun; start with "
-                "torchrun, and give each machine a --shard"
+                "--executor ray: a Megatron policy runs on ranks; start them with megatron-cpo "
+                "--nproc-per-node N VERB, and give each machine a --shard"
             )
         # Megatron's order of ranks: tensor, context, data, pipeline.
         inner = args.tensor_model_parallel_size * args.context_parallel_size
@@ -153,5 +171,5 @@ def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -
         share=shard * ranks + rank,
         shares=shards * ranks,
         writer=writer,
-        merge_only=args.merge,
+        merge_only=getattr(args, "merge", False),
     )

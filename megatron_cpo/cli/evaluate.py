@@ -13,6 +13,7 @@ from megatron_cpo.cli import evaluating
 from megatron_cpo.cli.errors import fail
 
 SUBJECTS = {
+    "generate": "the texts of a model for the records of a file",
     "score": "without a judge: likelihood, repetition, variety, lengths; ranking of the truth",
     "mauve": "how much alike the distributions of its texts and of people's are",
     "winrate": "by a language model as judge, against another model or the records' own answers",

@@ -12,13 +12,18 @@ from megatron_cpo.host.compat import build_gpt
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Raise ValueError where Megatron refuses flags by an assertion, at times without a word."""
+def _refusals(remedy: str = "") -> Iterator[None]:
+    """Raise ValueError where Megatron refuses flags by an assertion, at times without a word.
+
+    Args:
+        remedy: ends the message if Megatron speaks of the number of ranks.
+    """
     try:
         yield
     except AssertionError as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these flags: {said}") from error
+        remedy = remedy if said and "world size" in said else ""
+        raise ValueError(f"Megatron refuses these flags: {said}{remedy}") from error
 
 
 def open_tokenizer(args: Any) -> Any:
@@ -54,29 +59,31 @@ def score_args(extra_args_provider: Any = None) -> Any:
         parser.set_defaults(tree_rows=True)
         return parser
 
+    needs_ranks = "" if _launched() else "; N ranks: megatron-cpo --nproc-per-node N VERB [flags]"
     defaults = {"micro_batch_size": 1, "train_iters": 1, "eval_interval": 1, "lr": 0.0}
-    with _refusals():
+    with _refusals(needs_ranks):
         args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
     args.no_load_optim = args.no_load_rng = args.finetune = True
     return args
 
 
 def start_megatron() -> None:
-    """Megatron's process groups and seeds, once.
-
-    Raises:
-        ValueError: this process is no rank of torchrun or of another launcher.
-    """
+    """Megatron's process groups and seeds, once; a process that nothing launched is one rank."""
     from megatron.core import parallel_state
     from megatron.training.initialize import initialize_megatron
 
-    if not torch.distributed.is_initialized() and "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            "--load: a Megatron checkpoint needs the ranks of torchrun; start this command with "
-            "torchrun --standalone --nproc-per-node N in place of python"
-        )
+    if not torch.distributed.is_initialized() and not _launched():
+        from torch.distributed.elastic.utils.distributed import get_free_port
+
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": get_free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     if not parallel_state.model_parallel_is_initialized():
         initialize_megatron()
+
+
+def _launched() -> bool:
+    return "MASTER_ADDR" in os.environ
 
 
 def on_first_rank[T](decide: Callable[[], T]) -> T:

@@ -12,9 +12,27 @@ from megatron_cpo.records.source import source_from_args
 def add_policy_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that choose a policy and say how negatives are drawn from it, in one group."""
     add = parser.add_argument_group("policy").add_argument
+    _add_model(add, "where an, mn and pss negatives come from", "server (an only)")
+    _add_sampling(add, "an: ")
+    add("--mask-share", type=float, default=0.15, metavar="F",
+        help="mn: share of y_1's tokens that are drawn anew (default: %(default)s)")  # fmt: skip
+    add("--replace-share", type=float, default=0.5, metavar="F",
+        help="pss: probability that a token is drawn anew (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that choose a model and say how its texts are sampled, in one group."""
+    add = parser.add_argument_group("model").add_argument
+    _add_model(add, "the model", "server")
+    _add_sampling(add, "sample: ")
+    return parser
+
+
+def _add_model(add: Any, what: str, server: str) -> None:
     add("--policy", type=ShownAddress, metavar="WHICH",
-        help="where an, mn and pss negatives come from: hf:PATH, a Hugging Face causal LM; "
-        "http://HOST:PORT/v1, an OpenAI-compatible completions server (an only); or megatron, the "
+        help=f"{what}: hf:PATH, a Hugging Face causal LM; "
+        f"http://HOST:PORT/v1, an OpenAI-compatible completions {server}; or megatron, the "
         "checkpoint of --load (default: megatron if --load is given)")  # fmt: skip
     add("--policy-model", metavar="NAME",
         help="the server's name of the model (default: the only one it serves)")  # fmt: skip
@@ -24,18 +42,17 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     add("--policy-batch", type=int, default=256, metavar="N",
         help="most sequences the policy works on at a time, or requests to a server "
         "(default: %(default)s)")  # fmt: skip
-    add("--temperature", type=float, default=1.0, help="of an negatives (default: %(default)s)")
+
+
+def _add_sampling(add: Any, of: str) -> None:
+    add("--temperature", type=float, default=1.0,
+        help=f"{of}divides the logits (default: %(default)s)")  # fmt: skip
     add("--top-k", type=int, default=50, metavar="K",
-        help="an: draw from the K most likely tokens; 0 = all (default: %(default)s)")  # fmt: skip
+        help=f"{of}draw from the K most likely tokens; 0 = all (default: %(default)s)")  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="an: of those, the most likely that reach probability P (default: all)")  # fmt: skip
+        help=f"{of}of those, the most likely that reach probability P (default: all)")  # fmt: skip
     add("--max-new-tokens", type=int, default=256, metavar="N",
-        help="an: most tokens of a continuation, EOD included (default: %(default)s)")  # fmt: skip
-    add("--mask-share", type=float, default=0.15, metavar="F",
-        help="mn: share of y_1's tokens that are drawn anew (default: %(default)s)")  # fmt: skip
-    add("--replace-share", type=float, default=0.5, metavar="F",
-        help="pss: probability that a token is drawn anew (default: %(default)s)")  # fmt: skip
-    return parser
+        help="most tokens of a continuation, its end included (default: %(default)s)")  # fmt: skip
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:

@@ -122,6 +122,41 @@ class HuggingFacePolicy:
         )  # fmt: skip
 
     @torch.no_grad()
+    def beams(
+        self, prefixes: Sequence[Ints], limits: Sequence[int], beams: int, stops: Collection[int]
+    ) -> list[Ints]:
+        """The best continuation of each prefix by beam search, that of transformers.
+
+        Args:
+            limits: as in `sample`.
+            beams: sequences that are kept at each step.
+            stops: end tokens beside those that the model declares.
+        """
+        from transformers import GenerationConfig
+
+        unused = self._unused.tolist() + list(
+            range(self._vocab_size, self._model.config.vocab_size)
+        )
+        found = []
+        for prefix, limit in zip(prefixes, limits, strict=True):
+            config = GenerationConfig(
+                num_beams=beams,
+                do_sample=False,
+                max_new_tokens=limit - 1,
+                eos_token_id=sorted(self.ends.union(stops)),
+                pad_token_id=self._eod,
+                suppress_tokens=unused or None,
+            )
+            ids = torch.from_numpy(prefix.astype(np.int64))[None].to(self._device)
+            # A fresh configuration alone: the folder's own penalties are no part of beam search.
+            self._model.generation_config = config
+            output = self._model.generate(ids, attention_mask=torch.ones_like(ids))
+            tokens = output[0, len(prefix) :].cpu().numpy().astype(np.int32)
+            ended = len(tokens) > 0 and int(tokens[-1]) in self.ends.union(stops)
+            found.append(tokens if ended else np.append(tokens, np.int32(self._eod)))
+        return found
+
+    @torch.no_grad()
     def replacements(
         self,
         prefixes: Sequence[Ints],

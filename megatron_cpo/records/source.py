@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -112,10 +113,17 @@ names: --prompt-field and its like. Tables and .zst need the extra [data].
 """
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the flags of `Source`, in one group."""
+def add_source_arguments(
+    parser: argparse.ArgumentParser, also: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Add the flags of `Source`, in one group.
+
+    Args:
+        also: other names of `--input`.
+    """
     add = parser.add_argument_group("records").add_argument
-    add("--input", nargs="+", default=[], metavar="PATH", help="what to read; see above")
+    add(*also, "--input", dest="input", nargs="+", default=[], metavar="PATH",
+        help="what to read; see above")  # fmt: skip
     add("--format", default="auto", choices=["auto", *SHAPES],
         help="shape of the records; auto looks at the keys of each (default: auto)")  # fmt: skip
     add("--prompt-template", default=DEFAULT_TEMPLATE.replace("\n", "\\n"), metavar="TEXT",

@@ -20,13 +20,15 @@ from megatron_cpo.work.locking import LOCKS, only_process
 
 
 class WorkFolder:
-    """PREFIX.build, or PREFIX.score of a later scoring.
+    """PREFIX.build, PREFIX.score of a later scoring, or OUTPUT.generate of a file of texts.
 
     Args:
-        path_prefix: the store's PREFIX.
-        kind: of work, `build` or `score`.
+        path_prefix: the store's PREFIX, or the file.
+        kind: of work, `build`, `score` or `generate`.
         command: what decides the bytes of the result, JSON-able.
         earlier: entries of a command that earlier releases did not write, and what they did.
+        flag: names the output in messages.
+        suffix: of the files of blocks.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class WorkFolder:
         kind: str,
         command: dict[str, Any],
         earlier: Mapping[str, Any] | None = None,
+        flag: str = "--output-prefix",
+        suffix: str = ".npz",
     ) -> None:
-        self._earlier = earlier or {}
+        self._earlier, self._flag, self._suffix = earlier or {}, flag, suffix
         self.path = Path(f"{path_prefix}.{kind}")
         self._prefix = path_prefix
         self.is_alone = False
@@ -72,14 +76,14 @@ class WorkFolder:
             if theirs != value:
                 by = " by an earlier release" if name in self._earlier.keys() - found.keys() else ""
                 raise ValueError(
-                    f"--output-prefix {self._prefix}: {what}{by} with {name} "
+                    f"{self._flag} {self._prefix}: {what}{by} with {name} "
                     f"{json.dumps(theirs)}, this command has {json.dumps(value)}; "
-                    f"{remedy}, or give another --output-prefix"
+                    f"{remedy}, or give another {self._flag}"
                 )
 
     def block_path(self, stage: str, block: int) -> Path:
         """Where a finished block of a stage lies."""
-        return self.path / stage / f"{block:08d}.npz"
+        return self.path / stage / f"{block:08d}{self._suffix}"
 
     def missing(self, stage: str, blocks: Iterable[int]) -> list[int]:
         """Those of the blocks that are not finished."""

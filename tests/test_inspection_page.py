@@ -1,16 +1,12 @@
 """The page and the terminal show texts that would do harm; and the tool."""
 
-import base64
-import hashlib
 import io
 import json
 import os
 import re
 import runpy
 import sys
-from collections import Counter
 from dataclasses import replace
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +24,7 @@ from megatron_cpo.inspection.view import view_group
 from megatron_cpo.records.encoder import Encoder
 from tests.commands import assert_quick, run_tool
 from tests.inspecting import flags, group_of, write_groups
+from tests.pages import Page, check_policy
 from tests.texts import dolly_tokenizer
 
 NAME = "inspect_negatives.py"
@@ -63,45 +60,6 @@ def hostile(folder, sentencepiece):
     long = replace(group, prefix=np.resize(group.prefix, 10_000))
     store = write_groups(folder / "a<b>&'c", [scored, long, group], sentencepiece)
     return store, flags("--tokenizer-model", folder / "tokenizer.model")
-
-
-class Page(HTMLParser):
-    """The elements of a page, its text outside of scripts, and what its scripts hold."""
-
-    VOID = ("meta", "input")
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.pieces, self.scripts, self.styles = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags[tag] += 1
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        kinds = {"script": self.scripts, "style": self.styles}
-        if self.open and self.open[-1] in kinds:
-            kinds[self.open[-1]].append(data)
-        else:
-            self.pieces.append(data)
-
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
 
 
 def test_page_holds_hostile_records_as_text(hostile, tmp_path):
@@ -164,13 +122,7 @@ def test_page_allows_only_its_own_script(hostile, tmp_path):
     write_page(store, str(tmp_path / "x.html"), 1, [], args)
     raw = (tmp_path / "x.html").read_text(encoding="utf-8")
     page = Page(raw)
-    (content,) = [v for name, v in page.attributes if name == "content" and "default-src" in v]
-    policy = dict(rule.split(" ", 1) for rule in content.split("; "))
-    assert policy["default-src"] == "'none'"
-    for rule, content in (("script-src", page.scripts[1]), ("style-src", page.styles[0])):
-        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-        assert policy[rule] == f"'sha256-{digest}'"
-    assert " style=" not in raw.split("<script")[0], "the policy forbids them"
+    check_policy(raw, page)
 
 
 def test_script_finds_what_it_asks_for(hostile, tmp_path):

@@ -1,26 +1,7 @@
-// The groups of a page. Texts of records only ever become text nodes. No framework, no network.
-"use strict";
-
-const { separator, groups } = JSON.parse(document.getElementById("data").textContent);
-const list = document.getElementById("list");
-const $ = (id) => document.getElementById(id);
+// The groups of a store.
+const { separator, groups } = data;
 const FOLD = 60; // cells of a shared run, or of a prefix times 3, that are shown before it folds
 
-function el(name, attributes = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
-
-function svg(name, attributes = {}, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  node.append(...children);
-  return node;
-}
-
-const count = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
 const plain = (cells) => cells.filter((c) => typeof c === "string").join(separator);
 
 // Cells as nodes: one text each, or one span a token where borders are shown.
@@ -174,30 +155,14 @@ function fill(card, group) {
   inside.classList.toggle("borders", $("borders").checked);
 }
 
-function hideKinds(root) {
-  const shown = new Set([...document.querySelectorAll("input[name=kind]:checked")].map((i) => i.value));
-  for (const node of root.querySelectorAll(".candidate")) node.hidden = !shown.has(node.dataset.kind);
-}
-
 function card(group) {
   const place = group.place === null ? [] : [`y_1 is no. ${group.place + 1} by log-prob · `];
   const repeated = group.candidates.filter((c) => c.repeats !== null).length;
   const warning = repeated ? [el("span", { class: "warn" }, `${repeated} repeated`), " · "] : [];
   const costs = `${group.tree.toLocaleString("en")} tokens, ${(group.padded / group.tree).toFixed(1)} × less than padded`;
-  const snippet = plain(group.prefix).replace(/\s+/g, " ").slice(0, 160);
-  const node = el(
-    "details", { class: "group", id: `g${group.index}` },
-    el("summary", {}, el("b", {}, String(group.index)), el("span", { class: "snippet", dir: "auto" }, snippet),
-      el("span", { class: "costs" }, ...place, ...warning, costs)),
-    el("div", { class: "inside" }),
-  );
-  node.addEventListener("toggle", () => {
-    if (node.open && !node.querySelector(".candidate")) { fill(node, group); mark(); }
-  });
-  return node;
+  return cardOf(group, plain(group.prefix), [...place, ...warning, costs], fill);
 }
 
-const clean = (text) => text.replace(/↵/g, "").replace(/\s+/g, " ").toLowerCase();
 for (const group of groups) {
   group.card = card(group);
   const texts = [group.prefix, ...group.candidates.map((c) => c.spans.flatMap((s) => s.cells || []))];
@@ -219,85 +184,4 @@ const SORT = {
   gain: (g) => -g.padded / g.tree,
 };
 
-function update() {
-  const query = clean($("query").value.trim());
-  const number = /^#(\d+)$/.exec(query);
-  const matches = (g) => (number ? g.index === Number(number[1]) : g.searched.includes(query));
-  const shown = groups.filter((g) => WHICH[$("which").value](g) && matches(g));
-  const by = SORT[$("sort").value];
-  if (by) shown.sort((a, b) => by(a) - by(b));
-  list.replaceChildren(...shown.map((g) => g.card));
-  $("count").textContent = `${shown.length} of ${count(groups.length, "group")}`;
-  if (shown.length && !list.querySelector("[open]")) shown[0].card.open = true;
-  mark();
-}
-
-// Marks what was searched for, where the browser can do so without touching the text.
-function mark() {
-  if (!window.Highlight || !CSS.highlights) return;
-  CSS.highlights.delete("found");
-  const query = $("query").value.trim().toLowerCase();
-  if (query.length < 2 || query.startsWith("#")) return;
-  const ranges = [];
-  for (const text of list.querySelectorAll("[open] .text")) {
-    const walker = document.createTreeWalker(text, NodeFilter.SHOW_TEXT);
-    const nodes = [];
-    let all = "";
-    while (walker.nextNode()) { nodes.push([all.length, walker.currentNode]); all += walker.currentNode.data; }
-    const lower = all.toLowerCase();
-    if (lower.length !== all.length) continue; // a few letters change length; then places do not match
-    const place = (i) => { const [at, node] = nodes.findLast(([start]) => start <= i); return [node, i - at]; };
-    for (let i = lower.indexOf(query); i >= 0; i = lower.indexOf(query, i + query.length)) {
-      const range = new Range();
-      range.setStart(...place(i));
-      const [node, offset] = place(i + query.length - 1);
-      range.setEnd(node, offset + 1);
-      ranges.push(range);
-    }
-  }
-  CSS.highlights.set("found", new Highlight(...ranges));
-}
-
-function refill() {
-  for (const group of groups) {
-    if (group.card.open) fill(group.card, group);
-    else group.card.querySelector(".inside").replaceChildren();
-  }
-  mark();
-}
-
-function step(by) {
-  const heads = [...list.querySelectorAll("summary")];
-  const here = heads.indexOf(document.activeElement.closest?.(".group")?.querySelector("summary"));
-  const next = heads[Math.min(Math.max(here + by, 0), heads.length - 1)];
-  if (next) { next.focus(); next.scrollIntoView({ block: "nearest" }); }
-}
-
-// A link to a candidate, or to a group, opens the group that holds it.
-function follow() {
-  const found = /^#g(\d+)(c\d+)?$/.exec(location.hash);
-  const group = found && groups.find((g) => g.index === Number(found[1]));
-  if (!group) return;
-  if (!group.card.open) { group.card.open = true; fill(group.card, group); }
-  document.getElementById(location.hash.slice(1))?.scrollIntoView();
-}
-
-$("tools").addEventListener("submit", (event) => event.preventDefault());
-$("query").addEventListener("input", update);
-for (const id of ["which", "sort"]) $(id).addEventListener("change", update);
-for (const id of ["order", "was", "borders"]) $(id).addEventListener("change", refill);
-for (const box of document.querySelectorAll("input[name=kind]")) box.addEventListener("change", () => hideKinds(list));
-window.addEventListener("hashchange", follow);
-document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.closest("input[type=search], select")) {
-    if (event.key === "Escape") event.target.blur();
-    return;
-  }
-  if (event.key === "/") { event.preventDefault(); $("query").focus(); }
-  else if (event.key === "j") step(1);
-  else if (event.key === "k") step(-1);
-});
-
-update();
-follow();
+present(groups, { what: "group", which: WHICH, sort: SORT, fill, again: ["order", "was", "borders"] });

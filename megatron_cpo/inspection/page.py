@@ -1,18 +1,11 @@
-"""The report of a store as one HTML page: no network, no framework, no script but its own.
+"""The report of a store as one HTML page: see `document` for what all pages are."""
 
-Texts of records travel as JSON in which `<`, `>` and `&` are escaped, and the script only ever puts
-them into text nodes. The page's policy names the script and the style by hash, so that the browser
-refuses any other.
-"""
-
-import base64
-import hashlib
-import json
 import math
 from html import escape
 from importlib.resources import files
 from typing import Any
 
+from megatron_cpo.inspection.document import KEYS, header, note, render_document
 from megatron_cpo.inspection.facts import IDS, UNSCORED, describe_store
 from megatron_cpo.inspection.plots import kind_class, kind_colours, kind_table, store_figures
 from megatron_cpo.inspection.statistics import StoreStatistics
@@ -47,17 +40,6 @@ def render_page(
     style, script = (
         (files(__package__) / file).read_text(encoding="utf-8") for file in ("page.css", "page.js")
     )
-    style = kind_colours() + style
-    policy = (
-        f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
-    )
-    facts = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(words)}</dd></div>"
-        for label, words in describe_store(manifest)
-    )
-    unscored = "" if found.scored else f'<p class="note">{escape(UNSCORED)}</p>'
-    ids = "" if text.has_text else f'<p class="note">{escape(IDS)}</p>'
     kinds = "".join(
         f'<label><input type="checkbox" name="kind" value="{escape(kind)}" checked>'
         f'<span class="badge {kind_class(kind)}">{escape(kind)}</span></label>'
@@ -69,29 +51,18 @@ def render_page(
         else f"all {len(groups):,} groups"
     )
     data = {"separator": text.separator, "groups": [_group(group, text) for group in groups]}
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(name)} · groups of negatives</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#groups">Skip to the groups</a>
-<header><h1>{escape(name)}</h1><dl>{facts}</dl></header>
+    body = f"""\
+{header(name, describe_store(manifest))}
 <main>
 <section aria-labelledby="store"><h2 id="store">The whole store</h2>
-{unscored}
+{note("" if found.scored else UNSCORED)}
 {kind_table(found)}
 <div class="figures">{store_figures(found)}</div>
 </section>
 <section aria-labelledby="groups"><h2 id="groups" tabindex="-1">Groups</h2>
 <p class="note">{sample}. A group is one token tree: what a candidate shares with one drawn before
 it is computed once.</p>
-{ids}
+{note("" if text.has_text else IDS)}
 <form id="tools" role="search">
 <label class="search">Search <input id="query" type="search" autocomplete="off" spellcheck="false"
  placeholder="words, or #17 for a group"></label>
@@ -119,17 +90,14 @@ it is computed once.</p>
 <span><del>gone</del> y_1's tokens</span>
 <span><b class="cut">✂7</b> candidate 7 cuts y_1 here</span>
 <span><b class="eod">∎</b> end of document</span>
-<span><kbd>/</kbd> search <kbd>j</kbd> <kbd>k</kbd> next and previous group <kbd>Enter</kbd> open
-</span></p>
+{KEYS}</p>
 <noscript><p class="note">The groups need JavaScript; the numbers above do not.</p></noscript>
 <div id="list"></div>
 </section>
-</main>
-<script type="application/json" id="data">{_json(data)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+</main>"""
+    return render_document(
+        name, "groups of negatives", body, data, kind_colours() + style, script, "groups"
+    )
 
 
 def _group(view: GroupView, text: TokenText) -> dict[str, Any]:
@@ -186,14 +154,3 @@ def _cells(tokens: Ints, text: TokenText) -> Cells:
 
 def _rounded(value: float, digits: int) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
-
-
-def _json(data: Any) -> str:
-    """JSON that is safe inside a script element: no tag, comment or entity can begin in it."""
-    raw = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return raw.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _hash(content: str) -> str:
-    """A source expression of a content security policy."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

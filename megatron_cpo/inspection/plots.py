@@ -4,7 +4,6 @@ Every plot is a `<figure>` with a caption. Those by kind have their numbers in t
 well, the others in their label, which screen readers read.
 """
 
-import math
 from collections import Counter
 from html import escape
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
+from megatron_cpo.inspection.drawing import LABEL, WIDTH, Scale, axis, figure, text
 from megatron_cpo.inspection.facts import describe_tokens, number, share
 from megatron_cpo.inspection.statistics import (
     Histogram,
@@ -19,10 +19,8 @@ from megatron_cpo.inspection.statistics import (
     side_by_side,
 )
 
-WIDTH, LABEL, ROW = 380, 62, 38
-"""Pixels: of a plot, of the labels at its left, of the height of a row of bars."""
-VALUE = 52
-"""Pixels at the right for a row's number."""
+ROW = 38
+"""Pixels: the height of a row of bars."""
 BARS = 48
 TAIL = 0.01
 """Share of each row's values that may lie outside the axis at either end: one outlier would
@@ -67,31 +65,31 @@ def histograms(title: str, unit: str, rows: dict[str, Histogram], digits: int = 
     low = min((h.quantile(TAIL) for h in present), default=0.0)
     high = max((h.quantile(1 - TAIL) for h in present), default=1.0)
     start, width, counts = side_by_side(rows.values(), BARS, low, high)
-    scale = _Scale(start, start + width * len(counts[0]))
+    scale = Scale(start, start + width * len(counts[0]))
     parts, outside = [], 0
     for at, ((name, histogram), bars) in enumerate(zip(rows.items(), counts, strict=True)):
         base = (at + 1) * ROW
         outside += histogram.count - int(bars.sum())
         parts.append(_label(name, base - 6))
         if not histogram.count:
-            parts.append(_text(scale.left, base - 6, "none", "note"))
+            parts.append(text(scale.left, base - 6, "none", "note"))
             continue
         parts.append(f'<path class="bars {kind_class(name)}" d="{_steps(bars, base, scale)}"/>')
         median = histogram.quantile(0.5)
         x = scale(min(max(median, scale.low), scale.high))
         parts.append(f'<path class="median" d="M{x:.1f} {base}v{6 - ROW}"/>')
-        parts.append(_text(WIDTH, base - 6, number(median, digits), "value"))
-    parts.append(_axis(scale, len(rows) * ROW))
+        parts.append(text(WIDTH, base - 6, number(median, digits), "value"))
+    parts.append(axis(scale, len(rows) * ROW))
     total = sum(h.count for h in rows.values())
     beyond = f"; {outside:,} of {total:,} lie beyond the axis" if outside else ""
     caption = f"{unit}. Lines and numbers: medians{beyond}."
-    return _figure(title, caption, len(rows) * ROW + 20, parts)
+    return figure(title, caption, len(rows) * ROW + 20, parts)
 
 
 def columns(title: str, unit: str, rows: dict[str, Counter[int]]) -> str:
     """For each counter a row of columns, one for each of 0, 1, ... with its share above it."""
     last = max((max(counter, default=0) for counter in rows.values()), default=0)
-    scale = _Scale(-0.5, last + 0.5, right=WIDTH)
+    scale = Scale(-0.5, last + 0.5, right=WIDTH)
     parts = []
     height = ROW + 14
     for at, (name, counter) in enumerate(rows.items()):
@@ -106,15 +104,15 @@ def columns(title: str, unit: str, rows: dict[str, Counter[int]]) -> str:
             )
             percent = f"{100 * counter[value] / counter.total():.0f}%"
             if percent != "0%" and last < 16:
-                parts.append(_text(scale(value), base - tall - 3, percent, "over"))
-    parts.append(_axis(scale, len(rows) * height, whole=True))
+                parts.append(text(scale(value), base - tall - 3, percent, "over"))
+    parts.append(axis(scale, len(rows) * height, whole=True))
     groups = max(counter.total() for counter in rows.values())
     caption = f"{unit}. Share of {groups:,} groups."
     said = "; ".join(
         f"{name}: " + ", ".join(f"{value}: {n:,} groups" for value, n in sorted(counter.items()))
         for name, counter in rows.items()
     )
-    return _figure(title, caption, len(rows) * height + 20, parts, said)
+    return figure(title, caption, len(rows) * height + 20, parts, said)
 
 
 def token_bars(found: StoreStatistics) -> str:
@@ -126,12 +124,12 @@ def token_bars(found: StoreStatistics) -> str:
         base = (at + 1) * ROW
         long = (WIDTH - 2) * count / most
         parts.append(f'<rect class="bars" x="0" y="{base - 12}" width="{long:.1f}" height="10"/>')
-        parts.append(_text(0, base - 17, what, "start"))
+        parts.append(text(0, base - 17, what, "start"))
         value = f"{count:,}, {compared}" if compared else f"{count:,}"
-        parts.append(_text(WIDTH, base - 17, value, "value"))
+        parts.append(text(WIDTH, base - 17, value, "value"))
     caption = "Of all groups. Padded: each row to the longest of its group."
     said = "; ".join(f"{what}: {count:,}" for what, count, _ in ways)
-    return _figure("Tokens through the model", caption, len(ways) * ROW + 4, parts, said)
+    return figure("Tokens through the model", caption, len(ways) * ROW + 4, parts, said)
 
 
 def kind_table(found: StoreStatistics) -> str:
@@ -185,17 +183,7 @@ def kind_colours() -> str:
     )
 
 
-class _Scale:
-    """Values to pixels."""
-
-    def __init__(self, low: float, high: float, right: float = WIDTH - VALUE) -> None:
-        self.low, self.high, self.left, self.right = low, high, float(LABEL), right
-
-    def __call__(self, value: float) -> float:
-        return self.left + (self.right - self.left) * (value - self.low) / (self.high - self.low)
-
-
-def _steps(bars: NDArray[np.int64], base: float, scale: _Scale) -> str:
+def _steps(bars: NDArray[np.int64], base: float, scale: Scale) -> str:
     """The outline of a row of bars."""
     wide = (scale.right - scale.left) / len(bars)
     tallest = max(max(bars), 1)
@@ -207,38 +195,5 @@ def _steps(bars: NDArray[np.int64], base: float, scale: _Scale) -> str:
     return "".join([*path, f"V{base}Z"])
 
 
-def _axis(scale: _Scale, y: float, whole: bool = False) -> str:
-    step = _nice((scale.high - scale.low) / 5)
-    step = max(1.0, round(step)) if whole else step
-    digits = max(0, -math.floor(math.log10(step)))
-    first = math.ceil(scale.low / step - 1e-9)
-    ticks = []
-    for i in range(first, math.floor(scale.high / step + 1e-9) + 1):
-        x = scale(i * step)
-        ticks.append(f'<path class="tick" d="M{x:.1f} {y}v4"/>')
-        ticks.append(_text(x, y + 16, f"{i * step + 0.0:,.{digits}f}", "ticks"))
-    line = f'<path class="tick" d="M{scale.left:.1f} {y}H{scale.right:.1f}"/>'
-    return line + "".join(ticks)
-
-
-def _nice(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return float(next(n * power for n in (1, 2, 5, 10) if n * power >= step * (1 - 1e-9)))
-
-
 def _label(name: str, y: float) -> str:
-    return _text(LABEL - 8, y, name, f"label {kind_class(name)}")
-
-
-def _text(x: float, y: float, words: str, kind: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
-
-
-def _figure(title: str, caption: str, height: float, parts: list[str], said: str = "") -> str:
-    label = f"{title}: {said}" if said else title
-    return (
-        f"<figure><h3>{escape(title)}</h3>"
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
-        f"{''.join(parts)}</svg><figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return text(LABEL - 8, y, name, f"label {kind_class(name)}")

@@ -1,0 +1,57 @@
+"""A figure against alpha as a small SVG; colours and fonts are the page's."""
+
+from megatron_cpo.evaluation.reporting.contents import Plot
+from megatron_cpo.inspection.drawing import Scale, axis, figure, text, ticks
+
+TOP, BOTTOM, LEFT, RIGHT = 18, 200, 46, 366
+"""Pixels of the axes."""
+
+
+def curve_figure(plot: Plot) -> str:
+    """The curve with its interval as a band, and the chosen alpha with that of half B."""
+    x, y = _scales(plot)
+    upper = [f"{x(a):.1f} {y(e.high):.1f}" for a, e in plot.points.items()]
+    lower = [f"{x(a):.1f} {y(e.low):.1f}" for a, e in plot.points.items()]
+    line = [f"{x(a):.1f} {y(e.value):.1f}" for a, e in plot.points.items()]
+    parts = [
+        *(
+            f'<path class="grid" d="M{LEFT} {at:.1f}H{RIGHT}"/>'
+            f"{text(LEFT - 8, at + 4, number, 'value')}"
+            for at, number in ticks(y)
+        ),
+        f'<path class="band" d="M{"L".join([*upper, *reversed(lower)])}Z"/>',
+        f'<path class="curve" d="M{"L".join(line)}"/>',
+        *(
+            f'<circle class="point" cx="{x(a):.1f}" cy="{y(e.value):.1f}" r="3"/>'
+            for a, e in plot.points.items()
+        ),
+    ]
+    caption = "alpha, the MLE model's share. Band: 95% interval, all prompts."
+    if choice := plot.choice:
+        at, found = x(choice.alpha), choice.reported[choice.alpha]
+        parts.append(
+            f'<path class="best" d="M{at:.1f} {y(found.low):.1f}V{y(found.high):.1f}"/>'
+            f'<circle class="best" cx="{at:.1f}" cy="{y(found.value):.1f}" r="4.5"/>'
+        )
+        side = "end" if at > (LEFT + RIGHT) / 2 else "start"
+        parts.append(text(at, TOP - 6, f"best alpha {choice.alpha:.15g}", f"chosen {side}"))
+        caption += (
+            f" Ring: alpha {choice.alpha:.15g}, chosen on half A "
+            f"({choice.chosen[choice.alpha]}); its figure on half B is {found}."
+        )
+    parts.append(axis(x, BOTTOM))
+    said = "; ".join(f"alpha {a:.15g}: {e}" for a, e in plot.points.items())
+    return figure(plot.title, caption, BOTTOM + 24, parts, said)
+
+
+def _scales(plot: Plot) -> tuple[Scale, Scale]:
+    shown = list(plot.points.values())
+    if plot.choice:
+        shown.append(plot.choice.reported[plot.choice.alpha])
+    low, high = min(e.low for e in shown), max(e.high for e in shown)
+    room = (high - low or abs(high) or 1.0) * 0.08
+    first, last = min(plot.points), max(plot.points)
+    return (
+        Scale(first, last, left=LEFT, right=RIGHT),
+        Scale(low - room, high + room, left=BOTTOM, right=TOP),
+    )

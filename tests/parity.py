@@ -208,10 +208,9 @@ LOSSES = (
     "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
     "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
 )
+RANKING_NCE = "--cpo-objective ranking-nce --cpo-beta 1"
 CASES += [Case(GQA, 2, f"{layout} 2", objective=loss) for loss in LOSSES for layout in (TP, CP, PP)]
-CASES.append(
-    Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective="--cpo-objective ranking-nce --cpo-beta 1")
-)
+CASES.append(Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective=RANKING_NCE))
 
 
 @dataclass

@@ -145,6 +145,16 @@ def test_the_file(external, files, tmp_path):
     assert describe(first).count("\n") > 20
 
 
+def test_another_tokenizer_is_asked_anew(external, files, tmp_path):
+    """What was kept is of the weights and of the tokenizer's files."""
+    copy = shutil.copytree(external, tmp_path / "copy")
+    before = ExternalModel(f"hf:{copy}").identity
+    assert before | {"name": ""} == ExternalModel(f"hf:{external}").identity | {"name": ""}
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace("quickly", "QUICKLY").replace("the", "thE"))
+    assert ExternalModel(f"hf:{copy}").identity["tokenizer"] != before["tokenizer"]
+
+
 def test_against_the_truth(files):
     """Shuffled answers have as many words; the one in circles repeats more than people do."""
     found = score_files(files, baseline="reference")
@@ -198,6 +208,9 @@ def test_bad_input(files, tmp_path, external):
     empty = write_texts(tmp_path / "empty.json", ["yes"] + [""] * (TEXTS - 1))
     with pytest.raises(ValueError, match=r"empty.json: 23 of its 24 texts are empty"):
         score_files([empty])
+    one = write_texts(tmp_path / "one-prompt.json", ["yes"])
+    with pytest.raises(ValueError, match=r"one-prompt.json: texts of one prompt"):
+        score_files([one])
     with pytest.raises(ValueError, match="hf:nowhere: there is no such folder"):
         ExternalModel("hf:nowhere")
     with pytest.raises(ValueError, match="--external gpt2: needs hf:PATH"):

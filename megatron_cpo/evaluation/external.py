@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_cpo.checkpoints.digest import digest_of, whole_file
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.evaluation.kept import KeptLines, digest
 from megatron_cpo.inspection.tokenizer import folder_tokenizer
@@ -66,8 +67,13 @@ class ExternalModel:
             files = open_model(Path(self._path))
         except ValueError as error:
             raise ValueError(f"{flag} hf:{error}") from error  # which begins with the path
-        self.identity: dict[str, Any] = {**files.identity(), "dtype": dtype}
-        """Name of the folder, digest of its weights and configuration, and dtype."""
+        self.identity: dict[str, Any] = {
+            **files.identity(),
+            "tokenizer": _tokenizer_digest(Path(self._path)),
+            "dtype": dtype,
+        }
+        """Name of the folder, digests of its weights and configuration and of its tokenizer's
+        files, and dtype."""
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -148,14 +154,20 @@ class ExternalModel:
         return prefix, tokens[:room], len(tokens) > room
 
 
+def _tokenizer_digest(folder: Path) -> str:
+    """Of all files but the weights' that may say how a text is encoded."""
+    names = (*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("merges*"))
+    return digest_of(whole_file(path, folder) for path in {*names} if path.is_file())
+
+
 def last(hidden: Tensor) -> Tensor:
     """[hidden] of the last token, from [tokens, hidden]."""
     return hidden[-1]
 
 
 def likelihood_key(identity: dict[str, Any], prompt: str, text: str) -> str:
-    """What a text's likelihood is kept under: the model's weights and dtype, prompt and text."""
-    return digest([identity["digest"], identity["dtype"], prompt, text])
+    """What a text's likelihood is kept under: weights, tokenizer and dtype, prompt and text."""
+    return digest([*(identity[name] for name in ("digest", "tokenizer", "dtype")), prompt, text])
 
 
 def encoded(encoder: Encoder, prompt: str, text: str) -> tuple[Ints, Ints]:

@@ -3,7 +3,8 @@
 A candidate's score is its log-prob, summed over its tokens, or, where the store has log-probs of
 a reference, its reward s_k = beta * (log pi - log pi_ref). Against all negatives, and against those
 of each kind: the share of groups whose truth is strictly above all of them, and the mean margin to
-the best of them. A log-prob favours short candidates, a reward does not.
+the best of them. A sum over tokens favours short candidates, which the mean over tokens
+(`token_logp`) and a reward do not.
 
 It writes an object with
 
@@ -13,13 +14,15 @@ It writes an object with
     tool          this package and its version
 
 where NAME is `nll_truth`, `perplexity_truth`, and SCORE_accuracy, SCORE_margin of all negatives and
-SCORE_accuracy_KIND, SCORE_margin_KIND of a kind's; SCORE is `logp` or `reward`.
+SCORE_accuracy_KIND, SCORE_margin_KIND of a kind's; SCORE is `logp`, `token_logp` or `reward`;
+there are no rewards under the reference itself, where all are 0.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_cpo.checkpoints.identity import same_checkpoint
 from megatron_cpo.evaluation.figures import Figure, PerText, Pooled
 from megatron_cpo.evaluation.scores import TOOL, definition_rows, figure_rows
+from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.files import write_json
 from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
@@ -40,7 +45,11 @@ from megatron_cpo.scoring.folder import require_tokenizer
 from megatron_cpo.training.metrics import margins
 from megatron_cpo.work.job import BLOCK_RECORDS
 
-SCORES = {"logp": "log-prob, nats", "reward": "reward, nats times beta"}
+SCORES = {
+    "logp": "log-prob, nats, summed over tokens",
+    "token_logp": "log-prob, nats a token",
+    "reward": "reward, nats times beta, summed over tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class GroupScores:
     figures: dict[str, Figure]
     definitions: dict[str, tuple[str, str]]
     """Label and definition of each figure."""
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Of each figure."""
+        return {name: figure.estimate() for name, figure in self.figures.items()}
 
 
 def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -> GroupScores:
@@ -93,8 +107,12 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
             bar.update(len(block))
     figures, definitions = _truth_figures(groups, logps)
     reference = reader.manifest["reference"]
-    values = {"logp": logps}
-    if reference is not None:
+    lengths = [np.array([len(c) for c in group.candidates], dtype=np.float32) for group in groups]
+    values = {
+        "logp": logps,
+        "token_logp": [ours / n for ours, n in zip(logps, lengths, strict=True)],
+    }
+    if reference is not None and not same_checkpoint(policy.identity, reference):
         for index, group in enumerate(groups):
             source = f"the reference of {path_prefix}"
             require_finite(group.reference_logps, f"group {index}", "stored log-prob", source)
@@ -155,7 +173,7 @@ def write_group_scores(path: Path, found: GroupScores) -> None:
         "beta": found.beta,
         "model": found.model,
         "reference": found.reference,
-        "figures": figure_rows(found.figures),
+        "figures": figure_rows(found.estimates),
     }
     definitions = definition_rows(found.definitions, found.figures)
     write_json(path, {"groups": content, "definitions": definitions, "tool": TOOL})
@@ -165,11 +183,13 @@ def describe_groups(found: GroupScores) -> str:
     """The figures for people."""
     lines = [f"{found.path_prefix} under {model_name(found.model)}: {found.groups} groups"]
     width = max(len(label) for label, _ in found.definitions.values())
-    for name, figure in found.figures.items():
-        label, _ = found.definitions[name]
-        lines.append(f"  {label:<{width}}  {figure.estimate()}")
-    if found.reference is None:
-        lines.append("  no rewards: the store has no reference log-probs (build --score-only)")
+    for name, estimate in found.estimates.items():
+        lines.append(f"  {found.definitions[name][0]:<{width}}  {estimate}")
+    if "reward_accuracy" not in found.figures:
+        why = "the model is the store's reference, so all are 0"
+        if found.reference is None:
+            why = "the store has no reference log-probs (build --score-only)"
+        lines.append(f"  no rewards: {why}")
     return "\n".join(lines)
 
 
@@ -218,7 +238,7 @@ def _ranking_figures(
         scores[row, : len(found)] = torch.from_numpy(found.astype(np.float64))
         kinds[row, : len(found)] = torch.from_numpy(group.kinds.astype(np.float32))
         mask[row, : len(found)] = True
-    prompts = _prompts(groups)
+    prompts, label = _prompts(groups), score.replace("_", " ")
     figures: dict[str, Figure] = {}
     definitions: dict[str, tuple[str, str]] = {}
     present = set(kinds[mask].int().tolist())
@@ -238,11 +258,11 @@ def _ranking_figures(
         figures[f"{score}_accuracy{suffix}"] = PerText(keys, ahead, share=True)
         figures[f"{score}_margin{suffix}"] = PerText(keys, margin[rows].numpy())
         definitions[f"{score}_accuracy{suffix}"] = (
-            f"{score} accuracy{short}",
+            f"{label} accuracy{short}",
             f"share of groups whose truth is strictly above {against}, by {SCORES[score]}",
         )
         definitions[f"{score}_margin{suffix}"] = (
-            f"{score} margin{short}",
+            f"{label} margin{short}",
             f"the truth's minus the best of {against}, by {SCORES[score]}",
         )
     return figures, definitions

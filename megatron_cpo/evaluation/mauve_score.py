@@ -230,8 +230,8 @@ def _check_size(path: Path, texts: int, few: bool) -> None:
     )
     raise ValueError(
         f"{path}: {texts} texts on the smaller side; MAUVE compares histograms with a cluster for "
-        f"each 10 texts, and is advised for thousands: needs at least {least}; generate "
-        f"more{remedy}"
+        f"each 10 texts, and its own loader takes 2,000 or more: needs at least {least}; "
+        f"generate more{remedy}"
     )
 
 

@@ -18,16 +18,15 @@ Intervals are of 95%, over prompts; `unread` and `cut` are there where an extern
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpo import __version__
-from megatron_cpo.evaluation.figures import Figure
 from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
-from megatron_cpo.evaluation.statistics import Difference
+from megatron_cpo.evaluation.statistics import Difference, Estimate
 from megatron_cpo.evaluation.text_figures import DEFINITIONS, Asked, Scored, scored
 from megatron_cpo.files import write_json
 
@@ -137,14 +136,14 @@ def is_report(path: Path) -> bool:
 def write_scores(path: Path, found: Scores) -> None:
     """Write `scores.json`, whole or not at all; see this module."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figures = {name: figure for each in found.files for name, figure in each.figures.items()}
+    names = {name for each in found.files for name in each.figures}
     write_json(
         path,
         {
             "files": [_file(each) for each in found.files],
             "truth": _file(found.truth) if found.truth else None,
             "differences": [_difference(each) for each in found.compared],
-            "definitions": definition_rows(DEFINITIONS, figures),
+            "definitions": definition_rows(DEFINITIONS, names),
             "external": found.external,
             "similarity": found.similarity,
             "tool": TOOL,
@@ -176,10 +175,10 @@ def _block(each: Scored, truth: Scored | None) -> list[str]:
     lines = [f"{each.results.generator} ({each.results.path}): {', '.join(said)}"]
     if truth is not None:
         lines.append(f"  {'':<18} {'':<28} truth")
-    for name, figure in each.figures.items():
-        row = f"  {DEFINITIONS[name][0]:<18} {figure.estimate()!s:<28}"
-        if truth is not None and name in truth.figures:
-            row += f" {truth.figures[name].estimate().value:.3f}"
+    for name, estimate in each.estimates.items():
+        row = f"  {DEFINITIONS[name][0]:<18} {estimate!s:<28}"
+        if truth is not None and name in truth.estimates:
+            row += f" {truth.estimates[name].value:.3f}"
         lines.append(row.rstrip())
     return lines
 
@@ -202,18 +201,18 @@ def _named(files: Sequence[Scored], baseline: str | None) -> Scored:
 
 
 def _differences(files: Sequence[Scored], base: Scored, truth: bool) -> list[Compared]:
-    return [
-        Compared(
-            str(each.results.path),
-            REFERENCE if truth else str(base.results.path),
-            name,
-            figure.minus(base.figures[name]),
-        )
-        for each in files
-        if each is not base
-        for name, figure in each.figures.items()
-        if name in base.figures and name not in ALIKE
-    ]
+    baseline = REFERENCE if truth else str(base.results.path)
+    found = []
+    for each in files:
+        for name, figure in each.figures.items():
+            if each is base or name not in base.figures or name in ALIKE:
+                continue
+            try:
+                difference = figure.minus(base.figures[name])
+            except ValueError as error:
+                raise ValueError(f"{each.results.path} and {baseline}: {name}: {error}") from error
+            found.append(Compared(str(each.results.path), baseline, name, difference))
+    return found
 
 
 def _file(each: Scored) -> dict[str, Any]:
@@ -222,23 +221,23 @@ def _file(each: Scored) -> dict[str, Any]:
         "generator": each.results.generator,
         "made": asdict(each.results.made),
         "counts": each.counts,
-        "figures": figure_rows(each.figures),
+        "figures": figure_rows(each.estimates),
     }
 
 
-def figure_rows(figures: Mapping[str, Figure]) -> dict[str, Any]:
+def figure_rows(estimates: Mapping[str, Estimate]) -> dict[str, Any]:
     """Estimates as a report has them, by name."""
-    return {name: asdict(figure.estimate()) for name, figure in figures.items()}
+    return {name: asdict(estimate) for name, estimate in estimates.items()}
 
 
 def definition_rows(
-    definitions: Mapping[str, tuple[str, str]], figures: Mapping[str, Figure]
+    definitions: Mapping[str, tuple[str, str]], names: Container[str]
 ) -> dict[str, Any]:
-    """What figures are, as a report has it, by name."""
+    """What the figures of these names are, as a report has it."""
     return {
         name: {"label": label, "definition": definition}
         for name, (label, definition) in definitions.items()
-        if name in figures
+        if name in names
     }
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from megatron_cpo.evaluation.figures import Distance, Figure, PerText, Pooled
 from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.results import Results
+from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.text_metrics import ngrams, repetition, self_bleu, words
 
 if TYPE_CHECKING:  # imports torch
@@ -53,6 +55,11 @@ class Scored:
     """`texts`, and how many of them are `empty`, or were `cut` or not read by the external model
     (`unread`), where it was asked."""
 
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """Of each figure."""
+        return {name: figure.estimate() for name, figure in self.figures.items()}
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -74,6 +81,8 @@ def scored(results: Results, asked: Asked) -> Scored:
     prompts = [text.id for text in results.texts]
     outputs = [text.output for text in results.texts]
     filled = [bool(text.strip()) for text in outputs]
+    if len(set(prompts)) < 2:
+        raise ValueError(f"{results.path}: texts of one prompt; an interval needs at least 2")
     if sum(filled) < 2:
         raise ValueError(
             f"{results.path}: {len(filled) - sum(filled)} of its {len(filled)} texts are empty; "

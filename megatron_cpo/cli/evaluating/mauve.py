@@ -41,6 +41,8 @@ def main() -> None:
     add("--few", action="store_true", help="accept fewer than 100 texts")
     add("--output", type=Path, metavar="FILE", help="(default: mauve.json beside the first file)")
     args = parser.parse_args()
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # weights load in a second
 
     with hidden_chatter():

@@ -76,6 +76,8 @@ def main() -> None:
     args = add_tokenizer_arguments(parser, "those of --policy").parse_args()
     if bool(args.candidate) == bool(args.groups):
         parser.error("give --candidate FILE ... to score texts, or --groups PREFIX to rank them")
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process does it
     with hidden_chatter():
         if args.candidate:
             _score_texts(args)
@@ -127,7 +129,7 @@ def _score_under_checkpoint() -> None:
             "--candidate nor --policy"
         )
     found = under_checkpoint(args.groups, args, args.policy_batch, args.beta)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         _tell(found, args.output)
 
 

@@ -337,7 +337,10 @@ class Matrix:
 
     def store_for(self, flags: str) -> str:
         """PREFIX of a store that a loss takes: NCE wants samples of the reference, PSS copies."""
-        kind = "an" if "nce" in flags else "pss" if "pss" in flags else "mixed"
+        found = re.search(r"--cpo-objective (\S+)", flags)  # "nce" is in --sequence-parallel, too
+        kind = {"nce": "an", "ranking-nce": "an", "pss": "pss"}.get(
+            found[1] if found else "", "mixed"
+        )
         if kind not in self._stores:
             kinds = ("bn", "mn", "tn") if kind == "mixed" else (kind,)
             path = self.folder / f"groups-{kind}"

@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_cpo.checkpoints.folders import DAMAGE
 from megatron_cpo.checkpoints.formats.stored import Shape
-from megatron_cpo.checkpoints.formats.unpickling import StorageView, unpickle
+from megatron_cpo.checkpoints.formats.unpickling import StorageView, stored_entry, unpickle
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
@@ -62,11 +63,11 @@ def values_start(file: BinaryIO, start: int, length: int, dtype: torch.dtype, si
     try:
         with zipfile.ZipFile(io.BufferedReader(Span(file, start, length))) as archive:
             names = {name.partition("/")[2]: name for name in archive.namelist()}
-            view = unpickle(io.BytesIO(archive.read(names["data.pkl"])))
-            if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+            view = unpickle(io.BytesIO(stored_entry(archive, names["data.pkl"])))
+            if "byteorder" in names and stored_entry(archive, names["byteorder"]) != b"little":
                 raise ValueError("its values are big-endian")
             values = archive.getinfo(names[f"data/{view.storage[2]}"])
-    except (zipfile.BadZipFile, KeyError, AttributeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"not an archive of one tensor: {error}") from error
     contiguous = StorageView(view.storage, 0, sizes, torch.empty(sizes, device="meta").stride())
     if (

@@ -14,6 +14,7 @@ import torch
 
 from harness.stores import write_store
 from megatron_cpo.checkpoints.folders import checkpoint_folder
+from megatron_cpo.checkpoints.formats.archive import frame
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint, open_model
 from megatron_cpo.checkpoints.formats.unpickling import unpickle, unpickle_archive
 from megatron_cpo.checkpoints.identity import checkpoint_identity
@@ -96,6 +97,23 @@ def test_an_archive_that_grows():
         unpickle_archive(content.getvalue())
     torch.save({"a": 1}, whole := io.BytesIO())
     assert unpickle_archive(whole.getvalue()) == {"a": 1}
+
+
+def frame_in_no_room(messages):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    try:
+        frame(torch.float32, (40, 40))
+    except OSError as error:
+        messages.put(str(error))
+
+
+def test_no_room_for_temporary_files():
+    """Torch's own error is a RuntimeError of its streams."""
+    messages = FORK.SimpleQueue()
+    process = FORK.Process(target=frame_in_no_room, args=(messages,))
+    process.start()
+    process.join()
+    assert "torch cannot write there" in messages.get()
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"a":' * 100_000, b"\xff\xfe", b"7"])

@@ -19,9 +19,12 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=12_000, help="of files")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="places, or inputs, with one of these in them")
+    parser.add_argument("--faults", nargs="*", help="some of those of `kill`")
     parser.add_argument("--log", type=Path, default=Path("runs/chaos.jsonl"))
     args = parser.parse_args()
     parts = args.part or ["hostile", "kill"]
+    if unknown := set(parts) - {"hostile", "kill"}:
+        parser.error(f"{', '.join(sorted(unknown))}: there are hostile and kill")
     args.log.parent.mkdir(parents=True, exist_ok=True)
     bad = 0
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
@@ -36,7 +39,9 @@ def main() -> int:
                     preload.again_with_library(Path(library))
             from tests.chaos import kills
 
-            bad += kills.campaign(folder / "kill", args.runs, args.seed, args.only, args.log)
+            bad += kills.campaign(
+                folder / "kill", args.runs, args.seed, args.only, args.faults, args.log
+            )
         if "hostile" in parts:
             from tests.chaos import hostile
 

@@ -246,6 +246,7 @@ def targets(folder: Path) -> dict[str, Target]:
 def campaign(folder: Path, cases: int, seed: int, only: list[str], log: Path) -> int:
     """Print a table; the number of findings."""
     bad = 0
+    print("| input | changed | opens | refused | bad |\n| --- | --- | --- | --- | --- |")
     with open(log, "a", encoding="utf-8") as notes:
         for name, target in targets(folder).items():
             if only and not any(part in name for part in only):

@@ -4,6 +4,7 @@ A `.distcp` file is such archives one after another. With these two functions va
 the middle of an archive and a buffer of any size; `torch.load` would need all of them at once.
 """
 
+import errno
 import io
 import math
 import struct
@@ -86,11 +87,19 @@ def frame(dtype: torch.dtype, sizes: Shape) -> tuple[bytes, bytes]:
 
     `skip_data` leaves a hole for them, and `torch.empty` touches no memory, so this is quick at any
     size. It leaves out the checksum too, which torch does not read.
+
+    Raises:
+        OSError: the folder for temporary files is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "archive")
-        with torch.serialization.skip_data():
-            torch.save(torch.empty(sizes, dtype=dtype), path)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(torch.empty(sizes, dtype=dtype), path)
+        except RuntimeError as error:
+            raise OSError(
+                errno.EIO, f"{folder}: torch cannot write there ({error}): TMPDIR needs some room"
+            ) from error
         length = path.stat().st_size
         with open(path, "rb") as file:
             start = values_start(file, 0, length, dtype, sizes)

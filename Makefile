@@ -14,7 +14,7 @@ IN_VENV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup quickstart test duration lint parity bench clean
+.PHONY: help setup quickstart test duration lint parity chaos bench clean
 
 help:  ## show this text
 	@echo 'megatron_cpo: sequence-level Contrastive Preference Optimization for Megatron-Core.'
@@ -53,6 +53,9 @@ lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 
 parity: $(STAMP)  ## every layout against one process, on CPU ranks; writes docs/parity.md
 	$(IN_VENV) python -W ignore -m tests.parity $(ARGS)
+
+chaos: $(STAMP)  ## hostile files and kills at random moments, an hour; ARGS="hostile --seed 3"
+	$(IN_VENV) nice -n 5 python -W ignore -m tests.chaos $(ARGS)
 
 bench: $(STAMP)  ## measure; ARGS="--help" lists what, ARGS="--only step" picks
 	$(IN_VENV) python -m benchmarks $(ARGS)

@@ -2,8 +2,12 @@
 
 import ctypes
 import errno
+import os
 import platform
 import struct
+import threading
+from collections.abc import Callable
+from typing import Any
 
 _NUMBERS = {"x86_64": 73, "aarch64": 32}
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -26,6 +30,27 @@ def refuse_flock() -> None:
     for call in ((_NO_NEW_PRIVS, 1, *zeros), (_SECCOMP, _FILTER, header, *zeros[1:])):
         if libc.prctl(*map(_argument, call)):
             raise OSError(ctypes.get_errno(), "prctl")
+
+
+def stand_still_once(reached: Callable[[], bool], tell: Callable[[], Any]) -> None:
+    """A barrier in front of a kill: it comes where it should, however fast this machine is.
+
+    From now on this process and its forks look after every rename, link and new folder whether the
+    point is reached; whoever finds that it is tells it, and stands still for ever.
+    """
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any, **options: Any) -> Any:
+            result = call(*args, **options)
+            if reached():
+                tell()
+                threading.Event().wait()
+            return result
+
+        return look
+
+    for name in ("replace", "rename", "link", "mkdir"):
+        setattr(os, name, watched(getattr(os, name)))
 
 
 def _argument(value: int | bytes) -> ctypes.c_ulong | bytes:

@@ -61,14 +61,18 @@ def test_one_command_samples_ranks_and_scores(built):
 
 @pytest.mark.parametrize(
     "layout",
-    ["", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"],
-    ids=["DP=2", "TP=2", "PP=2"],
+    [
+        *("", "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
+        "--pipeline-model-parallel-size 2 --use-tp-pp-dp-mapping",
+    ],
+    ids=["DP=2", "TP=2", "PP=2", "PP=2, DP=2, stages side by side"],
 )
 def test_layouts_draw_the_same_tokens(built, reference, tmp_path, layout):
     """Data-parallel ranks write the same bytes of tokens; a split model rounds otherwise, and
     still comes to the same tokens here."""
     expected, _ = built
-    found, _ = build_with_tool(tmp_path, reference, 2, layout)
+    world = 4 if "mapping" in layout else 2
+    found, _ = build_with_tool(tmp_path, reference, world, layout)
     for index in range(12):
         ours, theirs = expected[index], found[index]
         assert [c.tolist() for c in theirs.candidates] == [c.tolist() for c in ours.candidates]
@@ -80,13 +84,19 @@ def test_layouts_draw_the_same_tokens(built, reference, tmp_path, layout):
     ("world", "tp", "cp", "pp"),
     [(1, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1), (4, 1, 1, 2), (8, 2, 1, 2), (4, 1, 2, 1)],
 )
-def test_shares_of_ranks(monkeypatch, world, tp, cp, pp):
-    """Every block has one writer, and the ranks of a replica have its blocks."""
+@pytest.mark.parametrize("stages_first", [False, True])
+def test_shares_of_ranks(monkeypatch, world, tp, cp, pp, stages_first):
+    """Every block has one writer, and the ranks of a replica have its blocks.
+
+    Tensor, context, data, pipeline is Megatron's order of ranks; --use-tp-pp-dp-mapping has the
+    stages of a replica side by side.
+    """
     from argparse import Namespace
 
     args = Namespace(
         shard="1/2", executor="local", workers=None, merge=False, load="x", policy=None,
         tensor_model_parallel_size=tp, context_parallel_size=cp, pipeline_model_parallel_size=pp,
+        use_tp_pp_dp_mapping=stages_first,
     )  # fmt: skip
     config = BuildConfig(Source(("x",)), "x", negatives="an=1")
     replicas = world // (tp * cp * pp)
@@ -98,7 +108,14 @@ def test_shares_of_ranks(monkeypatch, world, tp, cp, pp):
     assert all(run.shares == 2 * replicas for run in runs)
     assert sorted(run.share for run in runs if run.writer) == list(range(replicas, 2 * replicas))
     for share in range(replicas, 2 * replicas):
-        assert sum(run.share == share for run in runs) == tp * cp * pp
+        mine = [rank for rank, run in enumerate(runs) if run.share == share]
+        assert len(mine) == tp * cp * pp
+        replica = share - replicas
+        if stages_first:
+            assert mine == list(range(replica * tp * cp * pp, (replica + 1) * tp * cp * pp))
+        else:
+            first = [stage * world // pp + replica * tp * cp for stage in range(pp)]
+            assert mine == [rank + inner for rank in first for inner in range(tp * cp)]
 
 
 @pytest.fixture

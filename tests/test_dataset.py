@@ -1,15 +1,21 @@
 """Datasets of rows over a real store: what they report from the plan is what their rows hold."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import default_collate
 
 from harness.stores import VOCAB_SIZE, random_group
+from megatron_cpo.groups import store
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.rows import Row
+from megatron_cpo.groups.sizes import group_sizes
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.groups.writing import GroupWriter
+from megatron_cpo.groups.writing import GroupWriter, write_reference_logps
+from megatron_cpo.tree import build_tree
 
 ROW, K, GROUPS = 160, 6, 40
 
@@ -122,6 +128,28 @@ def test_a_row_is_a_function_of_its_index(reader: GroupReader, tmp_path) -> None
         for name, values in first[r].items():
             assert np.array_equal(values, again[r][name])
             assert np.array_equal(values, uncached[r][name])
+
+
+def test_sizes_are_gathered_once(reader: GroupReader, tmp_path, monkeypatch) -> None:
+    """A folder of plans holds them by the store's tokens, so that a scored store has the same."""
+    kept = group_sizes(reader, str(tmp_path / "new"))
+    prefix = shutil.copytree(Path(reader.path_prefix).parent, tmp_path / "scored") / "groups"
+    logps = [np.full(K if index % 3 else K - 2, -1.0) for index in range(GROUPS)]
+    write_reference_logps(str(prefix), logps, {"name": "m", "iteration": "1", "sha256": "0" * 64})
+    scored = GroupReader(str(prefix))
+    assert scored.manifest["files"] != reader.manifest["files"]
+    monkeypatch.setattr(GroupReader, "tree_sizes", None)  # gathering would fail
+    again = group_sizes(scored, str(tmp_path / "new"))
+    monkeypatch.undo()
+    monkeypatch.setattr(store, "CHUNK", 7)
+    for ours, theirs, gathered in zip(kept, again, group_sizes(reader, None), strict=True):
+        assert ours.tolist() == theirs.tolist() == gathered.tolist()
+    groups = [reader[index] for index in range(GROUPS)]
+    assert kept[2].tolist() == [len(group.prefix) for group in groups]
+    assert kept[3].tolist() == [len(group.candidates[0]) for group in groups]
+    trees = [build_tree(group.prefix, group.candidates) for group in groups]
+    assert kept[0].tolist() == [len(tree.tokens) for tree in trees]
+    assert kept[1].tolist() == [len(tree.query_targets) for tree in trees]
 
 
 @pytest.mark.parametrize(

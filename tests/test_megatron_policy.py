@@ -64,11 +64,10 @@ def load(flags, layout="", batch=32):
     [
         ("--context-parallel-size 2", "--context-parallel-size 2: a policy that draws .* use 1"),
         ("--num-experts 4", "--num-experts 4: experts are not tested .* must be dense"),
-        ("--use-tp-pp-dp-mapping", "--use-tp-pp-dp-mapping: .* usual order of ranks; drop the"),
     ],
 )
 def test_layouts_at_which_sequences_cannot_grow_are_refused(layout, message):
-    plain = {"context_parallel_size": 1, "num_experts": None, "use_tp_pp_dp_mapping": False}
+    plain = {"context_parallel_size": 1, "num_experts": None}
     name, _, value = layout.removeprefix("--").replace("-", "_").partition(" ")
     args = SimpleNamespace(**{**plain, name: int(value or 1)})
     with pytest.raises(ValueError, match=f"^{message}"):

@@ -57,6 +57,39 @@ def test_padding_stays_under_five_percent(seed: int) -> None:
     assert padding < 0.05
 
 
+def slow_best_fit(sizes: list[int], row_tokens: int) -> list[list[int]]:
+    """Places of the groups of each row: the largest first, into the row with the least room."""
+    rows: list[list[int]] = []
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
+        left = [row_tokens - sum(sizes[other] for other in row) for row in rows]
+        fitting = [(room, row) for row, room in enumerate(left) if room >= sizes[group]]
+        if fitting:
+            rows[min(fitting)[1]].append(group)
+        else:
+            rows.append([group])
+    return rows
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("row_tokens", [64, 700, 4096])
+def test_an_epoch_is_that_of_a_slow_twin(monkeypatch, row_tokens: int, cores: int) -> None:
+    """Windows of shuffled groups, each packed, and then their rows shuffled."""
+    monkeypatch.setattr(plan_module.os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(plan_module, "SHARE", 2)
+    monkeypatch.setattr(plan_module, "WINDOW", 32)
+    monkeypatch.setattr(plan_module, "CHUNK", 5)
+    sizes = np.minimum(realistic_sizes(150), row_tokens)
+    rng = np.random.default_rng([4, 0])
+    shuffled = rng.permutation(np.arange(150))
+    expected = []
+    for first in range(0, 150, 32):
+        window = shuffled[first : first + 32].tolist()
+        rows = slow_best_fit(sizes[window].tolist(), row_tokens)
+        expected += [[window[place] for place in row] for row in rows]
+    expected = [expected[row] for row in rng.permutation(len(expected))]
+    assert rows_of(pack(sizes, row_tokens, None, seed=4)) == expected
+
+
 def test_rows_are_in_no_order_of_size() -> None:
     """Packing works from large to small; training must not meet the groups in that order.
 

@@ -33,6 +33,7 @@ from megatron_cpo.policies.server import ServerPolicy, _ended
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
+from tests.faults import stand_still_once
 from tests.policies import policy_arguments
 from tests.texts import ToyTokenizer, dolly_tokenizer, write_jsonl
 from tests.tiny_models import save_hugging_face, write_tokenizer
@@ -313,31 +314,24 @@ def test_a_killed_build_asks_for_the_rest_alone(folder, url, tmp_path):
     before = asked(url, "tiny")
     build(folder, url, "tiny", whole)
     assert asked(url, "tiny") - before == opening + 40
-    process = multiprocessing.get_context("fork").Process(
-        target=build, args=(folder, url, "tiny", killed)
-    )
-    process.start()
     blocks = Path(killed.output_prefix + ".build") / "groups"
-    while not blocks.is_dir() or len(list(blocks.glob("*.npz"))) < 3:
-        time.sleep(0.001)
+    fork = multiprocessing.get_context("fork")
+    reached = fork.Event()
+
+    def build_three():
+        stand_still_once(lambda: len(list(blocks.glob("*.npz"))) == 3, reached.set)
+        build(folder, url, "tiny", killed)
+
+    process = fork.Process(target=build_three)
+    process.start()
+    assert reached.wait(60)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    finished = len(list(blocks.glob("*.npz")))
-    assert 3 <= finished < 10
-    _let_it_finish(url)
     before = asked(url, "tiny")
     build(folder, url, "tiny", killed)
-    assert asked(url, "tiny") - before == opening + 4 * (10 - finished)
+    assert asked(url, "tiny") - before == opening + 4 * (10 - 3)
     assert files_of(killed) == files_of(whole)
-
-
-def _let_it_finish(url):
-    """Until the server has answered what a killed client had asked."""
-    counts = [-1, asked(url, "tiny")]
-    while counts[-1] != counts[-2]:
-        time.sleep(0.3)
-        counts.append(asked(url, "tiny"))
 
 
 @pytest.mark.parametrize("workers", [1, 3])

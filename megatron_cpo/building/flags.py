@@ -1,6 +1,7 @@
 """The flags of `megatron-cpo build`, and what they mean. No import of torch or Megatron."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -159,12 +160,9 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
                 "--executor ray: a Megatron policy runs on ranks; start them with megatron-cpo "
                 "--nproc-per-node N VERB, and give each machine a --shard"
             )
-        # Megatron's order of ranks: tensor, context, data, pipeline.
-        inner = args.tensor_model_parallel_size * args.context_parallel_size
-        outer = args.pipeline_model_parallel_size
-        writer = rank % inner == 0 and rank < ranks // outer
-        ranks //= inner * outer
-        rank = rank // inner % ranks
+        place, ranks = _place(args, rank, ranks)
+        writer = place["tp"] == place["cp"] == place["pp"] == 0
+        rank = place["dp"]
     return Run(
         executor=args.executor,
         workers=args.workers,
@@ -173,3 +171,22 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
         writer=writer,
         merge_only=getattr(args, "merge", False),
     )
+
+
+def _place(args: argparse.Namespace, rank: int, ranks: int) -> tuple[dict[str, int], int]:
+    """A rank's number in each of its groups, as Megatron forms them, and how many replicas are."""
+    from megatron.core.parallel_state import RankGenerator
+
+    sizes = {
+        "tp": args.tensor_model_parallel_size,
+        "cp": args.context_parallel_size,
+        "pp": args.pipeline_model_parallel_size,
+    }
+    replicas = ranks // math.prod(sizes.values())
+    order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
+    generator = RankGenerator(ep=1, dp=replicas, order=order, **sizes)
+    groups = {name: generator.get_ranks(name) for name in (*sizes, "dp")}
+    return {
+        name: next(group.index(rank) for group in found if rank in group)
+        for name, found in groups.items()
+    }, replicas

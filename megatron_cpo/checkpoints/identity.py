@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.checkpoints.digest import digest_of, digest_of_ends, whole_file
-from megatron_cpo.checkpoints.folders import TRACKER, checkpoint_folder
+from megatron_cpo.checkpoints.folders import TRACKER, checkpoint_folder, damage_named
 from megatron_cpo.checkpoints.formats.torch_dist import weight_parts
 from megatron_cpo.checkpoints.formats.usable import refuse_unusable
 
@@ -33,9 +33,10 @@ def checkpoint_identity(
         return None
     iteration = folder.name.removeprefix("iter_").lstrip("0") or "0"
     found = {"name": Path(load).name, "iteration": iteration}
-    if like and "sha256" in like:
-        return {**found, "sha256": digest_of_ends(folder)}
-    return {**found, "digest": iteration_digest(folder)}
+    with damage_named(folder):
+        if like and "sha256" in like:
+            return {**found, "sha256": digest_of_ends(folder)}
+        return {**found, "digest": iteration_digest(folder)}
 
 
 def iteration_digest(folder: Path) -> str:

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch.utils.data
-from numpy.typing import NDArray
 
 from megatron_cpo.groups.draws import Draws, cached_shapes, part
 from megatron_cpo.groups.finite import require_finite, require_tokens
 from megatron_cpo.groups.plan import Plan, cached_pack
 from megatron_cpo.groups.rows import Row, RowShape, documents_row, group_row
+from megatron_cpo.groups.sizes import group_sizes
 from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.tree import Ints
 
 MIXING = 5
 """Beside the seed, in the generator that mixes rows: another number is another order of a run."""
@@ -37,7 +38,7 @@ class RowConfig:
     seed: int = 0
     """Of the packing plan."""
     cache: str | None = None
-    """Folder for the packing plan, `--data-cache-path`."""
+    """Folder for the groups' sizes and the packing plan, `--data-cache-path`."""
     vocab_size: int | None = None
     """The tokenizer's: a row with an id beyond is refused. None: nobody looks."""
     scored: bool = False
@@ -69,7 +70,9 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
     ) -> None:
         first, last = span or (0, len(reader))
         self.reader, self.config, self.first = reader, config, first
-        sizes, queries = (values[first:last] for values in reader.tree_sizes())
+        sizes, queries, prefix, truth = (
+            values[first:last] for values in group_sizes(reader, config.cache)
+        )
         self._draws: Draws | None = None
         packing = (config.row_tokens, rows, config.seed, shuffle)
         if config.candidates is None:
@@ -81,20 +84,23 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
                 config.cache, self._draws.tree_tokens, *packing, name=self._draws.name
             )
             sizes, queries = self._draws.of_epochs(len(self.plan.epochs))
-        self.too_long = int((sizes > config.row_tokens).sum(axis=-1).max())
+        self.too_long = int(np.count_nonzero(sizes > config.row_tokens, axis=-1).max())
         """Groups whose tree is longer than a row; they are left out and reported."""
-        prefix, truth = (lengths[first:last] for lengths in reader.prefix_and_truth_lengths())
-        lm_queries = truth + (prefix - 1 if config.lm_prefix else 0)
-        wanted = queries + (prefix - 1 if config.lm_prefix else 0)
         if config.gold_labels:  # as many for each copy
             counts = reader.candidate_counts()[first:last]
-            lm_queries = truth * np.minimum(counts, config.candidates or config.k)
+            truth = truth * np.minimum(counts, config.candidates or config.k)
         self.groups_per_row = np.diff(self.plan.starts)
         self.tokens_per_row = self.plan.totals(sizes)
-        self.lm_tokens_per_row = self.plan.totals(lm_queries)
+        self.lm_tokens_per_row = self.plan.totals(truth)
+        wanted = self.plan.totals(queries)
+        if config.lm_prefix:  # its first token has nothing before it that predicts it
+            lm_prefix = self.plan.totals(prefix) - self.groups_per_row
+            wanted += lm_prefix
+            if not config.gold_labels:
+                self.lm_tokens_per_row += lm_prefix
         self.shape = RowShape(
             tokens=config.row_tokens,
-            queries=int(self.plan.totals(wanted).max()),
+            queries=int(wanted.max()),
             groups=int(self.groups_per_row.max()),
             candidates=config.candidates or config.k,
         )
@@ -108,7 +114,7 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def group_indices(self, row: int) -> NDArray[np.int64]:
+    def group_indices(self, row: int) -> Ints:
         """Indices in the store of the groups in a row, in the order of the row's group slots."""
         return self.plan[row] + self.first
 

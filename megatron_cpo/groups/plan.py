@@ -6,10 +6,16 @@ and a resumed run continues it.
 """
 
 import hashlib
+import mmap
+import multiprocessing
+import os
+from array import array
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +23,22 @@ from numpy.typing import NDArray
 from megatron_cpo.files import whole_file
 from megatron_cpo.tree import Ints
 
+Counts = NDArray[np.integer[Any]]
 WINDOW = 8192
 """Groups packed together. Larger packs tighter and mixes less; 8192 leaves under 1% unused."""
+SHARE = 64
+"""Windows that one process packs at a time: a fifth of a second."""
+FORKS = 8
+"""Most processes that pack."""
+CHUNK = 1 << 18
+"""Rows, or groups, of which something is computed at once."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Rows of groups in training order: row r holds `groups[starts[r]:starts[r + 1]]`."""
 
-    groups: NDArray[np.int64]
+    groups: Ints
     """[g] group index in the store; epochs follow one another."""
     starts: NDArray[np.int64]
     """[rows + 1] offsets into `groups`."""
@@ -35,7 +48,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> NDArray[np.int64]:
+    def __getitem__(self, row: int) -> Ints:
         return self.groups[self.starts[row] : self.starts[row + 1]]
 
     @property
@@ -53,11 +66,22 @@ class Plan:
         Args:
             per_group: [groups], or [epochs, groups] where it changes from epoch to epoch.
         """
-        values = np.broadcast_to(per_group, (len(self.epochs), per_group.shape[-1]))
-        epochs = np.repeat(np.arange(len(self.epochs)), np.diff([*self.epochs, len(self)]))
-        of_groups = values[np.repeat(epochs, np.diff(self.starts)), self.groups]
-        sums = np.concatenate([[0], np.cumsum(of_groups, dtype=np.int64)])
-        return sums[self.starts[1:]] - sums[self.starts[:-1]]
+        sums = np.empty(len(self), dtype=np.int64)
+        for first, last, values in self._constant(per_group):
+            for chunk in range(first, last, CHUNK):
+                rows = slice(chunk, min(chunk + CHUNK, last))
+                starts = self.starts[rows.start : rows.stop + 1]
+                held = values[self.groups[starts[0] : starts[-1]]]
+                np.add.reduceat(held, starts[:-1] - starts[0], dtype=np.int64, out=sums[rows])
+        return sums
+
+    def _constant(self, per_group: Ints) -> Iterator[tuple[int, int, Ints]]:
+        """Runs of rows, first and last, with the values that hold there."""
+        if per_group.ndim == 1:
+            yield 0, len(self), per_group
+            return
+        ends = [*self.epochs[1:].tolist(), len(self)]
+        yield from zip(self.epochs.tolist(), ends, per_group, strict=True)
 
 
 Sizes = Ints | Callable[[int], Ints]
@@ -74,28 +98,35 @@ def pack(sizes: Sizes, row_tokens: int, rows: int | None, seed: int, shuffle: bo
         seed: of the shuffling; the epoch's number is mixed in.
         shuffle: False keeps the groups in store order (next fit): for scoring.
     """
-    packed: list[list[int]] = []
+    groups, counts, packed = [], [], 0
     epochs: list[int] = []
-    while not packed or (rows is not None and len(packed) < rows):
+    while not epochs or (rows is not None and packed < rows):
         epoch = len(epochs)
-        epochs.append(len(packed))
+        epochs.append(packed)
         now = sizes(epoch) if callable(sizes) else sizes
         fits = fitting(now, row_tokens)
         if shuffle:
-            packed += _pack_epoch(now, fits, row_tokens, np.random.default_rng([seed, epoch]))
+            rng = np.random.default_rng([seed, epoch])
+            in_epoch, per_row = _pack_epoch(now, fits, row_tokens, rng)
         else:
-            packed += _pack_in_order(now, fits, row_tokens)
-    starts = np.cumsum([0, *map(len, packed)], dtype=np.int64)
-    return Plan(np.concatenate(packed).astype(np.int64), starts, np.array(epochs, dtype=np.int64))
+            in_epoch, per_row = fits, _pack_in_order(now, fits, row_tokens)
+        groups.append(in_epoch)
+        counts.append(per_row)
+        packed += len(per_row)
+    starts = np.zeros(packed + 1, dtype=np.int64)
+    np.cumsum(np.concatenate(counts), out=starts[1:])
+    whole = groups[0] if len(epochs) == 1 else np.concatenate(groups)
+    return Plan(whole, starts, np.array(epochs, dtype=np.int64))
 
 
-def fitting(sizes: Ints, row_tokens: int) -> NDArray[np.int64]:
-    """Indices of the groups whose tree fits a row.
+def fitting(sizes: Ints, row_tokens: int) -> Ints:
+    """Indices of the groups whose tree fits a row, in 32 bits where that is enough.
 
     Raises:
         ValueError: none does.
     """
-    fits = np.flatnonzero(sizes <= row_tokens)
+    dtype: Any = np.int32 if len(sizes) <= np.iinfo(np.int32).max else np.int64
+    fits: Ints = np.flatnonzero(sizes <= row_tokens).astype(dtype)
     if not len(fits):
         raise ValueError(
             f"--seq-length {row_tokens}: the smallest of {len(sizes)} groups has {sizes.min()} "
@@ -136,41 +167,98 @@ def cached_pack(
 
 
 def _pack_epoch(
-    sizes: Ints, fits: NDArray[np.int64], row_tokens: int, rng: np.random.Generator
-) -> list[list[int]]:
-    """Every fitting group once: shuffled, best-fit-decreasing within windows, rows shuffled."""
-    shuffled = rng.permutation(fits)
-    rows: list[list[int]] = []
-    for first in range(0, len(shuffled), WINDOW):
-        rows += _best_fit(sizes, shuffled[first : first + WINDOW], row_tokens)
-    return [rows[i] for i in rng.permutation(len(rows))]
+    sizes: Ints, fits: Ints, row_tokens: int, rng: np.random.Generator
+) -> tuple[Ints, Counts]:
+    """Every fitting group once: shuffled, best-fit-decreasing within windows, rows shuffled.
+
+    Returns:
+        The groups of all rows, and how many each row has.
+    """
+    packed = np.frombuffer(mmap.mmap(-1, fits.nbytes), dtype=fits.dtype)  # forks write into it
+    packed[:] = fits
+    rng.shuffle(packed)
+
+    def pack_windows(first: int) -> Counts:
+        """Some windows, in their place."""
+        counts = []
+        for start in range(first, min(first + SHARE * WINDOW, len(packed)), WINDOW):
+            window = packed[start : start + WINDOW]
+            window[:], per_row = _best_fit(sizes, window, row_tokens)
+            counts.append(per_row)
+        return np.concatenate(counts)
+
+    per_row = np.concatenate(_in_forks(pack_windows, range(0, len(packed), SHARE * WINDOW)))
+    starts = np.cumsum(per_row) - per_row
+    order, shuffled, done = rng.permutation(len(per_row)), np.empty_like(packed), 0
+    for first in range(0, len(order), CHUNK):
+        rows = order[first : first + CHUNK]
+        ends = np.cumsum(per_row[rows])
+        moved = np.repeat(starts[rows] - ends + per_row[rows], per_row[rows])
+        moved += np.arange(len(moved))
+        shuffled[done : done + len(moved)] = packed[moved]
+        done += len(moved)
+    return shuffled, per_row[order]
 
 
-def _best_fit(sizes: Ints, groups: NDArray[np.int64], row_tokens: int) -> list[list[int]]:
-    """Largest group first, each into the fullest row that still has room for it."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for group in groups[np.argsort(-sizes[groups], kind="stable")].tolist():
-        size = int(sizes[group])
-        at = bisect_left(room, (size, -1))
+def _in_forks(work: Callable[[int], Counts], shares: Sequence[int]) -> list[Counts]:
+    """What some work gives for each share, in order; several are shared by this rank's cores."""
+    global _work
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    forks = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), FORKS, len(shares))
+    if forks < 2:
+        return [work(share) for share in shares]
+    _work = work
+    try:
+        with ProcessPoolExecutor(forks, multiprocessing.get_context("fork")) as pool:
+            return list(pool.map(_run, shares))
+    finally:
+        _work = None
+
+
+_work: Callable[[int], Counts] | None = None
+
+
+def _run(share: int) -> Counts:
+    assert _work is not None
+    return _work(share)
+
+
+def _best_fit(sizes: Ints, groups: Ints, row_tokens: int) -> tuple[Ints, Counts]:
+    """Largest group first, each into the fullest row that still has room for it.
+
+    Of rows with equal room the first is taken. A row and its room are one number, which a list
+    keeps sorted: at a hundred million groups this loop is what planning takes.
+    """
+    groups = groups[np.argsort(-sizes[groups], kind="stable")]
+    ordered = sizes[groups].tolist()
+    bits = len(groups).bit_length()
+    row_of, smallest = (1 << bits) - 1, ordered[-1]
+    room: list[int] = []  # tokens left << bits | row
+    rows: list[int] = []  # of each group
+    used = 0
+    for size in ordered:
+        at = bisect_left(room, size << bits)
         if at < len(room):
-            left, row = room.pop(at)
-            rows[row].append(group)
+            found = room.pop(at)
+            rows.append(found & row_of)
+            found -= size << bits
         else:
-            left, row = row_tokens, len(rows)
-            rows.append([group])
-        if left > size:
-            insort(room, (left - size, row))
-    return rows
+            rows.append(used)
+            found = (row_tokens - size) << bits | used
+            used += 1
+        if found >> bits >= smallest:  # otherwise no group of this window fits any more
+            insort(room, found)
+    return groups[np.argsort(rows, kind="stable")], np.bincount(rows).astype(np.int32)
 
 
-def _pack_in_order(sizes: Ints, fits: NDArray[np.int64], row_tokens: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    left = 0
-    for group in fits.tolist():
-        if sizes[group] > left:
-            rows.append([])
-            left = row_tokens
-        rows[-1].append(group)
-        left -= int(sizes[group])
-    return rows
+def _pack_in_order(sizes: Ints, fits: Ints, row_tokens: int) -> Counts:
+    """Groups of each row; they stay in order, and a row ends where the next one has no room."""
+    counts, left = array("q"), 0
+    for first in range(0, len(fits), CHUNK):
+        for size in sizes[fits[first : first + CHUNK]].tolist():
+            if size > left:
+                counts.append(0)
+                left = row_tokens
+            counts[-1] += 1
+            left -= size
+    return np.frombuffer(counts, dtype=np.int64)

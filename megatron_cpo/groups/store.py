@@ -13,7 +13,7 @@ training visits it. A reader refuses what does not fit together and shows both v
 
 import hashlib
 import json
-from collections.abc import Iterator
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.tree import Ints
 
 FORMAT_VERSION = 1
 VALUE_ROWS = ("kinds", "similarities", "ranks", "reference_logps", "sizes")
 """Sequences of a document of PREFIX.values, each [K]; `sizes` is [2]: tree tokens, queries."""
 FILES = (".bin", ".idx", ".values.bin", ".values.idx")
+CHUNK = 1 << 20
+"""Groups of which sizes are gathered at once, so that memory holds little beside the result."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,15 @@ class GroupReader:
     """
 
     def __init__(self, path_prefix: str) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
         self.path_prefix = path_prefix
         self.manifest = read_manifest(path_prefix)
         check_sizes(path_prefix, self.manifest)
-        self._tokens = IndexedDataset(path_prefix)
-        self._values = IndexedDataset(path_prefix + ".values")
-        if len(self) != self.manifest["groups"]:
+        self._tokens = _open_indexed(path_prefix)
+        self._values = _open_indexed(path_prefix + ".values")
+        counts = [len(each.document_indices) - 1 for each in (self._tokens, self._values)]
+        if counts != [self.manifest["groups"]] * 2:
             raise ValueError(
-                f"{path_prefix}: {len(self)} groups, "
+                f"{path_prefix}: values of {counts[1]} groups, {counts[0]} groups, "
                 f"its manifest says {self.manifest['groups']}: rebuild it"
             )
 
@@ -79,7 +81,13 @@ class GroupReader:
 
     def __getitem__(self, index: int) -> Group:
         prefix, *candidates = self._document(self._tokens, index)
-        kinds, similarities, ranks, reference_logps, _ = self._document(self._values, index)
+        values = self._document(self._values, index)
+        k = len(candidates)
+        if [len(row) for row in values] != [*[k] * (len(VALUE_ROWS) - 1), 2] or not k:
+            raise self._damaged(index, f"{k} candidates, values of {[len(row) for row in values]}")
+        kinds, similarities, ranks, reference_logps, _ = values
+        if not (kinds.min() >= 0 and kinds.max() < len(KINDS)):
+            raise self._damaged(index, f"kinds of candidates {kinds.tolist()}")
         # Everything is copied: Megatron unmaps its file when the dataset is collected, and a view
         # of it that outlives the reader would crash the process.
         return Group(
@@ -97,8 +105,8 @@ class GroupReader:
         Raises:
             ValueError: a file's content is not what was written.
         """
-        for suffix, expected in self.manifest["files"].items():
-            found = sha256(self.path_prefix + suffix)
+        for suffix in FILES:
+            found, expected = sha256(self.path_prefix + suffix), self.manifest["files"][suffix]
             if found != expected["sha256"]:
                 raise ValueError(
                     f"{self.path_prefix}{suffix}: sha256 {found}, its manifest says "
@@ -106,11 +114,26 @@ class GroupReader:
                 )
 
     def tree_sizes(self) -> tuple[Ints, Ints]:
-        """Tree tokens and queries of every group, [groups] each, without building a tree."""
-        last = self._values.document_indices[1:] - 1
-        starts = self._values.index.sequence_pointers[last] // np.dtype(np.float32).itemsize
-        values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
-        return values[starts].astype(np.int32), values[starts + 1].astype(np.int32)
+        """Tree tokens and queries of every group, [groups] each, without building a tree.
+
+        All pages of PREFIX.values.bin are read for it: 200 bytes a group of K = 12.
+        """
+        pointers, documents = self._values.index.sequence_pointers, self._values.document_indices
+        sizes = np.empty((2, len(self)), dtype=np.int32)
+        for first in range(0, len(self), CHUNK):
+            # Mapped anew: what was read leaves this process's memory.
+            values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
+            last = documents[first + 1 : first + 1 + CHUNK] - 1
+            self._require_places(last, len(pointers), "index")
+            starts = pointers[last] // values.itemsize
+            self._require_places(starts, len(values) - 1, "values")
+            for row in (0, 1):
+                found = values[starts + row]
+                if not (found.min() >= 0 and found.max() < np.iinfo(np.int32).max):
+                    wrong = first + int(np.flatnonzero(~((found >= 0) & (found < 1e9)))[0])
+                    raise self._damaged(wrong, f"{values[starts + row][wrong - first]} tokens")
+                sizes[row, first : first + CHUNK] = found
+        return sizes[0], sizes[1]
 
     @property
     def dtype(self) -> Any:
@@ -136,9 +159,14 @@ class GroupReader:
 
     def prefix_and_truth_lengths(self) -> tuple[Ints, Ints]:
         """Tokens of the prefix and of y_1 (EOD included) of every group, [groups] each."""
-        first = self._tokens.document_indices[:-1]
-        lengths = self._tokens.sequence_lengths
-        return lengths[first], lengths[first + 1]
+        documents, lengths = self._tokens.document_indices[:-1], self._tokens.sequence_lengths
+        found = np.empty((2, len(self)), dtype=np.int32)
+        for first in range(0, len(self), CHUNK):
+            starts = documents[first : first + CHUNK]
+            self._require_places(starts, len(lengths) - 1, "index")
+            found[0, first : first + CHUNK] = lengths[starts]
+            found[1, first : first + CHUNK] = lengths[starts + 1]
+        return found[0], found[1]
 
     def candidate_lengths(self, groups: Ints) -> Ints:
         """Tokens of the candidates of some groups, ends included, [groups, K]; -1: there is none.
@@ -151,9 +179,44 @@ class GroupReader:
         there = first < documents[groups + 1][:, None]
         return np.where(there, lengths[np.where(there, first, 0)], -1).astype(np.int32)
 
-    def _document(self, dataset: Any, index: int) -> Iterator[NDArray[Any]]:
-        first, last = dataset.document_indices[index : index + 2]
-        return (dataset[i] for i in range(int(first), int(last)))
+    def _document(self, dataset: Any, index: int) -> list[NDArray[Any]]:
+        first, last = map(int, dataset.document_indices[index : index + 2])
+        lengths, size = dataset.sequence_lengths, np.dtype(dataset.index.dtype).itemsize
+        if not 0 <= first < last <= len(lengths):
+            raise self._damaged(index, f"sequences {first} to {last} of {len(lengths)}")
+        pointers = dataset.index.sequence_pointers[first:last]
+        ends = pointers + size * lengths[first:last].astype(np.int64)
+        suffix = ".bin" if dataset is self._tokens else ".values.bin"
+        stored = self.manifest["files"][suffix]["bytes"]
+        if pointers.min() < 0 or (ends < pointers).any() or ends.max() > stored:
+            raise self._damaged(index, f"bytes {pointers[0]} to {ends[-1]} of {stored}")
+        return [dataset[i] for i in range(first, last)]
+
+    def _require_places(self, places: NDArray[Any], count: int, what: str) -> None:
+        if places.min() < 0 or places.max() >= count:
+            raise ValueError(
+                f"{self.path_prefix}: its {what} leads to place {places.max()} (or "
+                f"{places.min()}) of {count}: the file is damaged; copy it again or rebuild it"
+            )
+
+    def _damaged(self, index: int, what: str) -> ValueError:
+        return ValueError(
+            f"group {index} of {self.path_prefix} has {what}: the store is damaged; copy it again "
+            "or rebuild it"
+        )
+
+
+def _open_indexed(prefix: str) -> Any:
+    """Megatron's dataset; its index is looked at no further than its header."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    try:
+        return IndexedDataset(prefix)
+    except (AssertionError, ValueError, LookupError, OverflowError, struct.error) as error:
+        raise ValueError(
+            f"{prefix}.idx is not the index of {prefix}.bin ({type(error).__name__} {error}); copy "
+            "it again or rebuild the store"
+        ) from error
 
 
 def read_manifest(path_prefix: str) -> dict[str, Any]:
@@ -166,13 +229,15 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _check_types(manifest)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no manifest there, so {path_prefix} is not a finished group store; "
             "build one with megatron-cpo build --output-prefix, "
             "and give its PREFIX without a suffix"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not the manifest of a group store ({error!r}); rebuild it"
         ) from error
@@ -184,14 +249,29 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
     return dict(manifest)
 
 
+def _check_types(manifest: dict[str, Any]) -> None:
+    """KeyError or TypeError for a manifest without what every reader takes for granted."""
+    wanted: list[tuple[Any, type]] = [
+        *((manifest[name], int) for name in ("groups", "k", "longest_sequence")),
+        *((manifest["files"][suffix]["bytes"], int) for suffix in FILES),
+        *((manifest["files"][suffix]["sha256"], str) for suffix in FILES),
+        (manifest["kinds"], dict),
+        ({} if manifest["reference"] is None else manifest["reference"], dict),
+        (manifest.get("tokenizer", {}), dict),
+    ]
+    for value, kind in wanted:
+        if type(value) is not kind:
+            raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
+
+
 def check_sizes(path_prefix: str, manifest: dict[str, Any]) -> None:
     """Refuse files that are not those of a manifest, by their sizes.
 
     Raises:
         ValueError: one is missing, or has another size.
     """
-    for suffix, expected in manifest["files"].items():
-        path = Path(path_prefix + suffix)
+    for suffix in FILES:
+        path, expected = Path(path_prefix + suffix), manifest["files"][suffix]
         found = path.stat().st_size if path.exists() else None
         if found != expected["bytes"]:
             raise ValueError(

@@ -266,11 +266,6 @@ def _check_layout(args: Any) -> None:
             f"--context-parallel-size {args.context_parallel_size}: a policy that draws negatives "
             "reads rows of a few tokens, which are not split; use 1, and more data-parallel ranks"
         )
-    if args.use_tp_pp_dp_mapping:
-        raise ValueError(
-            "--use-tp-pp-dp-mapping: a policy that draws negatives counts its replicas in "
-            "Megatron's usual order of ranks; drop the flag"
-        )
     if args.num_experts:
         raise ValueError(
             f"--num-experts {args.num_experts}: experts are not tested with rows of any length, so "

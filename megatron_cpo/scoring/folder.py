@@ -53,6 +53,19 @@ class ScoreFolder(WorkFolder):
         """Whether the store has the log-probs of this reference."""
         return bool(read_manifest(self._prefix)["reference"] == _stored(reference))
 
+    def is_done(self, reference: dict[str, Any]) -> bool:
+        """`is_scored`; a folder of the same reference that could not be removed then is removed."""
+        if not self.is_scored(reference):
+            return False
+        command = self.path / "command.json"
+        if command.exists():
+            theirs = json.loads(command.read_text(encoding="utf-8"))
+            ours = {f"reference {name}": value for name, value in _stored(reference).items()}
+            if all(theirs.get(name) == value for name, value in ours.items()):
+                with self.locked():
+                    self.remove()
+        return True
+
     def begin(self, reference: dict[str, Any], **shape: Any) -> bool:
         """Make the folder this reference's; False if the store has its log-probs already.
 

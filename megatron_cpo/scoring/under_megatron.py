@@ -62,7 +62,7 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
 
     def is_scored() -> bool:
         work.check(get_tokenizer())
-        return work.is_scored(reference)
+        return work.is_done(reference)
 
     def begin() -> list[int]:
         shape = {"row_tokens": args.seq_length, "block_rows": BLOCK_ROWS}

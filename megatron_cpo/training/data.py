@@ -5,6 +5,8 @@ import math
 from dataclasses import fields
 from typing import Any
 
+import torch
+
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
@@ -32,9 +34,9 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
             f"--cpo-k {manifest['k']} or rebuild the store with --k {config.k}"
         )
     ours = tokenizer_identity(tokenizer)
-    if manifest["tokenizer"] != ours:
+    if manifest.get("tokenizer") != ours:
         raise ValueError(
-            f"{path} was tokenised by {manifest['tokenizer']}, this run has {ours}: "
+            f"{path} was tokenised by {manifest.get('tokenizer')}, this run has {ours}: "
             "their token ids mean different text; "
             "pass the tokenizer flags the store was built with, or rebuild it"
         )
@@ -135,13 +137,32 @@ class CPODatasets:
             candidates=self.config.candidates if training else None,
         )
         if not training or self.config.fraction == 1 or rows is None:
-            return GroupDataset(reader, config, rows, span)
+            return _planned(reader, config, rows, span)
         group_rows = math.floor(rows * self.config.fraction) + 2
-        groups = GroupDataset(reader, config, group_rows, span)
+        groups = _planned(reader, config, group_rows, span)
         # A row may be longer than the longest sequence; a document may not.
         tokens = min(args.seq_length, args.max_position_embeddings)
         documents = _documents(args, tokens, (rows - group_rows + 4) * (args.seq_length // tokens))
         return MixedDataset(groups, documents, tokens, self.config.fraction, rows)
+
+
+def _planned(
+    reader: GroupReader, config: RowConfig, rows: int | None, span: tuple[int, int]
+) -> GroupDataset:
+    """Rows of groups; where plans are kept rank 0 makes this one, and the others read it.
+
+    Without a folder that all see, and without any, every rank makes its own, which is the same.
+    """
+    if config.cache is None or not torch.distributed.is_initialized():
+        return GroupDataset(reader, config, rows, span)
+    first = torch.distributed.get_rank() == 0
+    if not first:
+        torch.distributed.barrier()
+    try:
+        return GroupDataset(reader, config, rows, span)
+    finally:  # an error of this rank's own is not to keep the others waiting
+        if first:
+            torch.distributed.barrier()
 
 
 _PASSED_ON = (

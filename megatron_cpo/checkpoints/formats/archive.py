@@ -4,6 +4,7 @@ A `.distcp` file is such archives one after another. With these two functions va
 the middle of an archive and a buffer of any size; `torch.load` would need all of them at once.
 """
 
+import errno
 import io
 import math
 import struct
@@ -14,8 +15,9 @@ from typing import BinaryIO
 
 import torch
 
+from megatron_cpo.checkpoints.folders import DAMAGE
 from megatron_cpo.checkpoints.formats.stored import Shape
-from megatron_cpo.checkpoints.formats.unpickling import StorageView, unpickle
+from megatron_cpo.checkpoints.formats.unpickling import StorageView, stored_entry, unpickle
 
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
 
@@ -62,11 +64,11 @@ def values_start(file: BinaryIO, start: int, length: int, dtype: torch.dtype, si
     try:
         with zipfile.ZipFile(io.BufferedReader(Span(file, start, length))) as archive:
             names = {name.partition("/")[2]: name for name in archive.namelist()}
-            view = unpickle(io.BytesIO(archive.read(names["data.pkl"])))
-            if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+            view = unpickle(io.BytesIO(stored_entry(archive, names["data.pkl"])))
+            if "byteorder" in names and stored_entry(archive, names["byteorder"]) != b"little":
                 raise ValueError("its values are big-endian")
             values = archive.getinfo(names[f"data/{view.storage[2]}"])
-    except (zipfile.BadZipFile, KeyError, AttributeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"not an archive of one tensor: {error}") from error
     contiguous = StorageView(view.storage, 0, sizes, torch.empty(sizes, device="meta").stride())
     if (
@@ -85,11 +87,19 @@ def frame(dtype: torch.dtype, sizes: Shape) -> tuple[bytes, bytes]:
 
     `skip_data` leaves a hole for them, and `torch.empty` touches no memory, so this is quick at any
     size. It leaves out the checksum too, which torch does not read.
+
+    Raises:
+        OSError: the folder for temporary files is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "archive")
-        with torch.serialization.skip_data():
-            torch.save(torch.empty(sizes, dtype=dtype), path)
+        try:
+            with torch.serialization.skip_data():
+                torch.save(torch.empty(sizes, dtype=dtype), path)
+        except RuntimeError as error:
+            raise OSError(
+                errno.EIO, f"{folder}: torch cannot write there ({error}): TMPDIR needs some room"
+            ) from error
         length = path.stat().st_size
         with open(path, "rb") as file:
             start = values_start(file, 0, length, dtype, sizes)

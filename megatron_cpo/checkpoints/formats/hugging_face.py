@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpo.checkpoints.digest import digest_of, whole_file
-from megatron_cpo.checkpoints.folders import check_sizes, read_json
+from megatron_cpo.checkpoints.folders import check_sizes, damage_named, inside, read_json
 from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
 from megatron_cpo.checkpoints.formats.stored import Piece, StoredTensor, same_values
 from megatron_cpo.checkpoints.formats.usable import refuse_tensors, refuse_unusable
@@ -51,10 +51,12 @@ class HuggingFaceCheckpoint:
         self._index_name, self._index = _read_index(folder)
         self._headers: dict[str, bytes] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        for name in _shards(folder, self._index):
+        for name in _shards(folder, self._index_name, self._index):
             self._headers[name] = _read_header(folder / name)
-            _refuse_codes(folder, self._headers[name])
-            for key, found in tensors_of(folder / name, self._headers[name]).items():
+            with damage_named(folder / name):
+                _refuse_codes(folder, self._headers[name])
+                in_file = tensors_of(folder / name, self._headers[name])
+            for key, found in in_file.items():
                 if key in self.tensors:
                     raise ValueError(f"{folder} holds {key} in two files, {name} is the second")
                 self.tensors[key] = found
@@ -146,10 +148,12 @@ def _read_index(folder: Path) -> tuple[str, dict[str, Any]]:
     return name, read_json(folder / name)
 
 
-def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
+def _shards(folder: Path, name: str, index: dict[str, Any]) -> list[str]:
     if index:
-        names = sorted(set(index["weight_map"].values()))
-        check_sizes([(folder / name, 8) for name in names])
+        with damage_named(folder / name):
+            names = sorted(set(index["weight_map"].values()))
+            index.get("metadata", {}).keys()
+        check_sizes([(inside(folder, shard), 8) for shard in names])
         return names
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     names = [name for name in names if not name.startswith("consolidated")] or names
@@ -186,7 +190,7 @@ def _read_header(path: Path) -> bytes:
         header = file.read(length)
     try:
         json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     return header
 
@@ -200,6 +204,8 @@ def tensors_of(path: Path, header: bytes) -> dict[str, StoredTensor]:
             raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which merge cannot read")
         low, high = entry["data_offsets"]
         shape = tuple(entry["shape"])
+        if not all(type(number) is int and number >= 0 for number in (low, high, *shape)):
+            raise ValueError(f"{path} is damaged: {name} has bytes {low} to {high} for {shape}")
         piece = Piece(path, start + low, (0,) * len(shape), shape)
         tensors[name] = StoredTensor(_DTYPES[entry["dtype"]], shape, (piece,))
         check_sizes([(path, start + high)])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from megatron_cpo.checkpoints.folders import TRACKER, read_json
+from megatron_cpo.checkpoints.folders import TRACKER, damage_named, read_json
 from megatron_cpo.checkpoints.formats.names import embedding_and_head, weight_names
 from megatron_cpo.checkpoints.formats.stored import StoredTensor
 from megatron_cpo.checkpoints.formats.usable import refuse_empty, refuse_unusable
@@ -67,19 +67,20 @@ def open_model(folder: Path) -> "HuggingFaceCheckpoint | PickledModel":
             "save_pretrained writes it"
         )
     found: HuggingFaceCheckpoint | PickledModel
-    if is_pickled(folder):
-        found = PickledModel(folder)
-    elif _has_safetensors(folder):
-        found = HuggingFaceCheckpoint(folder)
-    else:
-        refuse_empty(folder)
-        raise ValueError(f"{folder} holds no weights: neither *.safetensors nor *.bin")
-    config = read_json(folder / "config.json")
-    names = weight_names(config.get("model_type"), found.tensors)
-    embedding, head = embedding_and_head(names)
-    tied = architecture_of_config(config).get("tied")
-    if head and tied and tied.value:
-        check_tied(folder, found.tensors, names[head], embedding and names[embedding])
+    with damage_named(folder):
+        if is_pickled(folder):
+            found = PickledModel(folder)
+        elif _has_safetensors(folder):
+            found = HuggingFaceCheckpoint(folder)
+        else:
+            refuse_empty(folder)
+            raise ValueError(f"{folder} holds no weights: neither *.safetensors nor *.bin")
+        config = read_json(folder / "config.json")
+        names = weight_names(config.get("model_type"), found.tensors)
+        embedding, head = embedding_and_head(names)
+        tied = architecture_of_config(config).get("tied")
+        if head and tied and tied.value:
+            check_tied(folder, found.tensors, names[head], embedding and names[embedding])
     return found
 
 
@@ -91,6 +92,11 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     """
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder")
+    with damage_named(path):
+        return _opened(path, iteration)
+
+
+def _opened(path: Path, iteration: int | None) -> Checkpoint:
     if (path / TRACKER).exists() or (path / ".metadata").exists():
         from megatron_cpo.checkpoints.formats.torch_dist import TorchDistCheckpoint
 

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_cpo.checkpoints.folders import check_sizes, read_json
+from megatron_cpo.checkpoints.folders import check_sizes, damage_named, inside, read_json
 from megatron_cpo.checkpoints.formats.hugging_face import (
     NAMES,
     HuggingFaceCheckpoint,
     model_digest,
 )
 from megatron_cpo.checkpoints.formats.stored import Piece, StoredTensor
-from megatron_cpo.checkpoints.formats.unpickling import StorageView, unpickle
+from megatron_cpo.checkpoints.formats.unpickling import StorageView, stored_entry, unpickle
 from megatron_cpo.checkpoints.formats.usable import refuse_tensors, refuse_unusable
 
 _PATTERN = "pytorch_model*.bin"
@@ -42,8 +42,9 @@ class PickledModel:
         index = folder / "pytorch_model.bin.index.json"
         names = {path.name for path in folder.glob(_PATTERN)}
         if index.exists():
-            names = set(read_json(index)["weight_map"].values())
-        check_sizes([(folder / name, 1) for name in sorted(names)])
+            with damage_named(index):
+                names = set(read_json(index)["weight_map"].values())
+        check_sizes([(inside(folder, name), 1) for name in sorted(names)])
         self.tensors: dict[str, StoredTensor] = {}
         for name in sorted(names):
             self.tensors |= _tensors_of(folder / name)
@@ -60,7 +61,7 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            found = unpickle(io.BytesIO(archive.read(entries["data.pkl"])))
+            found = unpickle(io.BytesIO(stored_entry(archive, entries["data.pkl"].filename)))
             if not isinstance(found, dict):
                 raise ValueError("it holds no dictionary of tensors")
             tensors = {}

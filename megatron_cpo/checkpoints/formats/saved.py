@@ -1,12 +1,13 @@
 """The arguments that Megatron saves beside the weights, in the formats that we can read."""
 
-import json
+import io
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.checkpoints.folders import read_json
 from megatron_cpo.checkpoints.formats.torch_dist import read_arguments
-from megatron_cpo.checkpoints.formats.unpickling import unpickle
+from megatron_cpo.checkpoints.formats.unpickling import stored_entry, unpickle
 
 
 def saved_arguments(folder: Path) -> dict[str, Any]:
@@ -19,15 +20,14 @@ def saved_arguments(folder: Path) -> dict[str, Any]:
     """
     described = folder / "metadata.json"
     if described.exists():
-        backend = json.loads(described.read_text(encoding="utf-8")).get("sharded_backend")
+        backend = read_json(described).get("sharded_backend")
         return read_arguments(folder) if backend == "torch_dist" else {}
     # --ckpt-format torch: a torch.save of each rank; all have the arguments.
     for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))[:1]:
         try:
             with zipfile.ZipFile(path) as archive:
                 [name] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                with archive.open(name) as file:
-                    state = unpickle(file)  # type: ignore[arg-type]
+                state = unpickle(io.BytesIO(stored_entry(archive, name)))
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path} cannot be read ({error}): copy it again") from error
         return vars(state["args"]) if "args" in state else {}

@@ -6,7 +6,6 @@ on axis 0.
 """
 
 import dataclasses
-import json
 import math
 import pickle
 import re
@@ -27,7 +26,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cpo.checkpoints.digest import Part, digest_of
-from megatron_cpo.checkpoints.folders import TRACKER, check_sizes, iteration_folder
+from megatron_cpo.checkpoints.folders import (
+    DAMAGE,
+    TRACKER,
+    check_sizes,
+    damage_named,
+    inside,
+    iteration_folder,
+    read_json,
+    read_tracker,
+)
 from megatron_cpo.checkpoints.formats.archive import frame, values_start
 from megatron_cpo.checkpoints.formats.hugging_face import NAMES
 from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
@@ -206,15 +214,23 @@ def read_arguments(folder: Path) -> dict[str, Any]:
 
 def _arguments(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> dict[str, Any]:
     """Megatron's arguments, by destination; empty if they were not saved."""
-    if (folder / "common.pt").exists():
-        common = unpickle_archive((folder / "common.pt").read_bytes())
-    elif info := stored.get(_COMMON):
-        with open(folder / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            [common] = unpickle_archive(file.read(info.length))
-    else:
-        raise ValueError(f"{folder} has no common state, which Megatron needs to load it")
-    return vars(common["args"]) if "args" in common else {}
+    path, info = folder / "common.pt", stored.get(_COMMON)
+    alone = path.exists()
+    if not alone:
+        if info is None:
+            raise ValueError(f"{folder} has no common state, which Megatron needs to load it")
+        path = folder / info.relative_path
+    try:
+        with open(path, "rb") as file:
+            if alone or info is None:
+                common = unpickle_archive(file.read())
+            else:
+                file.seek(info.offset)
+                [common] = unpickle_archive(file.read(info.length))
+        return vars(common["args"]) if "args" in common else {}
+    except (*DAMAGE, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path}: its common state is damaged: {said}") from error
 
 
 def weight_parts(folder: Path) -> list[Part]:
@@ -248,9 +264,9 @@ def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:
         if iteration is not None:
             raise ValueError(f"--iteration {iteration}: {path} is one iteration already")
         return path, path.name.removeprefix("iter_").lstrip("0") or "0"
-    text = (path / TRACKER).read_text().strip() if iteration is None else str(iteration)
-    if text != "release" and not text.isdecimal():
-        raise ValueError(f"{path / TRACKER} holds {text!r}: neither an iteration nor 'release'")
+    text = read_tracker(path) if iteration is None else str(iteration)
+    if not text:
+        raise ValueError(f"{path / TRACKER} is empty: neither an iteration nor 'release'")
     folder = iteration_folder(path, text)
     if not folder.is_dir():
         saved = ", ".join(sorted(p.name for p in path.iterdir() if p.is_dir())) or "none"
@@ -265,7 +281,7 @@ def _read_metadata(folder: Path) -> Metadata:
             "and save it with --ckpt-format torch_dist"
         )
     config = folder / "metadata.json"
-    backend = json.loads(config.read_text())["sharded_backend"] if config.exists() else None
+    backend = read_json(config).get("sharded_backend") if config.exists() else None
     if backend is None:
         raise ValueError(
             f"{folder} has torch's .metadata but not Megatron's metadata.json: FSDP or another "
@@ -281,10 +297,40 @@ def _unpickled_metadata(folder: Path) -> Metadata:
         with open(folder / ".metadata", "rb") as file:
             metadata = unpickle(file)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{folder / '.metadata'} is damaged: {error}") from error
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder / '.metadata'} is damaged: {said}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{folder / '.metadata'} does not describe a checkpoint")
+    with damage_named(folder / ".metadata"):
+        for index, info in metadata.storage_data.items():
+            inside(folder, info.relative_path)
+            _require(isinstance(index, MetadataIndex) and isinstance(index.fqn, str))
+            _require(_are_counts(index.offset or ()) and _are_counts((info.offset, info.length)))
+        for name, entry in metadata.state_dict_metadata.items():
+            _require(isinstance(name, str))
+            if isinstance(entry, TensorStorageMetadata):
+                _require(isinstance(entry.properties.dtype, torch.dtype))
+                _require(_are_counts(entry.size))
+                for chunk in entry.chunks:
+                    _require(_lies_in(chunk.offsets, chunk.sizes, entry.size))
     return metadata
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise TypeError("an entry is none of torch's")
+
+
+def _are_counts(numbers: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _lies_in(offsets: Any, sizes: Any, whole: Any) -> bool:
+    """Whether a box lies in a tensor."""
+    if not (_are_counts(offsets) and _are_counts(sizes)):
+        return False
+    boxes = zip(offsets, sizes, whole, strict=True)
+    return all(offset + size <= end for offset, size, end in boxes)
 
 
 def _weights_only(entries: dict[str, Any]) -> dict[str, Any]:

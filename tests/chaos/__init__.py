@@ -1,0 +1,1 @@
+"""Machines that try to break it: `make chaos`, which `make test` does not run."""

@@ -208,10 +208,9 @@ LOSSES = (
     "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
     "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
 )
+RANKING_NCE = "--cpo-objective ranking-nce --cpo-beta 1"
 CASES += [Case(GQA, 2, f"{layout} 2", objective=loss) for loss in LOSSES for layout in (TP, CP, PP)]
-CASES.append(
-    Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective="--cpo-objective ranking-nce --cpo-beta 1")
-)
+CASES.append(Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective=RANKING_NCE))
 
 
 @dataclass
@@ -338,7 +337,10 @@ class Matrix:
 
     def store_for(self, flags: str) -> str:
         """PREFIX of a store that a loss takes: NCE wants samples of the reference, PSS copies."""
-        kind = "an" if "nce" in flags else "pss" if "pss" in flags else "mixed"
+        found = re.search(r"--cpo-objective (\S+)", flags)  # "nce" is in --sequence-parallel, too
+        kind = {"nce": "an", "ranking-nce": "an", "pss": "pss"}.get(
+            found[1] if found else "", "mixed"
+        )
         if kind not in self._stores:
             kinds = ("bn", "mn", "tn") if kind == "mixed" else (kind,)
             path = self.folder / f"groups-{kind}"

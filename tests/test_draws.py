@@ -76,11 +76,14 @@ def test_rows_hold_the_parts_and_what_the_plan_says(reader: GroupReader, tmp_pat
     again = GroupDataset(reader, config, rows=30)  # from the cache
     assert len(rows.plan.epochs) >= 3
     assert rows.shape.candidates == 3
+    longer = GroupDataset(reader, RowConfig(ROW, K, candidates=3, seed=4), rows=55)
     parts: dict[int, set[bytes]] = {}
     for r in range(len(rows)):
         row = rows[r]
         for name, values in row.items():
             assert np.array_equal(values, again[r][name])
+        # A run that is made longer goes on where it was.
+        assert row["tokens"].tolist() == longer[r]["tokens"].tolist()
         ends, mask = row["subtree_end"], row["candidate_mask"]
         filled = (row["position_ids"] > 0) | (ends > np.arange(1, len(ends) + 1))
         assert filled.sum() == rows.tokens_per_row[r] <= ROW

@@ -17,6 +17,7 @@ SUBJECTS = {
     "score": "without a judge: likelihood, repetition, variety, lengths; ranking of the truth",
     "mauve": "how much alike the distributions of its texts and of people's are",
     "winrate": "by a language model as judge, against another model or the records' own answers",
+    "sweep": "all of it for the merges of two checkpoints: which alpha is best",
     "report": "tables, figures and one page of a folder of results, best alpha chosen and checked",
 }
 """In the order of work; a new one is a line here and a module in `cli/evaluating`."""

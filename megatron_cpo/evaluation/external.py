@@ -95,8 +95,7 @@ class ExternalModel:
         Raises:
             ValueError: the model cannot be loaded, or its numbers are not finite.
         """
-        model = [self.identity[name] for name in ("digest", "tokenizer", "dtype")]
-        keys = [digest([*model, *text]) for text in texts]
+        keys = [likelihood_key(self.identity, *text) for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if not cache.row(key)}
         if missing:
             self._ask(missing, cache)
@@ -164,6 +163,12 @@ def _tokenizer_digest(folder: Path) -> str:
 def last(hidden: Tensor) -> Tensor:
     """[hidden] of the last token, from [tokens, hidden]."""
     return hidden[-1]
+
+
+def likelihood_key(identity: dict[str, Any], prompt: str, text: str) -> str:
+    """What a text's likelihood is kept under: the model, its tokenizer and dtype, prompt, text."""
+    model = [identity[name] for name in ("digest", "tokenizer", "dtype")]
+    return digest([*model, prompt, text])
 
 
 def encoded(encoder: Encoder, prompt: str, text: str) -> tuple[Ints, Ints]:

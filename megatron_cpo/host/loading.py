@@ -67,6 +67,14 @@ def score_args(extra_args_provider: Any = None) -> Any:
     return args
 
 
+def load_next(checkpoint: str) -> None:
+    """Let Megatron's arguments, which it takes once per process, name another checkpoint."""
+    from megatron.training import global_vars
+
+    if global_vars._GLOBAL_ARGS is not None:
+        global_vars._GLOBAL_ARGS.load = checkpoint
+
+
 def start_megatron() -> None:
     """Megatron's process groups and seeds, once; a process that nothing launched is one rank."""
     from megatron.core import parallel_state

@@ -173,7 +173,9 @@ def _pretrain(
     if config.grad_norm_interval:
         compat.require_parameters(TRAIN_STEP, BOUND)
         _replace(TRAIN_STEP, norms)
-    at_reference = loss_at_reference(config.objective, torch.ones(1, config.k, dtype=torch.bool))
+    at_reference = loss_at_reference(
+        config.objective, torch.ones(1, config.contrasted, dtype=torch.bool)
+    )
     log.setting = Setting.of(vars(parsed), float(at_reference))
     return original(*bound.args, **bound.kwargs)
 

@@ -20,7 +20,7 @@ the same bytes at any number of --workers, ranks and --shard; but a server's sam
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cpo.building.flags import add_scale_arguments, share_of_work
 from megatron_cpo.cli.parsing import answer_help, beside_megatrons
@@ -32,6 +32,9 @@ from megatron_cpo.policies.flags import (
 )
 from megatron_cpo.quiet import hidden_chatter, say
 from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
+
+if TYPE_CHECKING:
+    from megatron_cpo.evaluation.generating import GenerateConfig
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -61,38 +64,59 @@ def main() -> None:
         from megatron_cpo import install
 
         install()
-        found = _generate()
+        found = generate_from_args(parse_generate_args())
     if found is not None:
         with Turn("report") as first:
             if first:
                 say(found)
 
 
-def _generate() -> str | None:
+def parse_generate_args() -> argparse.Namespace:
+    """This verb's flags and Megatron's, from `sys.argv`."""
     from megatron.training.arguments import parse_args
 
+    args: argparse.Namespace = parse_args(beside_megatrons(add_generate_arguments))
+    return args
+
+
+def config_from_args(args: argparse.Namespace) -> "GenerateConfig":
+    """What the flags say of the texts.
+
+    Raises:
+        ValueError: a flag is out of range, or there are no such records.
+    """
     from megatron_cpo.evaluation.decoding import Decoding
-    from megatron_cpo.evaluation.generating import GenerateConfig, generate
+    from megatron_cpo.evaluation.generating import GenerateConfig
+
+    if args.decode == "greedy":  # and a server is asked for that, too
+        args.top_k, args.top_p, args.temperature = 1, 1.0, 1.0
+    decoding = Decoding(args.decode, sampling_from_args(args), args.seed, args.samples, args.beams)
+    return GenerateConfig(
+        source_from_args(args), args.output, decoding, args.generator, args.limit,
+        args.block_records,
+    )  # fmt: skip
+
+
+def generate_from_args(args: argparse.Namespace) -> str | None:
+    """Generate this rank's share; what to tell people where the file is there, else None.
+
+    Raises:
+        ValueError: a flag or the model is not usable.
+    """
+    from megatron_cpo.evaluation.generating import generate
     from megatron_cpo.host.loading import open_tokenizer
     from megatron_cpo.inspection.tokenizer import folder_tokenizer
 
-    add_arguments = beside_megatrons(add_generate_arguments)
-    args = parse_args(add_arguments)
     which = args.policy or ("megatron" if args.load else None)
     if which is None:
         raise ValueError(
             "no model: give --policy hf:PATH, --load CHECKPOINT or --policy http://..."
         )
-    if args.decode == "greedy":  # and a server is asked for that, too
-        args.top_k, args.top_p, args.temperature = 1, 1.0, 1.0
-    decoding = Decoding(args.decode, sampling_from_args(args), args.seed, args.samples, args.beams)
+    config = config_from_args(args)
     own = which.startswith("hf:") and not args.tokenizer_type
     folder = which.removeprefix("hf:")
     tokenizer = folder_tokenizer(f"--policy {which}", folder) if own else open_tokenizer(args)
-    config = GenerateConfig(
-        source_from_args(args), args.output, decoding, args.generator, args.limit,
-        args.block_records,
-    )  # fmt: skip
+    add_arguments = beside_megatrons(add_generate_arguments)
     load: Any = partial(policy_from_args, args, tokenizer, add_arguments)
     run = share_of_work(args, by_megatron=which == "megatron")
     found = generate(config, tokenizer, load, run)

@@ -14,21 +14,24 @@ verdicts, one JSON line a pair with the judge's own words, and leaderboard.csv.
 Needs the extra [eval].
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_cpo.cli.parsing import Parser
 
+if TYPE_CHECKING:
+    from megatron_cpo.evaluation.command import JudgeOptions
+    from megatron_cpo.evaluation.win_rate import WinRate
 
-def main() -> None:
-    """Judge as the command line says."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--candidate", required=True, type=Path, metavar="FILE", help="texts of the model")
-    add("--baseline", required=True, metavar="FILE",
-        help="texts of another model, or `reference`: the records' own answers")  # fmt: skip
-    add("--judge", required=True, metavar="URL", help="such as http://localhost:8000/v1")
-    add("--judge-model", required=True, metavar="NAME", help="the endpoint's name of the judge")
+
+def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the flags that say who judges, and how it is asked."""
+    add = parser.add_argument_group("judge").add_argument
+    add("--judge", required=required, metavar="URL", help="such as http://localhost:8000/v1")
+    add("--judge-model", required=required, metavar="NAME", help="the endpoint's name of the judge")
     add("--judge-key-env", metavar="VARIABLE",
         help="environment variable with the key (default: OPENAI_API_KEY, if set)")  # fmt: skip
     add("--template", default="instruction", metavar="NAME_OR_FILE",
@@ -41,12 +44,13 @@ def main() -> None:
         help="most requests at a time (default: %(default)s)")  # fmt: skip
     add("--max-unread", type=float, default=0.05, metavar="SHARE",
         help="exit with 3 if more of the pairs have no verdict (default: %(default)s)")  # fmt: skip
-    add("--dry-run", action="store_true", help="print one prompt and the number of requests")
-    args = parser.parse_args()
 
-    from megatron_cpo.evaluation import command
 
-    judge = command.JudgeOptions(
+def judge_from_args(args: argparse.Namespace) -> "JudgeOptions":
+    """Who judges, by the flags."""
+    from megatron_cpo.evaluation.command import JudgeOptions
+
+    return JudgeOptions(
         url=args.judge,
         model=args.judge_model,
         template=args.template,
@@ -54,18 +58,40 @@ def main() -> None:
         in_flight=args.in_flight,
         key_variable=args.judge_key_env,
     )
+
+
+def check_unread(prog: str, found: "Sequence[WinRate]", most: float, where: str) -> None:
+    """End with status 3 if more than a share of all pairs have no verdict."""
+    unread = sum(each.unread for each in found)
+    pairs = sum(each.wins + each.ties + each.losses + each.unread for each in found)
+    if unread > most * pairs:
+        print(
+            f"{prog}: {unread} of {pairs} pairs have no clear verdict, more than "
+            f"--max-unread {most}; read the replies in {where}, and give a "
+            "--template that this judge follows",
+            file=sys.stderr,
+        )
+        sys.exit(3)
+
+
+def main() -> None:
+    """Judge as the command line says."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--candidate", required=True, type=Path, metavar="FILE", help="texts of the model")
+    add("--baseline", required=True, metavar="FILE",
+        help="texts of another model, or `reference`: the records' own answers")  # fmt: skip
+    add_judge_arguments(parser)
+    add("--dry-run", action="store_true", help="print one prompt and the number of requests")
+    args = parser.parse_args()
+
+    from megatron_cpo.evaluation import command
+
+    judge = judge_from_args(args)
     if args.dry_run:
         ours, theirs = command.open_pair(args.candidate, args.baseline)
         print(command.describe_requests(ours, theirs, judge))
         return
     found, verdicts = command.judge_files(args.candidate, args.baseline, judge)
     print(f"{command.describe(found)}\n  verdicts: {verdicts}")
-    pairs = found.wins + found.ties + found.losses + found.unread
-    if found.unread > args.max_unread * pairs:
-        print(
-            f"{parser.prog}: {found.unread} of {pairs} pairs have no clear verdict, more than "
-            f"--max-unread {args.max_unread}; read the replies in {verdicts}, and give a "
-            "--template that this judge follows",
-            file=sys.stderr,
-        )
-        sys.exit(3)
+    check_unread(parser.prog, [found], args.max_unread, str(verdicts))

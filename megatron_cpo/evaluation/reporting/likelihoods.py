@@ -28,9 +28,12 @@ class External:
 
 
 def read_external(identity: dict[str, Any], scores: Path) -> External | None:
-    """What an external model said, kept beside a file of scores; None: nothing is there."""
+    """What an external model said, kept beside a file of scores; None: nothing is there.
+
+    An identity that does not say all that likelihoods depend on finds nothing.
+    """
     path = scores.with_name(KEPT)
-    if not path.is_file():
+    if not path.is_file() or not {"digest", "tokenizer", "dtype"} <= identity.keys():
         return None
     rows = {}
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

@@ -1,7 +1,7 @@
 """From a model and records to trained, evaluated models: all stages of a recipe.
 
-  megatron-cpo run recipe.yaml --output runs/mine
-  megatron-cpo run recipe.yaml --output runs/mine --print > mine.sh     # the commands, for bash
+  megatron-cpo run --output runs/mine recipe.yaml
+  megatron-cpo run --output runs/mine recipe.yaml --print > mine.sh     # the commands, for bash
 
 A recipe, in YAML, with paths relative to its file:
 

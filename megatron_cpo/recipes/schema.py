@@ -1,6 +1,7 @@
 """What a recipe may say, checked before anything runs."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,14 +182,18 @@ def _fields(location: tuple[int | str, ...]) -> dict[str, Any]:
     return (parts[str(names[-1])] if names else Recipe).model_fields
 
 
+def _place(folder: Path, path: Path | str) -> Path:
+    return Path(os.path.normpath(folder / path))
+
+
 def _found(recipe: Recipe, path: Path) -> Recipe:
     folder = path.resolve().parent
-    recipe.model = folder / recipe.model
-    recipe.data.train = folder / recipe.data.train
-    recipe.data.test = folder / recipe.data.test
+    recipe.model = _place(folder, recipe.model)
+    recipe.data.train = _place(folder, recipe.data.train)
+    recipe.data.test = _place(folder, recipe.data.test)
     named = {"model": recipe.model, "data.train": recipe.data.train, "data.test": recipe.data.test}
     if recipe.evaluate.external:
-        external = folder / recipe.evaluate.external.removeprefix("hf:")
+        external = _place(folder, recipe.evaluate.external.removeprefix("hf:"))
         recipe.evaluate.external = f"hf:{external}"
         named["evaluate.external"] = external
     for key, place in named.items():

@@ -28,6 +28,7 @@ SHIMS = {
     "evaluate.py": "evaluate",
     "merge_checkpoints.py": "merge",
     "summarize_run.py": "summarize",
+    "run.py": "run",
     "tokenize_lm.py": "tokenize",
     "train_tokenizer.py": "train-tokenizer",
 }

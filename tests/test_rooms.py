@@ -13,7 +13,7 @@ ORDER = (
     "checkpoints.tokens", "checkpoints.formats", "checkpoints.identity", "checkpoints.merging",
     "checkpoints.conversion",
     "checkpoints", "policies", "negatives", "work", "building", "scoring", "inspection",
-    "training", "evaluation", "cli",
+    "training", "evaluation", "recipes", "cli",
 )  # fmt: skip
 """A room imports those before it, never one after it."""
 NO_MEGATRON = ("objective", "tree", "files", "progress", "quiet", "extras")

@@ -24,6 +24,7 @@ STEPS = (
     ("summarize", "what a run did, from its log: the step-0 gate, metrics, a picture"),
     ("merge", "average the weights of both models, the paper's last step"),
     ("evaluate", "is the model better, and at which alpha? its subjects: --help"),
+    ("run", "all of this in one command, from a recipe"),
 )
 """The order of work: verbs, and where training comes in, which is torchrun's and not a verb."""
 VERBS = tuple(verb for verb, _ in STEPS if verb != TRAIN)

@@ -32,16 +32,22 @@ _EACH_BY_ITSELF = {"nolock", "local_lock=all", "local_lock=flock", "localflock"}
 
 
 @contextmanager
-def only_process(folder: Path) -> Iterator[bool]:
+def only_process(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Wait until no other process is in this block for the folder, which is made if need be.
+
+    Args:
+        wait: False: do not.
 
     Yields:
         Whether no other process can be: False under a lease.
+
+    Raises:
+        TimeoutError: not `wait`, and another process is in it.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # whoever was in here removed the folder
-            lock, alone = _acquired(folder)
+            lock, alone = _acquired(folder, wait)
             break
     try:
         yield alone
@@ -49,19 +55,19 @@ def only_process(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _acquired(folder: Path) -> tuple[BaseFileLock, bool]:
+def _acquired(folder: Path, wait: bool) -> tuple[BaseFileLock, bool]:
     flock, lease = (str(folder / name) for name in LOCKS)
     if not flock_is_local(folder):
         lock = FileLock(flock, poll_interval=POLL, fallback_to_soft=False)
         try:
-            lock.acquire()
+            lock.acquire(blocking=wait)
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
         else:
             return lock, True
     marker = SoftFileLease(lease, lease_duration=LEASE, poll_interval=POLL)
-    marker.acquire()
+    marker.acquire(blocking=wait)
     return marker, False
 
 

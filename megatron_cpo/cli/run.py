@@ -1,0 +1,47 @@
+"""From a model and records to trained, evaluated models: all stages of a recipe.
+
+  megatron-cpo run --output runs/mine recipe.yaml
+  megatron-cpo run --output runs/mine recipe.yaml --print > mine.sh     # the commands, for bash
+
+A recipe, in YAML, with paths relative to its file:
+
+  model: gpt2                   # a Hugging Face folder, or a Megatron checkpoint
+  data: {train: train.jsonl, test: test.jsonl, max_length: 512}
+  row_length: 4096              # tokens of a row of groups
+  layout: {ranks: 2, tp: 2}
+  variants:
+    mixn: {negatives: MixN, beta: 0.5, lr: 1.0e-4, steps: 80, batch: 8, seeds: [1, 2, 3]}
+  alphas: [0, 0.3, 0.5]
+  evaluate: {decode: greedy, external: hf:SmolLM2-135M}
+
+Each stage is one of our commands; its output is in OUTPUT/logs. Killed? The same command goes on.
+A stage runs again when its command, its inputs, a stage before it or our version has changed.
+"""
+
+from pathlib import Path
+
+from megatron_cpo.cli.parsing import Parser
+
+
+def main() -> None:
+    """Run or print the stages of a recipe."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("recipe", type=Path, metavar="RECIPE", help="a YAML file")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="where everything goes")
+    add("--print", action="store_true", dest="show", help="print a bash script, run nothing")
+    args = parser.parse_args()
+
+    from megatron_cpo.recipes.runner import run_stages
+    from megatron_cpo.recipes.schema import read_recipe
+    from megatron_cpo.recipes.shell import script
+    from megatron_cpo.recipes.stages import stages
+
+    output = args.output.absolute()
+    if any(letter.isspace() for letter in str(output)):
+        raise ValueError(f"--output {str(output)!r}: white space in it; choose another folder")
+    plan = stages(read_recipe(args.recipe), output)
+    if args.show:
+        print(script(plan, output), end="")
+    else:
+        run_stages(plan, output)

@@ -1,0 +1,140 @@
+"""Run a recipe's stages; those whose command and inputs are as they were are not run again."""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from blake3 import blake3
+
+from megatron_cpo import __version__
+from megatron_cpo.files import write_json
+from megatron_cpo.progress import progress
+from megatron_cpo.quiet import say
+from megatron_cpo.recipes.stages import Stage
+from megatron_cpo.work.locking import only_process
+
+_DIES_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+def run_stages(plan: list[Stage], folder: Path) -> list[str]:
+    """Run what is not done yet, in order.
+
+    Returns:
+        Names of the stages that ran.
+
+    Raises:
+        ValueError: a stage failed, or another process is at work in the folder.
+    """
+    try:
+        with only_process(folder, wait=False):
+            return _run(plan, folder)
+    except TimeoutError as error:
+        raise ValueError(f"{folder}: another run is at work in it; wait, or stop that") from error
+
+
+def digests(plan: list[Stage]) -> dict[str, str]:
+    """Of each stage: its command, the content of its inputs, those before it, our version."""
+    found: dict[str, str] = {}
+    contents: dict[Path, str] = {}
+    for stage in plan:
+        said = [__version__, stage.line, *(found[name] for name in stage.needs)]
+        for path in stage.inputs:
+            if path not in contents:
+                contents[path] = _content(path)
+            said.append(contents[path])
+        found[stage.name] = blake3(json.dumps(said).encode()).hexdigest()
+    return found
+
+
+def _content(path: Path) -> str:
+    digest = blake3()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        digest.update_mmap(file)
+    return digest.hexdigest()
+
+
+def _run(plan: list[Stage], folder: Path) -> list[str]:
+    records, logs = folder / "stages", folder / "logs"
+    for place in (records, logs):
+        place.mkdir(exist_ok=True)
+    _forget_results(plan, folder, records)
+    wanted, ran = digests(plan), []
+    with progress(None, "stages", "stages", len(plan)) as bar:
+        for stage in plan:
+            bar.set_postfix_str(stage.name)
+            record = records / f"{stage.name}.json"
+            before = json.loads(record.read_text()) if record.exists() else {}
+            same = before.get("digest") == wanted[stage.name]
+            if not (same and before["done"] and all(map(_made, stage.outputs))):
+                if not (same and stage.resumes):
+                    for output in stage.outputs:
+                        _remove(output)
+                for output in stage.outputs:
+                    output.parent.mkdir(parents=True, exist_ok=True)
+                state = {"digest": wanted[stage.name], "outputs": [str(p) for p in stage.outputs]}
+                write_json(record, state | {"done": False})
+                _execute(stage, logs / f"{stage.name}.log")
+                write_json(record, state | {"done": True})
+                ran.append(stage.name)
+            bar.update()
+    say(f"{folder}: {len(ran)} of {len(plan)} stages ran, the others were done")
+    return ran
+
+
+def _execute(stage: Stage, log: Path) -> None:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    }
+    with open(log, "wb") as file:
+        file.write(f"$ {stage.line}\n".encode())
+        file.flush()
+        status = subprocess.run(
+            ["bash", "-c", f"exec {stage.line}"],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            env=environment, preexec_fn=_end_with_parent, check=False,
+        ).returncode  # fmt: skip
+    if status:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        raise ValueError(f"{stage.name}: exit status {status}: {lines[-1]}; all of it: {log}")
+    missing = [str(path) for path in stage.outputs if not _made(path)]
+    if missing:
+        raise ValueError(f"{stage.name}: ended well but did not make {missing[0]}; see {log}")
+
+
+def _end_with_parent() -> None:
+    """Nothing of a runner that is killed goes on to write beside the next one."""
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+
+
+def _made(output: Path) -> bool:
+    prefix = output.name.endswith(".")
+    return any(output.parent.glob(f"{output.name}*")) if prefix else output.exists()
+
+
+def _remove(output: Path) -> None:
+    """Remove a file, a folder, or the files of a prefix that ends in a dot."""
+    prefix = output.name.endswith(".")
+    for path in list(output.parent.glob(f"{output.name}*")) if prefix else [output]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _forget_results(plan: list[Stage], folder: Path, records: Path) -> None:
+    """Remove results of stages that the recipe no longer has: a report reads the whole folder."""
+    names = {stage.name for stage in plan}
+    for record in records.glob("*.json"):
+        if record.stem not in names and record.is_file():
+            for output in map(Path, json.loads(record.read_text())["outputs"]):
+                if output.parent == folder.absolute() / "results":
+                    _remove(output)
+                    record.unlink(missing_ok=True)

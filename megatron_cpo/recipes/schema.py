@@ -1,0 +1,204 @@
+"""What a recipe may say, checked before anything runs."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from megatron_cpo.negatives.from_records import parse_mix
+from megatron_cpo.objective import OBJECTIVES, PSS
+
+
+class Part(BaseModel):
+    """A mapping of a recipe; a key that it does not know is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Data(Part):
+    """Records as `megatron-cpo build` reads them."""
+
+    train: Path
+    test: Path
+    max_length: int = Field(ge=3)
+    flags: str = ""
+    """More flags of the records, such as `--format text --prefix-fraction 0.15`."""
+
+
+class Layout(Part):
+    """Processes of training, and how a model is split over them."""
+
+    ranks: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Layout":
+        if self.ranks % (self.tp * self.pp * self.cp):
+            split = f"tp {self.tp} x pp {self.pp} x cp {self.cp}"
+            raise ValueError(f"ranks {self.ranks} is not a multiple of {split}")
+        return self
+
+
+class Optimization(Part):
+    """Steps of training."""
+
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    """Sequences a step; of CPO, rows of groups."""
+    lr: float = Field(gt=0)
+    warmup: int = Field(default=10, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    flags: str = ""
+    """More flags of `megatron_cpo.pretrain_gpt`."""
+
+
+class Variant(Optimization):
+    """A model to train by CPO, once a seed."""
+
+    negatives: str
+    k: int | None = None
+    """Candidates of a group, y_1 included: checked against the mix."""
+    objective: str = "best"
+    beta: float = Field(default=5.0, gt=0)
+    mle_weight: float = Field(default=0.0, ge=0)
+    seeds: list[int] = Field(default=[1234], min_length=1)
+    rounds: int = Field(default=1, ge=1)
+    """Each round after the first takes the model just trained as policy and reference."""
+    build_flags: str = ""
+
+    @model_validator(mode="after")
+    def _fills(self) -> "Variant":
+        mix = parse_mix(self.negatives)
+        made = 1 + sum(mix.values())
+        if self.k not in (None, made):
+            raise ValueError(f"k {self.k}: negatives {self.negatives} make {made}, y_1 included")
+        if self.objective not in (known := sorted([*OBJECTIVES, PSS])):
+            raise ValueError(f"objective {self.objective}: unknown; known are {', '.join(known)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds}: one is there twice")
+        self.k = made
+        return self
+
+
+class Judge(Part):
+    """An OpenAI-compatible endpoint; its key comes from the environment."""
+
+    url: str
+    model: str
+
+
+class Evaluation(Part):
+    """Texts of every model for the test records, and what is said of them."""
+
+    decode: str = "greedy"
+    max_new_tokens: int = Field(default=256, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    external: str | None = None
+    """`hf:PATH`: a model that says how likely the texts are."""
+    mauve: bool = False
+    judge: Judge | None = None
+    flags: str = ""
+    """More flags of `evaluate generate`."""
+
+
+class Recipe(Part):
+    """From a model and records to trained and evaluated models."""
+
+    model: Path
+    """A Hugging Face folder, or a Megatron checkpoint with its megatron_flags.txt beside."""
+    data: Data
+    row_length: int = Field(ge=1)
+    """Tokens of a row of groups."""
+    layout: Layout = Layout()
+    mle: Optimization | None = None
+    """Training of the reference on the records; without it the model is the reference."""
+    variants: dict[str, Variant] = Field(min_length=1)
+    alphas: list[float] = [0.0]
+    """Shares of the reference in merged models; 0 is the trained model itself."""
+    evaluate: Evaluation = Evaluation()
+    export: Literal["none", "all"] = "none"
+    """Whether trained models become Hugging Face folders as well."""
+
+    @field_validator("alphas")
+    @classmethod
+    def _shares(cls, alphas: list[float]) -> list[float]:
+        wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
+        if wrong or len(set(alphas)) < len(alphas) or not alphas:
+            raise ValueError(f"{alphas}: needs different numbers, at least 0 and below 1")
+        return alphas
+
+    @field_validator("variants")
+    @classmethod
+    def _names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        for name in variants:
+            if not name.replace("-", "").replace("_", "").isalnum() or name == "reference":
+                raise ValueError(f"{name!r}: use letters, digits, - and _; reference is taken")
+        return variants
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a YAML file; its paths are relative to the file.
+
+    Raises:
+        ValueError: it is not YAML, a key or value is wrong, or what it names is not there.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe is a mapping that begins with model:, not {content!r}")
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_mistake(error)}") from error
+    return _found(recipe, path)
+
+
+def _first_mistake(error: ValidationError) -> str:
+    mistakes = error.errors()
+    first: Any = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    known = list(_fields(first["loc"][:-1]))
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
+    meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return f"{where}: no such key; {meant}"
+
+
+def _fields(location: tuple[int | str, ...]) -> dict[str, Any]:
+    parts: dict[str, type[Part]] = {
+        "data": Data, "layout": Layout, "mle": Optimization, "variants": Variant,
+        "evaluate": Evaluation, "judge": Judge,
+    }  # fmt: skip
+    names = [name for name in location if name in parts]
+    return (parts[str(names[-1])] if names else Recipe).model_fields
+
+
+def _place(folder: Path, path: Path | str) -> Path:
+    return Path(os.path.normpath(folder / path))
+
+
+def _found(recipe: Recipe, path: Path) -> Recipe:
+    folder = path.resolve().parent
+    recipe.model = _place(folder, recipe.model)
+    recipe.data.train = _place(folder, recipe.data.train)
+    recipe.data.test = _place(folder, recipe.data.test)
+    named = {"model": recipe.model, "data.train": recipe.data.train, "data.test": recipe.data.test}
+    if recipe.evaluate.external:
+        external = _place(folder, recipe.evaluate.external.removeprefix("hf:"))
+        recipe.evaluate.external = f"hf:{external}"
+        named["evaluate.external"] = external
+    for key, place in named.items():
+        if not place.exists():
+            raise ValueError(f"{path}: {key}: {place} is not there")
+        if any(letter.isspace() for letter in str(place)):
+            raise ValueError(f"{path}: {key}: white space in {str(place)!r}; choose another path")
+    return recipe

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from harness.stores import VOCAB_SIZE, random_group
+from megatron_cpo.groups import draws as draws_module
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
-from megatron_cpo.groups.draws import Draws, cached_shapes, part
+from megatron_cpo.groups.draws import DRAWING, Draws, cached_shapes, part
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.groups.writing import GroupWriter
 from megatron_cpo.tree import build_tree
@@ -67,6 +68,38 @@ def test_a_draw_depends_on_seed_epoch_and_group_alone(reader: GroupReader) -> No
     assert (draws(reader, 3, seed=1).chosen(2) != whole.chosen(2)).any()
     names = {draws(reader, n, seed).name for n in (2, 3) for seed in (0, 1)}
     assert len(names) == 4
+
+
+def slow_chosen(reader: GroupReader, n: int, seed: int, epoch: int) -> list[list[int]]:
+    """Of each group y_1 and the negatives of the lowest numbers, drawn for the whole store."""
+    numbers = np.random.default_rng([seed, epoch, DRAWING]).random((len(reader), K))
+    chosen = []
+    for index, drawn in enumerate(numbers.tolist()):
+        negatives = range(1, len(reader[index].candidates))
+        chosen.append([0, *sorted(sorted(negatives, key=drawn.__getitem__)[: n - 1])])
+    return chosen
+
+
+@pytest.mark.parametrize("span", [(0, GROUPS), (13, 44)])
+def test_draws_in_parts_are_those_of_the_whole_store(
+    reader: GroupReader, tmp_path, monkeypatch, span: tuple[int, int]
+) -> None:
+    """A few groups at a time, or one, from kept shapes or the store, have the same draws."""
+    whole = Draws(cached_shapes(None, reader), 3, 2, span)
+    sizes, name = whole.of_epochs(3), whole.name
+    monkeypatch.setattr(draws_module, "CHUNK", 7)
+    kept = Draws(cached_shapes(str(tmp_path), reader), 3, 2, span)
+    monkeypatch.setattr(draws_module, "_shapes", None)  # reading the store would fail
+    again = Draws(cached_shapes(str(tmp_path), reader), 3, 2, span)
+    for found in (kept, again):
+        assert found.name == name
+        assert np.array_equal(found.of_epochs(3), sizes)
+    for epoch in range(3):
+        expected = slow_chosen(reader, 3, 2, epoch)[slice(*span)]
+        assert [np.flatnonzero(row).tolist() for row in again.chosen(epoch)] == expected
+        for place, chosen in enumerate(expected):
+            alone = again.chosen(epoch, place, place + 1)
+            assert [np.flatnonzero(row).tolist() for row in alone] == [chosen]
 
 
 def test_rows_hold_the_parts_and_what_the_plan_says(reader: GroupReader, tmp_path) -> None:

@@ -145,6 +145,20 @@ def test_an_index_of_a_store_that_leads_elsewhere(tmp_path):
         assert len(reader[1].candidates) == 4
 
 
+@pytest.mark.parametrize("number", [-3, 2**40])
+def test_documents_of_a_store_that_lead_elsewhere(tmp_path, number):
+    """What a run asks of a store before its first row: the lengths of its candidates."""
+    prefix = write_store(tmp_path / "groups", 5, 4)
+    index = np.memmap(prefix + ".idx", dtype=np.uint8, mode="r+")
+    index[-6 * 8 :].view(np.int64)[2] = number  # where each of 5 groups begins, and the end
+    index.flush()
+    reader = GroupReader(prefix)
+    for groups in ([1, 3], [0, 2]):
+        with pytest.raises(ValueError, match=r"its index leads to place .* copy it again"):
+            reader.candidate_lengths(np.array(groups))
+    assert (reader.candidate_lengths(np.array([0, 4]))[:, 0] > 0).all()
+
+
 @pytest.mark.parametrize("suffix", FILES)
 def test_a_manifest_that_lacks_a_file(tmp_path, suffix):
     prefix = write_store(tmp_path / "groups", 5, 4)

@@ -179,23 +179,27 @@ def test_without_cpo_flags_megatron_is_unchanged(tmp_path: Path) -> None:
     assert "[cpo]" not in outputs[1]
 
 
-def planned_on_rank(store, cache):
-    """On a rank: how often it packed, and its plan."""
-    from megatron_cpo.groups import plan
+def planned_on_rank(store, cache, candidates):
+    """On a rank: how often it packed and read the shapes of trees, and its plan."""
+    from megatron_cpo.groups import draws, plan
     from megatron_cpo.groups.dataset import RowConfig
     from megatron_cpo.training.data import _planned
 
     torch.distributed.init_process_group("gloo")
-    calls, pack = [], plan.pack
+    calls, pack, shapes = [], plan.pack, draws._shapes
     plan.pack = lambda *arguments: calls.append(1) or pack(*arguments)
-    rows = _planned(GroupReader(store), RowConfig(64, 5, cache=cache), 9, (0, 12))
+    draws._shapes = lambda reader: calls.append(1) or shapes(reader)
+    config = RowConfig(64, 5, cache=cache, candidates=candidates)
+    rows = _planned(GroupReader(store), config, 9, (0, 12))
     return len(calls), rows.plan.groups.tolist()
 
 
-def test_rank_0_plans_for_all_where_plans_are_kept(tmp_path):
-    store = write_store(tmp_path / "groups", 12, 5)
-    first, second = run_ranks(planned_on_rank, 2, store, str(tmp_path / "cache"))
-    assert (first[0], second[0]) == (1, 0)
+@pytest.mark.parametrize("candidates", [None, 3])
+def test_rank_0_plans_for_all_where_plans_are_kept(tmp_path, candidates):
+    store, made = write_store(tmp_path / "groups", 12, 5), 2 if candidates else 1
+    cache = str(tmp_path / "cache")
+    first, second = run_ranks(planned_on_rank, 2, store, cache, candidates)
+    assert (first[0], second[0]) == (made, 0)
     assert first[1] == second[1]
-    alone = run_ranks(planned_on_rank, 2, store, None)
-    assert alone == [(1, first[1])] * 2
+    alone = run_ranks(planned_on_rank, 2, store, None, candidates)
+    assert alone == [(made, first[1])] * 2

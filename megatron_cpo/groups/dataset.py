@@ -122,7 +122,8 @@ class GroupDataset(torch.utils.data.Dataset[Row]):
         indices = self.group_indices(row).tolist()
         groups = [self.reader[index] for index in indices]
         if self._draws is not None:
-            chosen = self._draws.chosen(self.plan.epoch(row))[self.plan[row]]
+            epoch, places = self.plan.epoch(row), self.plan[row].tolist()
+            chosen = [self._draws.chosen(epoch, place, place + 1)[0] for place in places]
             groups = [part(group, at) for group, at in zip(groups, chosen, strict=True)]
         made = group_row(
             groups, self.shape, self.config.lm_prefix, gold_labels=self.config.gold_labels

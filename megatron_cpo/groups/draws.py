@@ -7,18 +7,21 @@ their sizes; these follow from one reading of the store (`Shapes`), without buil
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.files import whole_file
+from megatron_cpo.groups.sizes import cache_path, group_sizes, write_header
 from megatron_cpo.groups.store import Group, GroupReader
 from megatron_cpo.tree import Ints, branches
 
 DRAWING = 6
 """Beside the seed and the epoch, in the generator that draws."""
+CHUNK = 1 << 16
+"""Groups that are drawn, or read, at once."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,40 @@ class Shapes:
 
 
 def cached_shapes(cache: str | None, reader: GroupReader) -> Shapes:
-    """Read from the folder `cache` (Megatron's --data-cache-path), or from the store itself."""
-    digest = reader.manifest["files"][".bin"]["sha256"]
-    path = Path(cache or "") / f"{digest[:32]}-cpo-shapes.npz"
-    names = [field.name for field in fields(Shapes)]
-    if cache is not None and path.exists():
-        with np.load(path) as stored:
-            return Shapes(**{name: stored[name] for name in names})
-    shapes = _shapes(reader)
-    if cache is not None:
+    """Mapped from the folder `cache` (Megatron's --data-cache-path), or from the store itself."""
+    _, _, prefixes, _ = group_sizes(reader, cache)
+    if cache is None:
+        return Shapes(prefixes, *_parts(np.concatenate(list(_shapes(reader)))))
+    path = cache_path(reader, cache, "shapes")
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (len(reader), 3, reader.manifest["k"])
         with whole_file(path) as file:  # every rank may write: the bytes are the same
-            np.savez(file, **{name: getattr(shapes, name) for name in names})
-    return shapes
+            write_header(file, shape)
+            for values in _shapes(reader):
+                file.write(values.astype("<i4").data)
+    return Shapes(prefixes, *_parts(np.load(path, mmap_mode="r")))
 
 
-def _shapes(reader: GroupReader) -> Shapes:
-    size = (len(reader), reader.manifest["k"])
-    prefixes = np.zeros(len(reader), dtype=np.int32)
-    order, lengths, shared = np.full((3, *size), [[[-1]], [[0]], [[0]]], dtype=np.int32)
-    for index in range(len(reader)):
-        group = reader[index]
-        visited, common = branches(group.candidates)
-        prefixes[index], k = len(group.prefix), len(visited)
-        order[index, :k], shared[index, :k] = visited, common
-        lengths[index, :k] = [len(group.candidates[c]) for c in visited]
-    return Shapes(prefixes, order, lengths, shared)
+def _parts(shapes: Ints) -> tuple[Ints, ...]:
+    return tuple(shapes[:, part] for part in range(3))
+
+
+def _shapes(reader: GroupReader) -> Iterator[NDArray[np.int32]]:
+    """Order, lengths and shared tokens, [groups, 3, K], some groups at a time."""
+    for first in range(0, len(reader), CHUNK):
+        last = min(first + CHUNK, len(reader))
+        shapes = np.zeros((last - first, 3, reader.manifest["k"]), dtype=np.int32)
+        shapes[:, 0] = -1
+        for index in range(first, last):
+            candidates = reader[index].candidates
+            order, common = branches(candidates)
+            shapes[index - first, :, : len(order)] = (
+                order,
+                [len(candidates[c]) for c in order],
+                common,
+            )
+        yield shapes
 
 
 class Draws:
@@ -77,27 +88,35 @@ class Draws:
     def __init__(self, shapes: Shapes, candidates: int, seed: int, span: tuple[int, int]) -> None:
         self._shapes, self._candidates, self._seed = shapes, candidates, seed
         self._span = slice(*span)
-        self._last: tuple[int, NDArray[np.bool_]] | None = None
 
     @property
     def name(self) -> bytes:
         """Tells these draws from all others."""
-        values = (getattr(self._shapes, field.name) for field in fields(Shapes))
-        whole = b"".join(np.ascontiguousarray(value[self._span]).tobytes() for value in values)
+        whole = hashlib.sha256()
+        for field in fields(Shapes):
+            values = getattr(self._shapes, field.name)[self._span]
+            for first in range(0, len(values), CHUNK):
+                whole.update(np.ascontiguousarray(values[first : first + CHUNK]).data)
         words = f"{self._candidates} {self._seed} {self._span} {self._shapes.order.shape}"
-        return hashlib.sha256(whole).digest() + words.encode()
+        return whole.digest() + words.encode()
 
-    def chosen(self, epoch: int) -> NDArray[np.bool_]:
-        """[groups of the span, K] in the store's order of candidates; y_1 is always chosen."""
-        if self._last is None or self._last[0] != epoch:
-            order = self._shapes.order
-            keys = np.random.default_rng([self._seed, epoch, DRAWING]).random(order.shape)
-            keys[:, 0] = -1
-            there = np.arange(order.shape[1]) < (order >= 0).sum(axis=1, keepdims=True)
-            keys[~there] = np.inf
-            place = keys.argsort(axis=1).argsort(axis=1)
-            self._last = epoch, ((place < self._candidates) & there)[self._span]
-        return self._last[1]
+    def chosen(self, epoch: int, first: int = 0, last: int | None = None) -> NDArray[np.bool_]:
+        """[last - first, K] in the store's order of candidates; y_1 is always chosen.
+
+        Args:
+            first, last: which groups of the span; all of them, if not given.
+        """
+        order = self._shapes.order[self._span][first:last]
+        numbers = np.random.PCG64([self._seed, epoch, DRAWING])
+        # A number for each candidate slot of the store, so that any group's are found at once.
+        numbers.advance((self._span.start + first) * order.shape[1])
+        keys = np.random.Generator(numbers).random(order.shape)
+        keys[:, 0] = -1
+        there = np.arange(order.shape[1]) < (order >= 0).sum(axis=1, keepdims=True)
+        keys[~there] = np.inf
+        place = keys.argsort(axis=1).argsort(axis=1)
+        chosen: NDArray[np.bool_] = (place < self._candidates) & there
+        return chosen
 
     def tree_tokens(self, epoch: int) -> Ints:
         """[groups of the span] tokens of each tree in an epoch."""
@@ -109,11 +128,20 @@ class Draws:
         return np.stack([tokens for tokens, _ in sizes]), np.stack([q for _, q in sizes])
 
     def _sizes(self, epoch: int) -> tuple[Ints, Ints]:
-        """As `tree.build_tree` would find them, slot by slot for all groups at once."""
-        order, lengths, shared = (
-            getattr(self._shapes, name)[self._span] for name in ("order", "lengths", "shared")
+        groups = self._span.stop - self._span.start
+        tokens, queries = np.empty((2, groups), dtype=np.int32)
+        for first in range(0, groups, CHUNK):
+            some = slice(first, min(first + CHUNK, groups))
+            tokens[some], queries[some] = self._sizes_of(epoch, some)
+        return tokens, queries
+
+    def _sizes_of(self, epoch: int, some: slice) -> tuple[Ints, Ints]:
+        """As `tree.build_tree` would find them, slot by slot for these groups of the span."""
+        prefixes, order, lengths, shared = (
+            getattr(self._shapes, field.name)[self._span][some] for field in fields(Shapes)
         )
-        used = np.take_along_axis(self.chosen(epoch), order.clip(min=0), axis=1) & (order >= 0)
+        chosen = self.chosen(epoch, some.start, some.stop)
+        used = np.take_along_axis(chosen, order.clip(min=0), axis=1) & (order >= 0)
         groups, k = order.shape
         common = np.zeros((groups, k), dtype=np.int32)  # with the one before that is used
         least = np.zeros(groups, dtype=np.int32)
@@ -121,7 +149,7 @@ class Draws:
             least = np.minimum(least, shared[:, slot])
             common[:, slot] = least
             least = np.where(used[:, slot], np.iinfo(np.int32).max, least)
-        tokens = self._shapes.prefixes[self._span].copy()
+        tokens = prefixes.astype(np.int32)
         queries = np.zeros(groups, dtype=np.int32)
         goes_on = np.zeros(groups, dtype=bool)
         next_length, next_common = np.zeros(groups, np.int32), np.full(groups, -1, np.int32)

@@ -6,6 +6,7 @@ million groups; kept they are 16 bytes a group.
 
 import hashlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -27,10 +28,7 @@ def group_sizes(reader: GroupReader, cache: str | None) -> tuple[Ints, ...]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:  # every rank may write: the bytes are the same
-            np.lib.format.write_array_header_1_0(
-                file,
-                {"descr": "<i4", "fortran_order": False, "shape": (4, len(reader))},
-            )
+            write_header(file, (4, len(reader)))
             for values in _gathered(reader):
                 file.write(np.ascontiguousarray(values, dtype="<i4").data)
     return tuple(np.load(path, mmap_mode="r"))
@@ -40,9 +38,16 @@ def _gathered(reader: GroupReader) -> tuple[Ints, ...]:
     return (*reader.tree_sizes(), *reader.prefix_and_truth_lengths())
 
 
-def cache_path(reader: GroupReader, cache: str) -> Path:
+def write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
+    """Begin an array of 32-bit integers in numpy's own format; its values follow, C order."""
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<i4", "fortran_order": False, "shape": shape}
+    )
+
+
+def cache_path(reader: GroupReader, cache: str, what: str = "group-sizes") -> Path:
     """Where they are kept: by the store's tokens, since scores do not change a size."""
     files = reader.manifest["files"]
     text = " ".join(files[suffix]["sha256"] for suffix in (".bin", ".idx"))
     key = hashlib.sha256(text.encode()).hexdigest()[:32]
-    return Path(cache) / f"{key}-cpo-group-sizes.npy"
+    return Path(cache) / f"{key}-cpo-{what}.npy"

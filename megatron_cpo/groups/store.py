@@ -175,6 +175,8 @@ class GroupReader:
             groups: [groups] which, by index.
         """
         documents, lengths = self._tokens.document_indices, self._tokens.sequence_lengths
+        for ends in (documents[groups], documents[groups + 1] - 1):
+            self._require_places(ends, len(lengths), "index")
         first = documents[groups][:, None] + 1 + np.arange(self.manifest["k"])
         there = first < documents[groups + 1][:, None]
         return np.where(there, lengths[np.where(there, first, 0)], -1).astype(np.int32)

@@ -20,6 +20,7 @@ from benchmarks.communication import bench_communication
 from benchmarks.digest import bench_digest
 from benchmarks.generation import bench_generation
 from benchmarks.head import bench_head
+from benchmarks.judge import bench_judge
 from benchmarks.loader import bench_loader
 from benchmarks.memory import bench_memory
 from benchmarks.merge import bench_merge
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[Setting], Rows]] = {
     "merge": bench_merge,
     "digest": bench_digest,
     "generation": bench_generation,
+    "judge": bench_judge,
     "build": bench_build,
 }
 """What can be measured, in the order of the table. A part is a module with one such function."""

@@ -1,7 +1,7 @@
 """Sampling continuations: the policies beside Hugging Face `generate` with the same weights.
 
 The same prompts in one batch, the same number of tokens a continuation (nothing ends early), top-k
-50, one sample a prefix and eleven.
+50, one sample a prefix and eleven. And greedily over 200 prompts, as `evaluate generate` does.
 """
 
 from types import SimpleNamespace
@@ -17,6 +17,8 @@ from megatron_cpo.policies.policy import Policy, Sampling
 from megatron_cpo.tree import Ints
 
 PROMPTS = 8
+GREEDY_PROMPTS = 200
+GREEDY = Sampling(top_k=1)
 NEW_TOKENS = 32
 SAMPLES = (1, 11)
 
@@ -43,7 +45,8 @@ def bench_generation(setting: Setting) -> Rows:
     ours._eod = theirs._eod = -1  # never drawn: as many tokens from each
     ours.ends = theirs.ends = frozenset({-1})
     longest = setting.max_length - NEW_TOKENS
-    prompts = [reader[i % len(reader)].prefix[-longest:] for i in range(PROMPTS)]
+    many = [reader[i % len(reader)].prefix[-longest:] for i in range(GREEDY_PROMPTS)]
+    prompts = many[:PROMPTS]
     rows = []
     for count in SAMPLES:
         steps: dict[str, Any] = {
@@ -61,7 +64,21 @@ def bench_generation(setting: Setting) -> Rows:
             )
             for name in times
         ]
-    return rows
+    steps = {
+        "Megatron policy": lambda _: _sample(ours, many, 1, GREEDY),
+        "Hugging Face policy": lambda _: _sample(theirs, many, 1, GREEDY),
+        "generate": lambda _: _generate(twin, many, 1, do_sample=False),
+    }
+    ours._batch = theirs._batch = GREEDY_PROMPTS
+    times = side_by_side(steps, setting.repeats)
+    return rows + [
+        (
+            f"greedy: {name}, {GREEDY_PROMPTS} prompts",
+            f"{GREEDY_PROMPTS * NEW_TOKENS / times.median(name):,.0f} tokens/s, "
+            f"{times.ratio('generate', name):.2f} x generate",
+        )
+        for name in times
+    ]
 
 
 def hugging_face_twin(model: Any, vocab: int) -> Any:
@@ -107,15 +124,17 @@ def hugging_face_twin(model: Any, vocab: int) -> Any:
     return twin.to(next(model.parameters()))
 
 
-def _sample(policy: Policy, prompts: list[Ints], count: int) -> None:
+def _sample(
+    policy: Policy, prompts: list[Ints], count: int, sampling: Sampling | None = None
+) -> None:
     limits = [NEW_TOKENS + 1] * len(prompts)  # EOD is put behind
     rngs = [np.random.default_rng(i) for i in range(len(prompts))]
-    drawn = policy.sample(prompts, limits, count, rngs, Sampling())
+    drawn = policy.sample(prompts, limits, count, rngs, sampling or Sampling())
     assert all(len(tokens) == NEW_TOKENS + 1 for found in drawn for tokens in found)
 
 
 @torch.no_grad()
-def _generate(model: Any, prompts: list[Ints], count: int) -> None:
+def _generate(model: Any, prompts: list[Ints], count: int, do_sample: bool = True) -> None:
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=model.device)
     seen = torch.zeros_like(ids)
@@ -125,8 +144,8 @@ def _generate(model: Any, prompts: list[Ints], count: int) -> None:
     found = model.generate(
         ids,
         attention_mask=seen,
-        do_sample=True,
-        top_k=50,
+        do_sample=do_sample,
+        top_k=50 if do_sample else None,
         max_new_tokens=NEW_TOKENS,
         num_return_sequences=count,
         pad_token_id=0,

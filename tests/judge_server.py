@@ -5,7 +5,8 @@
 prints its port. The model's name says how it judges: `longer` prefers the longer answer, `first`
 always says A, `rude` answers without a verdict, `empty` without a word, `partly`
 gives no verdict on the third question, `busy` is overloaded every
-second time (429 with Retry-After, and 500), `slow` takes 50 ms, `web` answers with a page. With a
+second time (429 with Retry-After, and 500), `slow` takes 50 ms, `latent` 200, `web` answers with a
+page. With a
 KEY, requests without it get 401. `/v1/asked` counts the requests of each model.
 """
 
@@ -46,8 +47,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(429 if number % 4 == 1 else 500, {"error": "busy"})
         if model == "web":
             return self.answer(200, None)
-        if model == "slow":
-            time.sleep(0.05)
+        time.sleep({"slow": 0.05, "latent": 0.2}.get(model, 0))
         a, b = ANSWERS.search(body["messages"][0]["content"]).groups()
         if model == "partly" and "ask 3\n" in body["messages"][0]["content"]:
             model = "rude"

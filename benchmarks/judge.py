@@ -31,6 +31,8 @@ def bench_judge(setting: Setting) -> Rows:
     ) as server:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}/v1"
+        warm = command.JudgeOptions(url, "longer")  # imports, and the server's first threads
+        command.judge_pairs(ours, theirs, warm, folder / "replies-warm.jsonl")
         for in_flight in IN_FLIGHT:
             judge = command.JudgeOptions(url, "latent", in_flight=in_flight)
             pairs = [side_of(side, 8 * in_flight) for side in (ours, theirs)]

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From text to a model trained with CPO, on this machine: two CPU ranks, or the GPUs it has.
+# From text alone, without a trained model, to one trained with CPO, on this machine: two CPU ranks, or the GPUs it has.
 # About four minutes on two cores. Look for "step-0 gate: ... ok", a rank-1 accuracy that leaves
 # 0 far behind, and a held-out one above 1/12, which is chance.
-# Run by `make quickstart`, or in an environment of your own: bash examples/quickstart.sh
-# Flags given here go to the CPO run: bash examples/quickstart.sh --cpo-objective ranked
+# With megatron_cpo installed (make setup, then . .venv/bin/activate): bash examples/dolly.sh
+# Flags given here go to the CPO run: bash examples/dolly.sh --cpo-objective ranked
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,13 +14,13 @@ MAX_LENGTH=512     # most tokens of prefix + candidate
 ROW_LENGTH=2048    # a row holds several groups and may be longer than any sequence
 MLE_ITERATIONS=60
 CPO_ITERATIONS=20
-OUT=runs/quickstart
+OUT=runs/dolly
 
 # Without byte code every process compiles Megatron anew: 11 s, not 4 s.
 unset PYTHONDONTWRITEBYTECODE
 command -v megatron-cpo >/dev/null &&
     gpus=$(python -c 'import megatron_cpo, torch; print(torch.cuda.device_count())') || {
-    echo "quickstart: megatron_cpo is not installed for $(command -v python); run make quickstart" >&2
+    echo "dolly: megatron_cpo is not installed for $(command -v python); run make setup and activate .venv" >&2
     exit 1
 }
 ranks=2
@@ -47,7 +47,7 @@ run() {
         printf '\n%s\n' "--- the end of $log:" >&2
         # torchrun's own report of the failure would hide the reason.
         sed -E '/failed \(exitcode|closing signal/,$d' "$log" | tail -n 40 >&2
-        printf '%s\n' "--- quickstart: this failed (all of its output: $PWD/$log):" "$*" >&2
+        printf '%s\n' "--- dolly: this failed (all of its output: $PWD/$log):" "$*" >&2
         exit 1
     fi
 }
@@ -65,7 +65,7 @@ rm -rf "$OUT"
 mkdir -p "$OUT"
 head -n "$TRAIN_RECORDS" "$RECORDS" >"$OUT/train.jsonl"
 tail -n +$((TRAIN_RECORDS + 1)) "$RECORDS" >"$OUT/valid.jsonl"
-echo "quickstart: $ranks ranks, $gpus GPUs; everything goes to $OUT"
+echo "dolly: $ranks ranks, $gpus GPUs; everything goes to $OUT"
 
 title "1/5 A tokenizer of $VOCABULARY pieces, and the training records as tokens"
 run tokenizer.log 's/^/  /p' megatron-cpo train-tokenizer \
@@ -109,8 +109,8 @@ megatron-cpo summarize --log "$OUT/cpo.log"
 cat <<END
 
 Try next
-  bash examples/quickstart.sh --cpo-objective ranked   # eq. 2: the whole order, not only the best
-  bash examples/quickstart.sh --cpo-mle-weight 0       # the paper's own runs: CPO without MLE
+  bash examples/dolly.sh --cpo-objective ranked   # eq. 2: the whole order, not only the best
+  bash examples/dolly.sh --cpo-mle-weight 0       # the paper's own runs: CPO without MLE
   megatron-cpo merge --mle $OUT/mle --cpo $OUT/cpo --alpha 0.3 \\
       --output $OUT/merged               # the paper's last step: average the weights
   tensorboard --logdir $OUT/tensorboard

@@ -25,6 +25,13 @@ STABLE = 1.05
 """Shares of the loss at the reference; training that works does not go above it."""
 SAMPLES, WIDTH, LINES = 3, 48, 9
 """Prompts shown, columns of a text, lines of it."""
+MODELS = 4
+"""Of more the figures are on the page alone: a terminal is not that wide."""
+GAIN, LOSS = "a gain", "a LOSS: the texts are worse"
+NO_GAIN = (
+    "NO GAIN that the interval shows; "
+    "the texts of a model of this size, trained like this, are not better by this figure"
+)
 
 
 def outcome(plan: list[Stage], folder: Path) -> str:
@@ -101,15 +108,17 @@ def _of(folder: Folder, choice: Choice) -> Results:
 
 
 def _texts(folder: Folder, models: list[Results]) -> Iterable[str]:
-    names = ["figure", *(each.generator for each in models), "the truths"]
+    names = ["figure", *(each.generator for each in models[:MODELS]), "the truths"]
     for table in scores(folder):
         at = [table.columns.index(name) for name in names if name in table.columns]
         rows = [[row[i] for i in at] for row in table.rows]
         yield from aligned(Table("", "", tuple(table.columns[i] for i in at), rows))
+    if len(models) > MODELS:
+        yield f"  {len(models) - MODELS} more models on the page"
 
 
 def _sweep(folder: Folder, choice: Choice) -> list[str]:
-    said = f"alpha {choice.alpha:g}, the best on half A of the prompts; on half B"
+    said = f"alpha {choice.alpha:g} is best on half A of the prompts, which chose it; on half B"
     return [*aligned(alphas(choice.curve, choice)), f"  {said} {verdict(folder, choice)}"]
 
 
@@ -136,14 +145,7 @@ def verdict(folder: Folder, choice: Choice) -> str:
         word = _nearer(change, _sum(points, base, prompts))
     else:
         word = _word(change, 0.0, rising=curve.quantity.best == "highest")
-    return f"it has {after}, the reference {before}, paired difference {change}: {word}"
-
-
-GAIN, LOSS = "a gain", "a LOSS: the texts are worse"
-NO_GAIN = (
-    "NO GAIN that the interval shows; "
-    "the texts of a model of this size, trained like this, are not better by this figure"
-)
+    return f"it has {after},\n  the reference {before}; paired difference {change}: {word}"
 
 
 def _word(found: Estimate, level: float, rising: bool) -> str:

@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh scripts/uv.sh
 	@bash scripts/setup.sh
 	@touch $@
 
-quickstart: $(STAMP)  ## build data, train and compare on this machine's CPU
+quickstart: $(STAMP)  ## train a small trained model by CPO on this CPU, compare its stories
 	$(IN_VENV) bash examples/quickstart.sh
 
 test: duration lint  ## lint, then the tests; ARGS="-k tree" picks some

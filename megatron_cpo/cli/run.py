@@ -32,6 +32,8 @@ def main() -> None:
     add("--print", action="store_true", dest="show", help="print a bash script, run nothing")
     args = parser.parse_args()
 
+    from megatron_cpo.quiet import say
+    from megatron_cpo.recipes.outcome import outcome
     from megatron_cpo.recipes.runner import run_stages
     from megatron_cpo.recipes.schema import read_recipe
     from megatron_cpo.recipes.shell import script
@@ -45,3 +47,4 @@ def main() -> None:
         print(script(plan, output), end="")
     else:
         run_stages(plan, output)
+        say(outcome(plan, output))

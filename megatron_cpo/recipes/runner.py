@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from blake3 import blake3
@@ -68,7 +69,7 @@ def _run(plan: list[Stage], folder: Path) -> list[str]:
     _forget_results(plan, folder, records)
     wanted, ran = digests(plan), []
     with progress(None, "stages", "stages", len(plan)) as bar:
-        for stage in plan:
+        for number, stage in enumerate(plan, 1):
             bar.set_postfix_str(stage.name)
             record = records / f"{stage.name}.json"
             before = json.loads(record.read_text()) if record.exists() else {}
@@ -81,9 +82,13 @@ def _run(plan: list[Stage], folder: Path) -> list[str]:
                     output.parent.mkdir(parents=True, exist_ok=True)
                 state = {"digest": wanted[stage.name], "outputs": [str(p) for p in stage.outputs]}
                 write_json(record, state | {"done": False})
+                began = time.monotonic()
                 _execute(stage, logs / f"{stage.name}.log")
                 write_json(record, state | {"done": True})
                 ran.append(stage.name)
+                bar.clear()
+                took = time.monotonic() - began
+                say(f"{number:>3} of {len(plan)}  {stage.name:<28} {took:4.0f} s")
             bar.update()
     say(f"{folder}: {len(ran)} of {len(plan)} stages ran, the others were done")
     return ran

@@ -51,6 +51,7 @@ class _Plan:
         """Of the model, as bash puts them in."""
         self.results: list[Path] = []
         self.texts: list[str] = []
+        self.rankings: list[str] = []
 
     def all(self) -> list[Stage]:
         reference, need = self._reference()
@@ -143,11 +144,13 @@ class _Plan:
             trained = self._add(f"train-{tag}", line, output, inputs=self.inputs,
                                 needs=(*before, built))  # fmt: skip
             model, before = output, (*need, trained)
-        ranking = self.folder / "rankings" / f"{own}.json"
+        ranking = self.folder / "results" / f"ranking-{own}.json"
         line = f"{self.verb} evaluate score --groups {test} --load {model} {self.flags}"
         line += f" {self.split} --seq-length {self.recipe.row_length} --beta {variant.beta!r}"
-        self._add(f"rank-{own}", f"{line} --output {ranking}", ranking, inputs=self.inputs,
-                  needs=(*before, heldout))  # fmt: skip
+        self.rankings.append(
+            self._add(f"rank-{own}", f"{line} --output {ranking}", ranking, inputs=self.inputs,
+                      needs=(*before, heldout))
+        )  # fmt: skip
         for alpha in self.recipe.alphas:
             merged, from_ = model, before
             if alpha:
@@ -202,4 +205,5 @@ class _Plan:
         page = self.folder / "report.html"
         line = f"megatron-cpo evaluate report {results} --html {page}"
         table = self.folder / "report.md"
-        self._add("report", f"{line} --markdown {table}", page, table, needs=(*texts, *made))
+        self._add("report", f"{line} --markdown {table}", page, table,
+                  needs=(*texts, *self.rankings, *made))  # fmt: skip

@@ -60,11 +60,12 @@ def describe(report: Report) -> list[str]:
     quantity = report.plots[0].curve.quantity if report.plots else None
     for plot in report.plots:
         if plot.curve.quantity == quantity:
-            lines += [plot.curve.title, *_aligned(alphas(plot.curve, plot.choice))]
+            lines += [plot.curve.title, *aligned(alphas(plot.curve, plot.choice))]
     return [*lines, *(f"left out: {note}" for note in report.notes)]
 
 
-def _aligned(table: Table) -> list[str]:
+def aligned(table: Table) -> list[str]:
+    """A table's columns and rows as lines of one width."""
     rows = [list(table.columns), *([shown(cell) for cell in row] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

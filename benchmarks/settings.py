@@ -114,7 +114,8 @@ class Grid:
         log = self._make(done, train)
         self._texts(str(folder), f"{name} seed {seed}", label)
         line = {
-            "setting": name, "seed": seed, "commit": _commit(), "command": train,
+            "setting": name, "seed": seed, "commit": _commit(),
+            "command": train.replace(f"{ROOT}/", ""),
             "training": _training(log), "results": self._scores(label),
         }  # fmt: skip
         self._keep(line)
@@ -255,7 +256,7 @@ def table(seeds: Sequence[int]) -> str:
     for run in sorted(runs, key=lambda run: (order.index(run["setting"]), run["seed"])):
         top, greedy, t = run["results"]["top50"], run["results"]["greedy"], run["training"]
         trained = (
-            f"{t['highest'] / t['first']:.2f} | {t['truth_logratio']:+.1f} | "
+            f"{f'{t["highest"] / t["first"]:.2f}' if run['setting'] != BASELINE else ''} | {t['truth_logratio']:+.1f} | "
             f"{t['held_out']['accuracy'] or 0:.2f}"
             if t
             else " | | "

@@ -17,7 +17,7 @@ import yaml
 from harness.ranks import ROOT
 from megatron_cpo.recipes.runner import digests, run_stages
 from megatron_cpo.recipes.schema import read_recipe
-from megatron_cpo.recipes.shell import script
+from megatron_cpo.recipes.shell import script, slurm
 from megatron_cpo.recipes.stages import Stage, stages
 from tests.commands import run_python
 
@@ -151,6 +151,34 @@ def test_the_script_makes_the_same_files(folder, tmp_path):
         (folder / name).unlink()
     subprocess.run(["bash"], input=script(copies(folder), folder).encode(), check=True)
     assert {path.name: path.read_bytes() for path in folder.glob("*.txt")} == made
+
+
+SBATCH = """#!/usr/bin/env bash
+# Runs a job at once, as a cluster would whose queue is empty; says what it was given.
+echo "$@" >> "$(dirname "$0")/given"
+bash "${@: -1}" > /dev/null && echo "$(wc -l < "$(dirname "$0")/given");cluster"
+"""
+
+
+def test_slurms_jobs_make_the_same_files_and_wait_for_what_they_need(folder):
+    plan = copies(folder)
+    run_stages(plan, folder)
+    made = {path.name: path.read_bytes() for path in folder.glob("*.txt")}
+    for name in made:
+        (folder / name).unlink()
+    (folder / "slurm").mkdir()
+    for name, content in slurm(plan, folder).items():
+        (folder / "slurm" / name).write_text(content)
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", folder / "slurm" / "submit.sh", "--gpus=8"], check=True,
+                          env=os.environ | path, capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == "submitted 3 jobs\n"
+    assert {path.name: path.read_bytes() for path in folder.glob("*.txt")} == made
+    first, second, third = (folder / "given").read_text().splitlines()
+    assert "--dependency=afterok:1 " in second and "--gpus=8" in second
+    assert "--dependency" not in first + third
 
 
 RUN = """

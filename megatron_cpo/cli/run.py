@@ -2,6 +2,7 @@
 
   megatron-cpo run --output runs/mine recipe.yaml
   megatron-cpo run --output runs/mine recipe.yaml --print > mine.sh     # the commands, for bash
+  megatron-cpo run --output runs/mine recipe.yaml --slurm               # as jobs of Slurm
 
 A recipe, in YAML, with paths relative to its file:
 
@@ -29,14 +30,19 @@ def main() -> None:
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="a YAML file")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where everything goes")
-    add("--print", action="store_true", dest="show", help="print a bash script, run nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--print", action="store_true", dest="show",
+                      help="print a bash script, run nothing")  # fmt: skip
+    only.add_argument("--slurm", action="store_true",
+                      help="write jobs of Slurm into FOLDER/slurm, run nothing")  # fmt: skip
     args = parser.parse_args()
 
+    from megatron_cpo.files import write_whole
     from megatron_cpo.quiet import say
     from megatron_cpo.recipes.outcome import outcome
     from megatron_cpo.recipes.runner import run_stages
     from megatron_cpo.recipes.schema import read_recipe
-    from megatron_cpo.recipes.shell import script
+    from megatron_cpo.recipes.shell import script, slurm
     from megatron_cpo.recipes.stages import stages
 
     output = args.output.absolute()
@@ -45,6 +51,11 @@ def main() -> None:
     plan = stages(read_recipe(args.recipe), output)
     if args.show:
         print(script(plan, output), end="")
+    elif args.slurm:
+        (output / "slurm").mkdir(parents=True, exist_ok=True)
+        for name, content in slurm(plan, output).items():
+            write_whole(output / "slurm" / name, content.encode())
+        say(f"submit them with: bash {output / 'slurm' / 'submit.sh'} [options of sbatch]")
     else:
         run_stages(plan, output)
         say(outcome(plan, output))

@@ -105,7 +105,7 @@ def test_gate_holds_for_a_part_of_the_candidates(
     scored: tuple[str, np.ndarray], reference: str
 ) -> None:
     """Per-token rewards and the term that holds the truth up leave it at log N."""
-    cpo = f"--cpo-aux-loss --cpo-k {K} --cpo-candidates 3 --cpo-length-normalise"
+    cpo = f"--cpo-aux-loss --cpo-k {K} --cpo-candidates 3 --cpo-length-normalise --cpo-no-warmup"
     flags = f"{cpo} --cpo-dpop-lambda 5 --train-iters 1 --finetune --load {reference}".split()
     [output] = run_pretrain([*MODEL, *TRAIN, *flags, "--cpo-data-path", scored[0]], 1)
     assert abs(cpo_curves(output)["cpo_loss"][0] - math.log(3)) < 1e-4

@@ -56,6 +56,8 @@ def ignore_library_warnings() -> None:
     if not verbose:
         warnings.filterwarnings("ignore", module=LIBRARIES)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # transformers shows a bar for each model that it loads, and asks here.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager

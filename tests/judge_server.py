@@ -26,6 +26,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an answer of two packets waits 40 ms for the client's word
     key = None
     asked: ClassVar[Counter] = Counter()
     lock = threading.Lock()

@@ -58,7 +58,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(422, {"error": f"unknown {set(body) - FIELDS}"})
         if isinstance(ids, str):
             ids = self.tokenizer.tokenize(ids)
-        sampling = Sampling(body["temperature"], max(body.get("top_k", 0), 0), body["top_p"])
+        sampling = Sampling(top_k=1)
+        if body["temperature"] > 0:
+            sampling = Sampling(body["temperature"], max(body.get("top_k", 0), 0), body["top_p"])
         with self.lock:
             [drawn] = self.policy.sample(
                 [np.array(ids, dtype=np.int32)],

@@ -77,6 +77,18 @@ def test_rounding_does_not_trade_tokens():
     assert (~same).sum() <= 1
 
 
+def ties():
+    """Logits with several largest ones in most rows, as bfloat16 has them."""
+    return torch.randint(0, 5, (500, 32), generator=torch.Generator().manual_seed(2)).float()
+
+
+def test_the_likeliest_of_equals_is_the_first():
+    """As argmax has it, and so `generate`; whatever the number that is drawn."""
+    numbers = torch.rand(500, dtype=torch.float64)
+    found = choose(ties(), numbers, Sampling(top_k=1))
+    assert found.tolist() == [row.index(max(row)) for row in ties().tolist()]
+
+
 def sharded():
     """Tokens of a rank's half of the vocabulary, the second one with padding at its end."""
     import torch.distributed as dist
@@ -93,6 +105,9 @@ def sharded():
     if rank == 0:  # whichever rank has it, all of them know
         broken[0, 3] = float("nan")
     none = [choose(broken, GRID[:1], s, 16 * rank, group) for s in settings]
+    halves = ties()[:, 16 * rank : 16 * rank + 16]
+    first = choose(halves, torch.rand(500).double(), Sampling(top_k=1), 16 * rank, group)
+    assert torch.equal(first, ties().argmax(1))
     return chosen, [*none, draw(broken, GRID[None, :1], 16 * rank, group)[0]]
 
 

@@ -1,7 +1,6 @@
 """Generated texts: the tokens of transformers, the distribution of the model, and files that do
 not depend on who made them or how often it was killed."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,11 +9,10 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from harness.ranks import ROOT, run_ranks
+from harness.ranks import ROOT
 from megatron_cpo.evaluation.decoding import Decoding, Prompt, continue_prompts
 from megatron_cpo.evaluation.generating import GenerateConfig, generate
 from megatron_cpo.evaluation.results import read_results
@@ -23,12 +21,11 @@ from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
-from tests.commands import run_python
-from tests.conversions import flags_of, to_megatron
+from tests.commands import run_command, run_python
+from tests.generated import MOST, by_transformers, prompts, save_records
 from tests.scored_texts import records, save_with_tokenizer
 
 KINDS = ["llama", "gpt2"]
-MOST = 12
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,35 +40,11 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "records.jsonl"
-    rows = [{"prompt": x, "completion": y} for x, y in records(21, longest=6)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
-    return path
+    return save_records(tmp_path_factory.mktemp("data") / "records.jsonl")
 
 
 def policy_of(folder, batch=64):
     return HuggingFacePolicy(folder, folder_tokenizer("the model", folder), batch)
-
-
-def prompts(count=100):
-    rng = np.random.default_rng(4)
-    return [
-        Prompt(f"{i:016x}", rng.integers(4, 1000, 1 + i % 30).astype(np.int32), 0)
-        for i in range(count)
-    ]
-
-
-def by_transformers(policy, ends, **how):
-    """What `generate` adds to each prompt, one at a time."""
-    found = []
-    for prompt in prompts():
-        ids = torch.from_numpy(prompt.prefix.astype(np.int64))[None]
-        output = policy._model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MOST,
-            eos_token_id=sorted(ends), pad_token_id=0, **how,
-        )  # fmt: skip
-        found.append(output[0, len(prompt.prefix) :].tolist())
-    return found
 
 
 def whole(continuation, ends):
@@ -116,32 +89,6 @@ def test_beam_search_is_that_of_transformers(folder):
         assert [*ours.body.tolist()] == theirs[: len(theirs) - (theirs[-1] in ends)]
 
 
-def under_megatron(folder, flags, layout):
-    """On one rank: greedy texts of the converted model."""
-    from megatron_cpo import install
-    from megatron_cpo.host.loading import open_tokenizer, score_args
-    from megatron_cpo.policies.megatron import MegatronPolicy
-
-    install()
-    sys.argv = ["generate", *flags, "--load", folder, *layout.split(), "--seq-length", "64"]
-    args = score_args()
-    policy = MegatronPolicy.load(args, open_tokenizer(args), 16)
-    decoding = Decoding("greedy", Sampling(max_new_tokens=MOST))
-    return [y.body.tolist() for [y] in continue_prompts(policy, prompts(), decoding)]
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_greedy_of_a_checkpoint_equals_transformers(llama, ranks, tmp_path):
-    megatron = to_megatron(Path(llama), tmp_path / "megatron")
-    layout = f"--tensor-model-parallel-size {ranks}"
-    found = run_ranks(under_megatron, ranks, str(megatron), flags_of(megatron), layout)
-    policy = policy_of(llama)
-    expected = by_transformers(policy, policy.ends | {0}, num_beams=1)
-    expected = [y[: len(y) - (y[-1] in policy.ends | {0})] for y in expected]
-    for ours in found:
-        assert ours == expected
-
-
 def test_samples_have_the_models_distribution(folder):
     """Chi-square of first and second tokens against softmax over the top 8: with a cache or not."""
     from scipy import stats
@@ -169,6 +116,19 @@ def test_samples_have_the_models_distribution(folder):
         if wanted[-1] < 5:  # too few for the test: they go to the last one that is kept
             counts[-2:], wanted[-2:] = [sum(counts[-2:])], [sum(wanted[-2:])]
         assert stats.chisquare(counts, wanted).pvalue > 0.001
+
+
+def test_a_text_ends_as_its_own_record_does(folder):
+    """A chat's end of turn beside a record that ends in EOD: neither stops the other's text."""
+    policy, decoding = policy_of(folder), Decoding("greedy", Sampling(max_new_tokens=MOST))
+    end = often(greedy(64, folder))
+    mixed = [replace(p, stop=end if i % 3 else 0) for i, p in enumerate(prompts())]
+    found = continue_prompts(policy, mixed, decoding)
+    alone = [continue_prompts(policy, [p], decoding)[0] for p in mixed]
+    for [ours], [theirs], prompt in zip(found, alone, mixed, strict=True):
+        assert (ours.body.tolist(), ours.ended) == (theirs.body.tolist(), theirs.ended)
+        assert prompt.stop not in ours.body
+    assert any(end in y.body for [y] in found) and any(y.ended for [y] in found)
 
 
 def config_of(data, output, how="sample", **more):
@@ -202,6 +162,9 @@ def test_the_file(llama, data, tmp_path):
     assert made(llama, config).seconds == 0  # nothing to do
     with pytest.raises(ValueError, match=r"a.json: it holds texts .*top-k 10.* seed 1234"):
         made(llama, config_of(data, tmp_path / "a.json", limit=3))
+    shorter = replace(config, source=replace(config.source, max_length=30))
+    with pytest.raises(ValueError, match=r"at most 64 tokens.* at most 30 tokens.*remove it"):
+        made(llama, shorter)  # some records are left out
 
 
 def test_any_split_and_any_kill_give_the_same_bytes(llama, data, tmp_path):
@@ -257,6 +220,7 @@ def test_the_command_killed_and_run_again(llama, data, tmp_path):
         ({"--policy": None}, "no model: give --policy hf:PATH"),
         ({"--policy": "hf:/nowhere"}, "/nowhere"),
         ({"--data": "/nowhere.jsonl"}, "--input /nowhere.jsonl"),
+        ({"--policy": None, "--load": "/nowhere"}, "no tokenizer: give .*--tokenizer-type"),
         ({"--max-length": "100"}, "--max-length 100: the policy .* reads at most 64"),
     ],
 )
@@ -277,6 +241,20 @@ def test_bad_input(llama, data, tmp_path, change, message, monkeypatch, capsys):
     assert stop.value.code != 0
     said = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, said[-1]) and not (tmp_path / "o.json").exists()
+
+
+def test_no_record_and_no_checkpoint(llama, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    output = tmp_path / "o.json"
+    rest = ["--data", str(empty), "--output", str(output), "--max-length", "64"]
+    words = ["evaluate", "generate", *rest]
+    assert run_command(monkeypatch, *words, "--policy", f"hf:{llama}") == 1
+    assert "no usable record" in capsys.readouterr().err.splitlines()[-1]
+    assert run_command(monkeypatch, *words, "--load", llama) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--load {llama}: a Hugging Face model; give --policy hf:{llama}" in said
+    assert not output.exists() and not list(tmp_path.glob("*.generate"))
 
 
 def test_beam_search_of_a_server_is_refused():

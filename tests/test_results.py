@@ -1,9 +1,11 @@
 """Files of texts: AlpacaEval's shape, and what cannot be compared."""
 
 import json
+import subprocess
 
 import pytest
 
+from harness.ranks import ROOT
 from megatron_cpo.evaluation.results import (
     Made,
     Text,
@@ -38,6 +40,37 @@ def test_alpaca_eval_file(tmp_path):
     assert (found.texts[0].id, found.generator, found.made) == ("hi", "gpt4", Made())
     with pytest.raises(ValueError, match="no `truth`"):
         found.truths()
+
+
+BY_ALPACA_EVAL = """
+import json, sys
+from alpaca_eval.utils import load_or_convert_to_dataframe
+frame = load_or_convert_to_dataframe(sys.argv[1])
+frame.to_json(sys.argv[2], orient="records", indent=2)
+print(json.dumps(frame[["instruction", "output", "generator"]].to_dict("records")))
+"""
+
+
+def test_alpaca_evals_own_reader(tmp_path):
+    """The package reads our file, and what it writes of it we read as the same texts."""
+    python = ROOT / ".venv-peer-alpaca_eval/bin/python"
+    if not python.exists():
+        pytest.skip("alpaca_eval has an environment of its own: scripts/peer_env.sh alpaca_eval")
+    odd = ["", " 12", "1e5", "null", 'two\nlines, a "quote" \u2028', "naïve 漢字 🙂", "<script>"]
+    ours = [
+        Text(f"{i:016x}", f"ask {i}", output, "cpo@alpha=0.3", 0, "true", "length", i)
+        for i, output in enumerate(odd)
+    ]
+    path, again = tmp_path / "ours.json", tmp_path / "again.json"
+    write_results(path, ours, MADE)
+    command = [python, "-W", "ignore", "-c", BY_ALPACA_EVAL, path, again]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = [{n: getattr(t, n) for n in ("instruction", "output", "generator")} for t in ours]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    found = read_results(again)
+    assert [t.output for t in found.texts] == odd
+    assert (found.made, found.generator) == (MADE, "cpo@alpha=0.3")
 
 
 @pytest.mark.parametrize(

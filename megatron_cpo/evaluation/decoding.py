@@ -112,27 +112,35 @@ def continue_prompts(
         )
     # A policy's limit counts an end that it puts behind what it cuts.
     limits = [limit + 1 for limit in limits]
-    prefixes, stops = [p.prefix for p in prompts], {p.stop for p in prompts}
-    drawn: list[list[Ints]]
+    found: list[list[Continuation]] = [[] for _ in prompts]
+    for stop in sorted({p.stop for p in prompts}):  # another record's end is none of this one's
+        alike = [i for i, prompt in enumerate(prompts) if prompt.stop == stop]
+        some, some_limits = [prompts[i] for i in alike], [limits[i] for i in alike]
+        drawn = _drawn(policy, some, some_limits, decoding, stop)
+        for i, prompt, limit, texts in zip(alike, some, some_limits, drawn, strict=True):
+            if len(texts) != decoding.samples:
+                raise ValueError(
+                    f"the model gave {len(texts)} texts for a prompt of {len(prompt.prefix)} "
+                    f"tokens, of {decoding.samples}: it does not fit what the server reads; lower "
+                    "--max-length"
+                )
+            ends = policy.ends | {stop}
+            found[i] = [_continuation(tokens, limit, ends) for tokens in texts]
+    return found
+
+
+def _drawn(
+    policy: Policy, prompts: Sequence[Prompt], limits: Sequence[int], decoding: Decoding, stop: int
+) -> list[list[Ints]]:
+    """See `Policy.sample`; of prompts whose own continuations end alike."""
+    prefixes, sampling = [p.prefix for p in prompts], decoding.sampling
     if decoding.how == "beam":
         search: Any = policy
-        drawn = [[y] for y in search.beams(prefixes, limits, decoding.beams, stops)]
-    else:
-        sampling = decoding.sampling
-        if decoding.how == "greedy":
-            sampling = Sampling(top_k=1, max_new_tokens=most)
-        rngs = [np.random.default_rng([decoding.seed, int(p.id[:16], 16)]) for p in prompts]
-        drawn = policy.sample(prefixes, limits, decoding.samples, rngs, sampling, stops)
-    ends = policy.ends | stops
-    found = []
-    for prompt, limit, texts in zip(prompts, limits, drawn, strict=True):
-        if len(texts) != decoding.samples:
-            raise ValueError(
-                f"the model gave {len(texts)} texts for a prompt of {len(prompt.prefix)} tokens, "
-                f"of {decoding.samples}: it does not fit what the server reads; lower --max-length"
-            )
-        found.append([_continuation(tokens, limit, ends) for tokens in texts])
-    return found
+        return [[y] for y in search.beams(prefixes, limits, decoding.beams, {stop})]
+    if decoding.how == "greedy":
+        sampling = Sampling(top_k=1, max_new_tokens=sampling.max_new_tokens)
+    rngs = [np.random.default_rng([decoding.seed, int(p.id[:16], 16)]) for p in prompts]
+    return policy.sample(prefixes, limits, decoding.samples, rngs, sampling, {stop})
 
 
 def _continuation(tokens: Ints, limit: int, ends: Collection[int]) -> Continuation:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_cpo.evaluation.decoding import (
     check_decoding,
     continue_prompts,
 )
+from megatron_cpo.evaluation.generated import Generated, Speed, describe_model, reading
 from megatron_cpo.evaluation.results import Made, Text, read_results, write_results
 from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import context_of
@@ -71,34 +73,6 @@ class GenerateConfig:
         return hashlib.sha256(json.dumps([files, shape]).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What became of it."""
-
-    path: Path
-    texts: list[Text]
-    dropped: dict[str, int]
-    """Records that were left out, by reason."""
-    seconds: float
-    """Of all processes together; 0: the file was there already."""
-
-    def __str__(self) -> str:
-        ended = sum(text.finish == "stop" for text in self.texts) / len(self.texts)
-        tokens = sum(text.tokens or 0 for text in self.texts)
-        speed = f", {tokens / self.seconds:,.0f} tokens/s a process" if self.seconds else ""
-        empty = sum(not text.output.strip() for text in self.texts)
-        lines = [
-            f"{self.path}: {len(self.texts):,} texts of {self.texts[0].generator}, "
-            f"{ended:.0%} ended by themselves, mean {tokens / len(self.texts):.0f} tokens{speed}"
-        ]
-        if not self.seconds:
-            lines[0] += "; it was there already"
-        if empty:
-            lines.append(f"empty: {empty:,} texts, which a judge counts as lost")
-        lines += [f"left out: {n:,} records: {why}" for why, n in self.dropped.items()]
-        return "\n".join(lines)
-
-
 class Generator:
     """Finishes blocks of texts; a `work.job.Job`.
 
@@ -129,10 +103,11 @@ class Generator:
         identity = self.policy.identity
         self.generator = config.generator or str(identity["name"])
         self.made = Made(
-            checkpoint=_describe(identity),
+            checkpoint=describe_model(identity),
             decoding=str(config.decoding),
             data=config.data(),
             tool=f"megatron_cpo {__version__}",
+            reading=reading(config.source.max_length, self.policy.ends, tokenizer),
         )
         command = {
             "generator": self.generator,
@@ -226,7 +201,8 @@ def generate(
             return there
         try:
             job.open()
-            run_stage(job, STAGE, run, "generate", "records")
+            tell = Speed(partial(job.work.block_path, STAGE))
+            run_stage(job, STAGE, run, "generate", "records", tell=tell)
         except FileNotFoundError:  # the others have finished meanwhile
             if not config.output.exists():
                 raise
@@ -244,8 +220,9 @@ def _prepare(job: Generator) -> Generated | None:
         if job.config.output.exists():
             found = read_results(job.config.output)
             job.work.remove()
+            earlier = found.made.reading or job.made.reading  # which files did not say once
             ours = replace(job.made, tool=found.made.tool)
-            if found.made != ours or found.generator != job.generator:
+            if replace(found.made, reading=earlier) != ours or found.generator != job.generator:
                 raise ValueError(
                     f"--output {job.config.output}: it holds texts of {found.generator}, "
                     f"{found.made}; this command would write those of {job.generator}, {ours}; "
@@ -287,11 +264,3 @@ def _put_together(job: Generator) -> Generated | None:
         write_results(output, texts, job.made)
         work.remove()
     return Generated(output, texts, dropped["counts"], max(seconds, 1e-9))
-
-
-def _describe(identity: dict[str, Any]) -> str:
-    """Name and digest of a model, and the type it computes in."""
-    where = f" iteration {identity['iteration']}" if "iteration" in identity else ""
-    digest = str(identity.get("digest", identity.get("sha256", "")))
-    kind = identity.get("dtype", identity["backend"])
-    return f"{identity['name']}{where} {digest.rpartition(':')[2][:16]} {kind}".replace("  ", " ")

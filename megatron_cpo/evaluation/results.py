@@ -8,7 +8,7 @@ others are ours, plain strings and numbers, so that its reader (pandas) takes th
     truth        the record's own continuation
     finish       "stop": the model ended it; "length": it hit the limit and is no finished text
     tokens       number of generated tokens, the end token included
-    checkpoint, decoding, data, tool      what made the file: see `Made`
+    checkpoint, decoding, data, tool, reading      what made the file: see `Made`
 
 A file of another tool needs the first three only; its instructions then are its ids.
 """
@@ -34,6 +34,8 @@ class Made:
     """Digest of the records."""
     tool: str = ""
     """This package and its version."""
+    reading: str = ""
+    """What else decides the texts: the longest record, the end tokens and the tokenizer."""
 
 
 @dataclass(frozen=True)

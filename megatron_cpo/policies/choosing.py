@@ -47,16 +47,25 @@ def choose(
 def best(logits: Tensor, k: int, first: int = 0, group: Any = None) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row, descending, and their token ids; [R, k] each.
 
-    All of them where k is 0 or more than there are.
+    All of them where k is 0 or more than there are. Where k is 1, the lowest id of several.
     """
-    values, ids = torch.topk(logits, min(k or logits.shape[1], logits.shape[1]), dim=1)
+    values, ids = _largest(logits, k)
     ids = ids + first
     if group is not None:
         everything, all_ids = _gather(values, group).flatten(1), _gather(ids, group).flatten(1)
-        size = everything.shape[1]
-        values, at = torch.topk(everything, min(k or size, size), dim=1)
+        values, at = _largest(everything, k)  # of ranks in the order of ids
         ids = all_ids.gather(1, at)
     return values, ids
+
+
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`torch.topk`; of one alone the first, which topk does not promise and bfloat16 asks for."""
+    if k == 1:
+        largest, at = values.max(dim=1, keepdim=True)
+        return largest, at
+    size = values.shape[1]
+    most, places = torch.topk(values, min(k or size, size), dim=1)
+    return most, places
 
 
 def draw(logits: Tensor, uniforms: Tensor, first: int = 0, group: Any = None) -> Tensor:

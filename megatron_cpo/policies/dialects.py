@@ -119,7 +119,8 @@ class Questions:
         text = self._tokenizer.detokenize(self._encoder.unframed(ids))
         body = {
             "model": self._model,
-            "temperature": sampling.temperature,
+            # Servers that know no top-k, or pass over it in silence, take the likeliest token at 0.
+            "temperature": 0.0 if sampling.top_k == 1 else sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": tokens,
             "seed": seed,
@@ -148,7 +149,7 @@ class Questions:
         refused = []
         for self._dialect in DIALECTS:
             self.left_out = set()
-            while self._dialect != "text" or not sampling.top_k:
+            while self._dialect != "text" or sampling.top_k < 2:
                 body = self.body(tokens, sampling, 1, 0, 1)
                 try:
                     await endpoint.post("completions", body)
@@ -168,7 +169,7 @@ class Questions:
                     await self._check_length(endpoint, body, len(tokens))
                     self._warn(endpoint)
                     return
-        if sampling.top_k:
+        if sampling.top_k > 1:
             hint += f"; without top-k (--top-k 0, not {sampling.top_k}) more servers can be asked"
         raise endpoint.error(f"understands none of our requests ({'; '.join(refused)}){hint}")
 
@@ -221,7 +222,7 @@ def _without(refusal: str, body: Body, sampling: Sampling) -> set[str]:
 
 
 def _needs(sampling: Sampling) -> tuple[str, ...]:
-    return ("top_k",) if sampling.top_k else ()
+    return ("top_k",) if sampling.top_k > 1 else ()
 
 
 def _names(text: str, field: str) -> bool:

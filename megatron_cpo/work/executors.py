@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,12 +18,21 @@ from megatron_cpo.progress import progress
 from megatron_cpo.work.job import Job, Run, Work, block_records, blocks_of
 
 
-def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 1) -> None:
+def run_stage(
+    job: Job,
+    stage: str,
+    run: Run,
+    what: str,
+    unit: str,
+    each: int = 1,
+    tell: Callable[[int], str] | None = None,
+) -> None:
     """Finish this run's share of the blocks of a stage, but for those that are there.
 
     Args:
         what: title of the progress bar.
         unit: what the bar counts, `each` a record.
+        tell: a finished block to what the bar says behind its numbers.
 
     Raises:
         ValueError: several processes are to share a model on a GPU.
@@ -47,6 +56,8 @@ def run_stage(job: Job, stage: str, run: Run, what: str, unit: str, each: int = 
         bar.unpause()
         for block in done:
             bar.update(sizes[block])
+            if tell is not None and not bar.disable:
+                bar.set_postfix_str(tell(block))
 
 
 def take_gpu() -> None:

@@ -36,6 +36,9 @@ from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source
 if TYPE_CHECKING:
     from megatron_cpo.evaluation.generating import GenerateConfig
 
+ROW_TOKENS = 2048
+"""`--seq-length` if none is given: tokens of a row in which Megatron reads prompts."""
+
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this verb's flags to a parser, which may be Megatron's."""
@@ -57,6 +60,12 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
+def _add_beside_megatrons(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same for Megatron's parser, which otherwise wants a length of rows."""
+    parser.set_defaults(seq_length=ROW_TOKENS)
+    return add_generate_arguments(parser)
+
+
 def main() -> None:
     """Generate this rank's share, and put the file together once all is there."""
     answer_help(f"{__doc__}\n{INPUT_HELP}", add_generate_arguments)
@@ -75,7 +84,7 @@ def parse_generate_args() -> argparse.Namespace:
     """This verb's flags and Megatron's, from `sys.argv`."""
     from megatron.training.arguments import parse_args
 
-    args: argparse.Namespace = parse_args(beside_megatrons(add_generate_arguments))
+    args: argparse.Namespace = parse_args(beside_megatrons(_add_beside_megatrons))
     return args
 
 
@@ -112,11 +121,18 @@ def generate_from_args(args: argparse.Namespace) -> str | None:
         raise ValueError(
             "no model: give --policy hf:PATH, --load CHECKPOINT or --policy http://..."
         )
+    if which == "megatron" and args.load and (Path(args.load) / "config.json").is_file():
+        raise ValueError(f"--load {args.load}: a Hugging Face model; give --policy hf:{args.load}")
     config = config_from_args(args)
     own = which.startswith("hf:") and not args.tokenizer_type
     folder = which.removeprefix("hf:")
+    if not own and not args.tokenizer_type:
+        raise ValueError(
+            "no tokenizer: give Megatron's --tokenizer-type and --tokenizer-model, those of the "
+            "model; `convert` writes them into megatron_flags.txt"
+        )
     tokenizer = folder_tokenizer(f"--policy {which}", folder) if own else open_tokenizer(args)
-    add_arguments = beside_megatrons(add_generate_arguments)
+    add_arguments = beside_megatrons(_add_beside_megatrons)
     load: Any = partial(policy_from_args, args, tokenizer, add_arguments)
     run = share_of_work(args, by_megatron=which == "megatron")
     found = generate(config, tokenizer, load, run)

@@ -55,8 +55,8 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     add_decoding_arguments(parser)
     add = add_scale_arguments(parser)
     add("--block-records", type=int, default=16, metavar="N",
-        help="records that are finished at a time: what a kill can cost (default: "
-        "%(default)s)")  # fmt: skip
+        help="records that are finished at a time: what a kill can cost, and the most that a model "
+        "works on together; give more on a GPU (default: %(default)s)")  # fmt: skip
     return parser
 
 

@@ -44,7 +44,7 @@ test: duration lint  ## lint, then the tests; ARGS="-k tree" picks some
 	@! nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
 
 duration:
-	@echo 'test: lint takes 1 minute, all tests 8 to 12 on two cores; ARGS="-k tree" picks some'
+	@echo 'test: lint takes 1 minute, all tests 11 to 13 on two cores; ARGS="-k tree" picks some'
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .

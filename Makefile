@@ -7,6 +7,9 @@ export PYTHONUNBUFFERED := 1
 # Passed to scripts/setup.sh, which searches for one when it is empty.
 export PYTHON
 
+# Files of tests run side by side in so many processes; many of them start two ranks of their own.
+WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -14,7 +17,7 @@ IN_VENV := VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup quickstart test duration lint parity chaos bench clean
+.PHONY: help setup quickstart test long duration lint parity chaos recipes bench evidence clean
 
 help:  ## show this text
 	@echo 'megatron_cpo: sequence-level Contrastive Preference Optimization for Megatron-Core.'
@@ -39,12 +42,15 @@ quickstart: $(STAMP)  ## train a small trained model by CPO on this CPU, compare
 	$(IN_VENV) bash examples/quickstart.sh
 
 test: duration lint  ## lint, then the tests; ARGS="-k tree" picks some
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	@# 5: none of the tests that ARGS picks is a GPU's.
 	@! nvidia-smi -L >/dev/null 2>&1 || $(BIN)/python -m pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
 
+long: $(STAMP)  ## tests that make test leaves out: whole recipes, layouts that others contain
+	$(BIN)/python -m pytest -m long $(ARGS)
+
 duration:
-	@echo 'test: lint takes 1 minute, all tests 11 to 13 on two cores; ARGS="-k tree" picks some'
+	@echo 'test: lint takes 1 minute, the tests some 12 on two cores; ARGS="-k tree" picks some'
 
 lint: $(STAMP)  ## ruff check, ruff format --check, mypy
 	$(BIN)/python -m ruff check .
@@ -57,8 +63,15 @@ parity: $(STAMP)  ## every layout against one process, on CPU ranks; writes docs
 chaos: $(STAMP)  ## hostile files and kills at random moments, an hour; ARGS="hostile --seed 3"
 	$(IN_VENV) nice -n 5 python -W ignore -m tests.chaos $(ARGS)
 
+recipes: $(STAMP)  ## recipes whole, on tiny models: the paper's; three rounds, killed
+	$(IN_VENV) python -W ignore -m tests.paper_recipes $(ARGS)
+	$(IN_VENV) python -W ignore -m tests.recipe_rounds
+
 bench: $(STAMP)  ## measure; ARGS="--help" lists what, ARGS="--only step" picks
 	$(IN_VENV) python -m benchmarks $(ARGS)
+
+evidence: $(STAMP)  ## run the studies of docs/evidence.md, hours; ARGS="--only quickstart --seeds 1"
+	$(IN_VENV) nice -n 5 python -W ignore -m benchmarks.evidence $(ARGS)
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .uv-errors

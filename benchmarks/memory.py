@@ -59,14 +59,14 @@ def _peak(case: str, setting: Setting, store: str) -> int:
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, peak = _resident("VmRSS"), partial(_resident, "VmHWM")
+        before, peak = resident("VmRSS"), partial(resident, "VmHWM")
     for _ in range(STEPS):
         model.zero_grad(set_to_none=True)
         step()
     return int(peak() - before)
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """Bytes, from what the kernel says of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":")) * 1024

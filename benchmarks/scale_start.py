@@ -72,7 +72,7 @@ def starts(folder: Path, worlds: tuple[int, ...] = (2, 4)) -> Iterator[str]:
     """Lines of the report: rank 0, and the busiest of the others, at each number of ranks."""
     os.environ["OMP_NUM_THREADS"] = "1"
     store = write_store(folder / "groups", 200, K, longest=16)
-    cpo = ["--cpo-aux-loss", "--cpo-k", str(K), "--cpo-data-path", store]
+    cpo = ["--cpo-aux-loss", "--cpo-no-warmup", "--cpo-data-path", store]
     run_pretrain([*MODEL, *cpo, "--save", str(folder / "model")], 1)
     argv = [*MODEL, *cpo, "--load", str(folder / "model"), "--finetune"]
     for world in worlds:

@@ -18,12 +18,7 @@ command -v megatron-cpo >/dev/null || {
     echo "quickstart: megatron_cpo is not installed for $(command -v python); run make quickstart" >&2
     exit 1
 }
-# Whole or not there: a folder that was cut would be taken for the model.
-if [[ ! -d $MODEL ]]; then
-    rm -rf "$MODEL.part"
-    python examples/stories260k.py "$MODEL.part"
-    mv "$MODEL.part" "$MODEL"
-fi
+[[ -d $MODEL ]] || python examples/stories260k.py "$MODEL"
 echo "quickstart: $RECIPE; everything goes to $OUT/run"
 megatron-cpo run "$RECIPE" --output "$OUT/run"
 cat <<END_OF_TEXT

@@ -67,14 +67,18 @@ def _halves(weight: Any, heads: int) -> Any:
 
 
 def write_folder(output: Path) -> None:
-    """Write the model with its tokenizer and settings, as `save_pretrained` would.
+    """Write the model with its tokenizer and settings, as `save_pretrained` would; whole or not.
 
     Raises:
         FileExistsError: `output` is there.
     """
+    if output.exists():
+        raise FileExistsError(f"{output} is there; remove it, or name another folder")
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     size, tensors = read_weights(DATA / "stories260K.bin")
     config = LlamaConfig(
         vocab_size=size["vocab"],
@@ -93,9 +97,11 @@ def write_folder(output: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     model.generation_config = GenerationConfig(bos_token_id=END, eos_token_id=END, pad_token_id=0)
-    output.mkdir(parents=True)
-    model.save_pretrained(output)
-    shutil.copyfile(DATA / "tokenizer.model", output / "tokenizer.model")
+    part = output.with_name(f"{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    model.save_pretrained(part)
+    shutil.copyfile(DATA / "tokenizer.model", part / "tokenizer.model")
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "</s>",  # id 1, which begins and ends a story
@@ -106,7 +112,8 @@ def write_folder(output: Path) -> None:
         "legacy": True,
         "model_max_length": size["positions"],
     }
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (part / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    part.rename(output)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,15 @@ def run_pretrain(
     world_size: int,
     script: str = "examples/pretrain_gpt.py",
     timeout: float = 300,
+    variables: dict[str, str] | None = None,
 ) -> list[str]:
-    """Run a training script with `argv` on ranks; what each printed (stdout and stderr) by rank."""
+    """Run a training script with `argv` on ranks; what each printed (stdout and stderr) by rank.
+
+    Args:
+        variables: of their environment.
+    """
     arguments = ([str(argument) for argument in argv], script)
-    return _launch(run_script, world_size, arguments, {}, timeout)[1]
+    return _launch(run_script, world_size, arguments, {}, timeout, variables)[1]
 
 
 def run_script(argv: list[str], script: str = "examples/pretrain_gpt.py") -> None:
@@ -118,7 +123,12 @@ def parse_losses(output: str) -> dict[str, list[float]]:
 
 
 def _launch(
-    function: Callable, world_size: int, args: tuple, kwargs: dict, timeout: float
+    function: Callable,
+    world_size: int,
+    args: tuple,
+    kwargs: dict,
+    timeout: float,
+    variables: dict[str, str] | None = None,
 ) -> tuple[list, list[str]]:
     # This process owns the rendezvous on a port that the system picks: no two runs can collide.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -129,6 +139,7 @@ def _launch(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the way torchrun says that the store exists
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
+        **(variables or {}),
     }
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _forkserver_environment():
@@ -245,6 +256,7 @@ def _rank_main(folder: str, environment: dict[str, str], call: tuple) -> None:
         os.dup2(output.fileno(), 2)
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    faulthandler.enable(file=2)  # a crash says where
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     torch.set_num_threads(1)
     # What a process outside this harness has, and what Megatron's data loaders expect.

@@ -21,9 +21,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock
+
+_SCHEMES = {f"{name}:" for name in "s3 msc gs gcs az abfs abfss hdfs http https file".split()}
+"""How addresses begin, as the first folder of a path."""
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks says."""
+
+
+def on_this_machine(path: Path) -> Path:
+    """The path of something to write.
+
+    Raises:
+        ValueError: it is an address in object storage, which would become a folder named `s3:`.
+    """
+    if path.parts and path.parts[0] in _SCHEMES:
+        raise ValueError(
+            f"{str(path).replace(':/', '://', 1)}: only stores of groups are written to object "
+            "storage; give a path of this machine"
+        )
+    return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        ValueError: as `on_this_machine`.
+    """
+    on_this_machine(folder).mkdir(parents=True, exist_ok=True)
+
 
 def aside(path: Path) -> Path:
-    """Where this process writes what becomes `path`: the same at every call, and nobody else's."""
+    """Where this process writes what becomes `path`: the same at every call, and nobody else's.
+
+    Raises:
+        ValueError: as `on_this_machine`.
+    """
+    on_this_machine(path)
     pid = os.getpid()
     return path.with_name(f"{path.name}.writing-{socket.gethostname()}-{pid}-{_token(pid)}")
 
@@ -96,6 +131,17 @@ def write_json(path: Path, content: Any, new: bool = False) -> None:
         file.write((text + "\n").encode())
 
 
+def encodable(text: str) -> str:
+    """A text that files, servers and tokenizers take: half a surrogate pair is U+FFFD.
+
+    JSON can spell one.
+
+    >>> encodable("a\\ud83d") == "a\\ufffd"
+    True
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 @contextmanager
 def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
     """A folder to fill; it is flushed to the disk and becomes `output` when the block ends well.
@@ -111,7 +157,7 @@ def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
     """
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists; remove it or choose another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     if (free := shutil.disk_usage(output.parent).free) < nbytes:
         message = f"{output} needs {nbytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left"
         raise OSError(errno.ENOSPC, message)
@@ -131,6 +177,25 @@ def whole_folder(output: Path, nbytes: int) -> Iterator[Path]:
         shutil.rmtree(writing, ignore_errors=True)
         raise
     sync(output.parent)
+
+
+@contextmanager
+def one_process(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the file `lock`, where there are locks.
+
+    Where a file system has none, several may be: nothing but time may depend on it. See
+    `work.locking` for what needs to know.
+    """
+    held = FileLock(lock, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sync(*paths: Path) -> None:

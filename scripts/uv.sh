@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Finding and setting up uv; sourced by the scripts beside it, from the repository's root.
 
 export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}  # torch is large; some mirrors pause while sending it

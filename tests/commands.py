@@ -1,10 +1,17 @@
 """Python as a process of its own, the way users start the tools, and what every tool promises."""
 
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
+
+import pytest
 
 from harness.ranks import ROOT
 from megatron_cpo import cli, quiet
@@ -28,15 +35,22 @@ def run_python(
 
 def run_command(monkeypatch: Any, *words: str) -> int | str | None:
     """The exit status of `megatron-cpo WORDS` in this process, whose settings are put back."""
-    monkeypatch.setattr(sys, "argv", ["megatron-cpo", *words])
+    return _run_here(monkeypatch, cli.main, "megatron-cpo", *words)
+
+
+def _run_here(monkeypatch: Any, main: Callable[[], Any], *argv: str) -> int | str | None:
+    monkeypatch.setattr(sys, "argv", [*argv])
     monkeypatch.setattr(quiet, "verbose", False)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    before = signal.getsignal(signal.SIGTERM)
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return stop.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -61,6 +75,17 @@ def run_tool(name: str, *flags: Any) -> Done:
             said.append(line)
     assert "argparse" in imported
     return Done(done.returncode, done.stdout, "".join(said), imported)
+
+
+def run_tool_here(name: str, *flags: Any) -> Done:
+    """Run a script of `tools/` in this process, which has imported what it needs; `run_tool` is for
+    what has to be seen in a process of its own."""
+    path, out, err = str(ROOT / "tools" / name), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        status = _run_here(
+            patch, lambda: runpy.run_path(path, run_name="__main__"), path, *map(str, flags)
+        )
+    return Done(int(status or 0), out.getvalue(), err.getvalue(), set())
 
 
 def assert_quick(done: Done) -> None:

@@ -20,3 +20,16 @@ def pytest_configure(config):
     # read the same way: nothing may have imported it before.
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    """What takes long is for `-m long`: the others together stay below 12 minutes."""
+    if "long" in (config.getoption("-m") or ""):
+        return
+    hidden = [item for item in items if item.get_closest_marker("long")]
+    config.hook.pytest_deselected(items=hidden)
+    # A minute of one core: at the end of all the other one would wait for it.
+    items[:] = sorted(
+        (item for item in items if item not in hidden),
+        key=lambda item: item.path.name != "test_wheel.py",
+    )

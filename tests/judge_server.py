@@ -4,9 +4,9 @@
 
 prints its port. The model's name says how it judges: `longer` prefers the longer answer, `first`
 always says A, `rude` answers without a verdict, `empty` without a word, `partly`
-gives no verdict on the third question, `busy` is overloaded every
-second time (429 with Retry-After, and 500), `slow` takes 50 ms, `latent` 200, `web` answers with a
-page. With a
+gives no verdict on the third question, `narrow` refuses it and `strict` all, `busy` is overloaded
+every second time (429 with Retry-After, and 500), `slow` takes 50 ms, `latent` 200, `web` answers
+with a page. With a
 KEY, requests without it get 401. `/v1/asked` counts the requests of each model.
 """
 
@@ -49,15 +49,22 @@ class Handler(BaseHTTPRequestHandler):
         if model == "web":
             return self.answer(200, None)
         time.sleep({"slow": 0.05, "latent": 0.2}.get(model, 0))
+        return self.reply(model, body)
+
+    def reply(self, model, body):
+        """The verdict."""
         a, b = ANSWERS.search(body["messages"][0]["content"]).groups()
-        if model == "partly" and "ask 3\n" in body["messages"][0]["content"]:
+        third = "ask 3\n" in body["messages"][0]["content"]
+        if model == "strict" or (model == "narrow" and third):
+            return self.answer(400, {"error": {"message": "stopped by the content filter"}})
+        if model == "partly" and third:
             model = "rude"
         reply = {
             "first": "Both are fine.\n\n**A**",
             "rude": "I would rather not.",
             "empty": None,
         }.get(model, f"One is longer.\n\n{'A' if len(a) > len(b) else 'B'}.")
-        return self.answer(200, {"choices": [{"message": {"content": reply}}]})
+        self.answer(200, {"choices": [{"message": {"content": reply}}]})
 
     def answer(self, status, value):
         """Send JSON, or a page."""
@@ -73,8 +80,14 @@ class Handler(BaseHTTPRequestHandler):
         """Silence."""
 
 
-if __name__ == "__main__":
-    Handler.key = sys.argv[1] if len(sys.argv) > 1 else None
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+def serve(handler):
+    """Answer for ever, after a line with the port."""
+    handler.key = sys.argv[1] if len(sys.argv) > 1 else None
+    ThreadingHTTPServer.request_queue_size = 128
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     print(server.server_port, flush=True)
     server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(Handler)

@@ -53,6 +53,7 @@ def judge(results: Results, score: Callable[[str], float], baseline: Results | N
         results.path.with_name("leaderboard.csv"),
         win_rate(results.generator, theirs.generator, games),
         JudgeOptions("http://localhost", "some-judge"),
+        results.made.decoding,
     )
 
 

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.__main__ import PARTS, main
 from benchmarks.communication import Counted
+from benchmarks.evidence_tables import tables
 from benchmarks.head import PeakBytes
 from benchmarks.scaling import _group
 from benchmarks.setting import Times
@@ -62,3 +63,33 @@ def test_groups_of_given_lengths(k: int) -> None:
     assert len(group.candidates) == k
     assert len(group.candidates[0]) == 40
     assert max(map(len, group.candidates)) <= 40
+
+
+def evidence(variant, seed, values, highest=1.7):
+    """A line of a model whose texts have these shares of repeated 4-grams."""
+    mean = sum(values) / len(values)
+    training = {
+        "command": "train", "reference_loss": 1.6, "highest": highest, "last": 1.0,
+        "lm_loss": 2.0, "truth_logratio": -1.0,
+    }  # fmt: skip
+    return {
+        "variant": variant, "seed": seed, "alpha": 0.0, "decoding": "greedy", "commit": "abc",
+        "command": f"run --seeds {seed}",
+        "figures": {"seq_rep_4": [mean, 0, 1]}, "values": {"seq_rep_4": values},
+        "training": training, "ranking": {"accuracy": [0.5, 0, 1]},
+    }  # fmt: skip
+
+
+def test_evidence_pairs_prompts_of_the_same_seed():
+    lines = [
+        evidence("mle", 1, [0.1, 0.3, 0.2]), evidence("mle", 2, [0.5, 0.5, 0.5]),
+        evidence("bn", 1, [0.2, 0.4, 0.3], highest=1.76), evidence("bn", 2, [0.5, 0.5, 0.5]),
+        evidence("an", 1, [0.1, 0.1, 0.5]),
+    ]  # fmt: skip
+    page = tables(lines)
+    rows = {row.split(" |")[0][2:]: row for row in page.split("**greedy**, minus")[1].splitlines()}
+    assert "+0.050 [+0.050, +0.050]" in rows["bn"] and "(+0.100, +0.000)" in rows["bn"]
+    assert "| an | 1 | +0.033 [-" in rows["an"], "with seed 1 of mle alone"
+    assert "| bn | 1, 2 | 1.10, 1.06 | 1.00 | 2.00 | -1.00 | 0.50 |" in page
+    assert page.endswith("Commits abc; `run --seeds 1 2`.")
+    assert tables([]) == "No run of it has ended yet."

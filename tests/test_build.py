@@ -16,10 +16,13 @@ from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.negatives.from_records import NEGATIVES, OWN_PROMPT
+from megatron_cpo.records.dropped import Dropped
+from megatron_cpo.records.pair_files import write_lm_dataset
+from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.job import Run
-from tests.commands import assert_quick, run_tool
+from tests.commands import assert_quick, run_command, run_tool, run_tool_here
 from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 MAX_LENGTH = 256
@@ -88,6 +91,7 @@ def test_manifest(built, tokenizer):
         "k": 12,
         "groups": len(reader),
         "negatives": {"bn": 3, "tn": 8},
+        "order": ["bn", "tn"],
         "seed": 7,
         "ranker": "lexical",
         "embedder": None,
@@ -214,6 +218,44 @@ def failing_sampler(context, count, rng):
     return [context.truth] * count
 
 
+def test_a_store_and_a_dataset_of_documents_do_not_take_each_others_place(tmp_path):
+    """One PREFIX for tokenize and build lost what came first, and trained on the other."""
+    config, tokenizer = toy_config(tmp_path, negatives="bn=2"), ToyTokenizer()
+    documents = tmp_path / "out" / "text"
+    write_lm_dataset(config.source, tokenizer, str(documents))
+    before = documents.with_suffix(".bin").read_bytes()
+    same = replace(config, output_prefix=str(documents))
+    with pytest.raises(ValueError, match=r"out/text\.bin is there, of a dataset that is no store"):
+        build_groups(same, tokenizer)
+    assert sorted(os.listdir(documents.parent)) == ["text.bin", "text.idx"]
+    assert documents.with_suffix(".bin").read_bytes() == before
+    build_groups(config, tokenizer)
+    with pytest.raises(ValueError, match="out/store: a store of groups is there, which this"):
+        write_lm_dataset(config.source, tokenizer, config.output_prefix)
+    groups = Source((config.output_prefix,))
+    with pytest.raises(ValueError, match="out/store: a store of groups, whose documents hold all"):
+        list(read_pairs(groups, tokenizer, Dropped()))
+    write_lm_dataset(config.source, tokenizer, str(documents))  # once more, as ever
+
+
+def test_documents_that_are_half_in_place_are_no_dataset(tmp_path, monkeypatch):
+    """Cut short between the two files of a dataset that takes the place of another."""
+    config, documents = toy_config(tmp_path, negatives="bn=2"), str(tmp_path / "text")
+    write_lm_dataset(config.source, ToyTokenizer(), documents)
+    other = toy_config(tmp_path, {"prompt": "1 ", "completion": "2 3"}, negatives="bn=2")
+    moved = os.replace
+
+    def cut_short(source, target):
+        if target.endswith(".idx"):
+            raise KeyboardInterrupt
+        moved(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        write_lm_dataset(other.source, ToyTokenizer(), documents)
+    assert [path.name for path in tmp_path.glob("text*")] == ["text.bin"]
+
+
 def test_a_failure_keeps_finished_blocks(tmp_path, monkeypatch):
     """Of five records in blocks of two, two blocks; the same command then builds the others."""
     config = toy_config(tmp_path, negatives="tn=2", block_records=2)
@@ -229,6 +271,18 @@ def test_a_failure_keeps_finished_blocks(tmp_path, monkeypatch):
     assert GroupReader(config.output_prefix)[0].candidates[1].tolist() == [0, 3, 4, 99]  # kept
     assert GroupReader(config.output_prefix)[2].candidates[1].tolist() != [2, 3, 4, 99]
     assert not list(output.glob("store.build*"))
+
+
+def test_mixes_of_another_order_are_not_mixed(tmp_path):
+    """Their candidates lie in another order, although JSON has the same counts of both."""
+    config = toy_config(tmp_path, negatives="bn=1,tn=1", block_records=2)
+    assert build_groups(config, ToyTokenizer(), run=Run(share=0, shares=2)) is None
+    other = replace(config, negatives="tn=1,bn=1")
+    with pytest.raises(ValueError, match=r'unfinished work with order \["bn", "tn"\], this comm'):
+        build_groups(other, ToyTokenizer())
+    build_groups(config, ToyTokenizer())
+    with pytest.raises(ValueError, match=r'a store built with order \["bn", "tn"\], this command'):
+        build_groups(other, ToyTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -263,30 +317,30 @@ def test_data_that_cannot_be_built_from(tmp_path, records, options, match):
     assert not output.exists() or os.listdir(output) == []
 
 
-def test_tools_build_what_the_library_builds(built, folder, tmp_path):
-    """The three tools in a row, as the README runs them; the model exists since `built`."""
+def test_commands_build_what_the_library_builds(built, folder, tmp_path, monkeypatch, capsys):
+    """Three commands in a row, as the README runs them; the model exists since `built`."""
     _, _, reader = built
+
+    def verb(*words):
+        assert run_command(monkeypatch, *map(str, words)) == 0
+        return capsys.readouterr().out
+
     flags = ["--input", DOLLY, "--max-length", MAX_LENGTH]
     model = tmp_path / "tokenizer.model"
-    done = run_tool("train_tokenizer.py", *flags, "--output", model, "--vocab-size", 1000)
-    assert done.returncode == 0, done.stderr
+    verb("train-tokenizer", *flags, "--output", model, "--vocab-size", 1000)
     assert model.read_bytes() == (folder / "tokenizer.model").read_bytes()
     flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
-    done = run_tool("tokenize_lm.py", *flags, "--output-prefix", tmp_path / "mle")
-    assert done.returncode == 0, done.stderr
-    assert f"{len(reader)} documents; dropped: {400 - len(reader)} longer" in done.stdout
-    done = run_tool(
-        "build_negatives.py", *flags, "--output-prefix", tmp_path / "groups", "--k", 12, "--seed", 7
-    )
-    assert done.returncode == 0, done.stderr
+    said = verb("tokenize", *flags, "--output-prefix", tmp_path / "mle")
+    assert f"{len(reader)} documents; dropped: {400 - len(reader)} longer" in said
+    said = verb("build", *flags, "--output-prefix", tmp_path / "groups", "--k", 12, "--seed", 7)
     assert GroupReader(str(tmp_path / "groups")).manifest == reader.manifest
-    assert "of K = 12" in done.stdout
+    assert "of K = 12" in said
 
 
 def test_tools_say_what_is_wrong_without_a_traceback(tmp_path):
     flags = ["--input", tmp_path / "missing.jsonl", "--output-prefix", tmp_path / "x"]
     flags += ["--tokenizer-type", "NullTokenizer", "--vocab-size", 10]
-    done = run_tool("build_negatives.py", *flags, "--max-position-embeddings", 128)
+    done = run_tool_here("build_negatives.py", *flags, "--max-position-embeddings", 128)
     assert done.returncode == 1
     assert "build_negatives.py: --input" in done.stderr
     assert "no such file" in done.stderr

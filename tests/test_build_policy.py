@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from harness.ranks import run_pretrain
+from harness.stores import VOCAB_SIZE, null_tokenizer, write_store
 from megatron_cpo.building import flags as arguments
 from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig, PolicyUse
@@ -106,11 +107,11 @@ def test_shares_of_ranks(monkeypatch, world, tp, cp, pp, stages_first):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         runs.append(arguments.run_from_args(args, config))
     assert all(run.shares == 2 * replicas for run in runs)
-    assert sorted(run.share for run in runs if run.writer) == list(range(replicas, 2 * replicas))
-    for share in range(replicas, 2 * replicas):
-        mine = [rank for rank, run in enumerate(runs) if run.share == share]
+    # Every second block from 1 on, whatever the other shard runs on.
+    assert sorted(run.share for run in runs if run.writer) == list(range(1, 2 * replicas, 2))
+    for replica in range(replicas):
+        mine = [rank for rank, run in enumerate(runs) if run.share == 1 + 2 * replica]
         assert len(mine) == tp * cp * pp
-        replica = share - replicas
         if stages_first:
             assert mine == list(range(replica * tp * cp * pp, (replica + 1) * tp * cp * pp))
         else:
@@ -207,6 +208,16 @@ def test_a_store_of_another_tokenizer_is_not_scored(store, model):
         rescore(store, tokenizer, use_of(model), Run())
 
 
+def test_a_store_that_is_longer_than_the_policy_reads_is_not_scored(tmp_path):
+    """Rotary positions have no end by themselves: it was scored where the model knows none."""
+    store = write_store(tmp_path / "long", 3, 3, longest=90)
+    folder = save_hugging_face(tmp_path / "model", rows=VOCAB_SIZE + 1)
+    use = PolicyUse(lambda: HuggingFacePolicy(folder, null_tokenizer()))
+    with pytest.raises(ValueError, match=r"has \d+ tokens to read, the model reads at most 64; "):
+        rescore(store, null_tokenizer(), use, Run())
+    assert GroupReader(store).manifest["reference"]["name"] == "random"
+
+
 @pytest.mark.parametrize("flag", ["score", "score_only"])
 def test_scoring_needs_a_model(flag):
     from argparse import Namespace
@@ -214,6 +225,23 @@ def test_scoring_needs_a_model(flag):
     args = Namespace(score=False, score_only=False, policy="http://localhost:1/v1", load=None)
     setattr(args, flag, True)
     message = rf"--{flag.replace('_', '-')} needs the model to score under: --load CHECKPOINT"
+    with pytest.raises(ValueError, match=message):
+        arguments.policy_use_from_args(args, ToyTokenizer())
+
+
+@pytest.mark.parametrize("flag", ["score", "score_only"])
+def test_scoring_under_two_models_is_refused(flag):
+    """Negatives of one and log-probs of the other are --load without --score."""
+    from argparse import Namespace
+
+    args = Namespace(
+        score=False, score_only=False, policy="hf:m", load="x", shard=None, temperature=1.0,
+        top_k=50, top_p=1.0, max_new_tokens=8, mask_share=0.15, replace_share=0.5,
+    )  # fmt: skip
+    use = arguments.policy_use_from_args(args, ToyTokenizer())
+    assert use is not None and not use.score
+    setattr(args, flag, True)
+    message = rf"--{flag.replace('_', '-')} --policy hf:m --load x: two models to score under"
     with pytest.raises(ValueError, match=message):
         arguments.policy_use_from_args(args, ToyTokenizer())
 

@@ -27,6 +27,7 @@ SHIMS = {
     "inspect_negatives.py": "inspect",
     "evaluate.py": "evaluate",
     "merge_checkpoints.py": "merge",
+    "publish_negatives.py": "publish",
     "summarize_run.py": "summarize",
     "run.py": "run",
     "tokenize_lm.py": "tokenize",

@@ -2,9 +2,6 @@
 
 import json
 import math
-import runpy
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from harness.ranks import ROOT
 from megatron_cpo.checkpoints import combine, merge
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.checkpoints.merging.distance import by_part, distances, draw, table
 from tests.checkpoints import DTYPES, assert_rounded_once, read_model, weights, write_model
-
-TOOL = ROOT / "tools/merge_checkpoints.py"
+from tests.commands import Done, run_tool_here
 
 
 @pytest.fixture
@@ -182,37 +177,23 @@ def test_distances(tmp_path: Path) -> None:
 # ---- the tool
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int | str | None:
-    """How the tool, started with these arguments in this process, exits."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
+def run_tool(*flags: Any) -> Done:
+    return run_tool_here("merge_checkpoints.py", *flags)
 
 
-def test_tool_modes(
-    folders: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_tool_modes(folders: list[Path], tmp_path: Path) -> None:
     """A soup and a comparison from the command line."""
     a, b, c = folders
     soup, name = tmp_path / "soup", "model.safetensors"
     shares = [f"{a}=0.5", f"{b}=0.3", f"{c}=0.2"]
-    assert run_tool(monkeypatch, "--checkpoint", *shares, "--output", soup) == 0
+    assert run_tool("--checkpoint", *shares, "--output", soup).returncode == 0
     expected = combine(folders, [0.5, 0.3, 0.2], tmp_path / "expected")
     assert (soup / name).read_bytes() == (expected / name).read_bytes()
     picture = tmp_path / "moved.png"
-    assert run_tool(monkeypatch, "--diff", a, soup, "--picture", picture) == 0
-    assert "all weights" in capsys.readouterr().out and picture.exists()
-    assert run_tool(monkeypatch, "--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no") == 1
-    assert "give each a weight as PATH=WEIGHT" in capsys.readouterr().err
+    done = run_tool("--diff", a, soup, "--picture", picture)
+    assert done.returncode == 0 and "all weights" in done.stdout and picture.exists()
+    done = run_tool("--checkpoint", f"{a}=0.5", b, "--output", tmp_path / "no")
+    assert done.returncode == 1 and "give each a weight as PATH=WEIGHT" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -226,8 +207,6 @@ def test_tool_modes(
         ("--mle a --cpo b --alpha 1", "--output is required"),
     ],
 )
-def test_modes_that_do_not_go_together(
-    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    assert run_tool(monkeypatch, *flags.split()) == 2
-    assert message in capsys.readouterr().err
+def test_modes_that_do_not_go_together(flags: str, message: str) -> None:
+    done = run_tool(*flags.split())
+    assert done.returncode == 2 and message in done.stderr

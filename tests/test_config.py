@@ -5,11 +5,14 @@ from dataclasses import fields
 
 import pytest
 
+from harness.stores import null_tokenizer, write_store
+from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.objective import OBJECTIVES, PSS
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
+from megatron_cpo.training.data import check_store
 from megatron_cpo.training.support import _REFUSED, check_supported
 
-CPO = ["--cpo-aux-loss", "--cpo-data-path", "data/groups"]
+CPO = ["--cpo-aux-loss", "--cpo-data-path", "data/groups", "--cpo-k", "12"]
 SUPPORTED = CPO
 
 
@@ -30,6 +33,28 @@ def test_defaults_are_the_papers(parser: argparse.ArgumentParser) -> None:
     assert config == CPOConfig(data_path="data/groups")
     assert (config.beta, config.k, config.objective) == (5.0, 12, "best")
     assert (config.weight, config.mle_weight, config.fraction) == (1.0, 1.0, 1.0)
+
+
+def test_candidates_are_the_stores_where_nobody_says(
+    parser: argparse.ArgumentParser, tmp_path
+) -> None:
+    """And Megatron's arguments have them, which go into the log and into checkpoints."""
+    store = write_store(tmp_path / "groups", 2, 7)
+    args = parser.parse_args(["--cpo-aux-loss", "--cpo-data-path", store])
+    config = cpo_config(args)
+    assert config is not None and config.k == args.cpo_k == 7
+    args = parser.parse_args(["--cpo-aux-loss", "--cpo-data-path", str(tmp_path / "no")])
+    with pytest.raises(ValueError, match="no manifest there"):
+        cpo_config(args)
+
+
+def test_a_store_to_evaluate_on_has_the_same_k(tmp_path) -> None:
+    train, valid = (write_store(tmp_path / str(k), 2, k) for k in (7, 4))
+    config = CPOConfig(train, valid, k=7)
+    check_store(GroupReader(train), config, null_tokenizer(), 64)
+    message = r"--cpo-valid-data-path .*/4 has groups of K=4 candidates, .*/7 of K=7: evaluate on"
+    with pytest.raises(ValueError, match=message):
+        check_store(GroupReader(valid), config, null_tokenizer(), 64)
 
 
 GIVEN = {
@@ -217,6 +242,10 @@ REFUSED = [
     ("--overlap-moe-expert-parallel-comm", r"--overlap-moe-expert-parallel-comm.*drop the flag"),
     ("--use-megatron-fsdp", r"Megatron or PyTorch FSDP.*use --use-distributed-optimizer"),
     ("--use-torch-fsdp2", r"Megatron or PyTorch FSDP.*use --use-distributed-optimizer"),
+    (
+        "--allow-ambiguous-pad-tokens --cpo-fraction 0.5",
+        r"--allow-ambiguous-pad-tokens with --cpo-fraction < 1.*drop the flag",
+    ),
     (
         "--eod-mask-loss --cpo-fraction 0.5",
         r"--eod-mask-loss with --cpo-fraction < 1.*drop one of them",

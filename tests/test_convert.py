@@ -23,7 +23,7 @@ from megatron_cpo.checkpoints.conversion.families.model import (
 )
 from megatron_cpo.checkpoints.formats.beside import FLAGS
 from tests.checkpoints import Trap, digest_of_folder, read_model, read_torch_dist
-from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
+from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool, run_tool_here
 from tests.conversions import (
     CONFIGS,
     TOKENS,
@@ -340,10 +340,11 @@ def test_tool(models: Models, tmp_path: Path) -> None:
     assert_quick(usage)
     there, back, source = tmp_path / "there", tmp_path / "back", models.hugging_face("gpt2")
     to = ("--from", "hf", "--to", "megatron", "--input", source, "--output", there)
-    found = run_tool(name, *to)
+    found = run_tool_here(name, *to)
     pasted = shlex.split(found.stdout.partition("\n\n")[2].replace("\\\n", " "))
     assert pasted == flags_of(there) and "--num-layers" in pasted
-    assert_one_line_error(run_tool(name, *to), name)
-    done = run_tool(name, "--from", "megatron", "--to", "hf", "--input", there, "--output", back)
+    assert_one_line_error(run_tool_here(name, *to), name)
+    to = ("--from", "megatron", "--to", "hf", "--input", there, "--output", back)
+    done = run_tool_here(name, *to)
     assert done.returncode == 0, done.stderr
     assert_same_model(source, back)

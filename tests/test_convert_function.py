@@ -154,7 +154,9 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
     return Training(tmp_path_factory.mktemp("training"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama tied, llama3"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.long), "llama tied, llama3"]
+)
 def test_real_loop_and_back(name: str, models: Models, training: Training, tmp_path: Path) -> None:
     """Load as a release at TP=2, train, save; on at PP=2; what comes out scores alike in both."""
     there = models.megatron(name)

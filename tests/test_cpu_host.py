@@ -206,6 +206,8 @@ def test_flags_that_need_cuda_are_refused(argument, message):
 
 
 def test_enable_refuses_a_machine_with_cuda(monkeypatch):
+    monkeypatch.setattr(cpu_host, "_adapt", lambda: None)
+    cpu_host.enable()  # what a process did before does not count
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
         cpu_host.enable()

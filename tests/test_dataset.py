@@ -218,6 +218,8 @@ def test_mixed_rows_hold_what_is_reported(reader: GroupReader, document_tokens: 
     assert [held(row) for row in rows] == mixed.groups_per_row.tolist()
     assert [supervised(row) for row in rows] == mixed.lm_tokens_per_row.tolist()
     assert [filled(row) for row in rows] == mixed.tokens_per_row.tolist()
+    plain = [filled(row) for row in rows if not held(row)]
+    assert {1 - tokens / ROW for tokens in plain} == {mixed.plain_padding}
     assert default_collate(rows)["query_targets"].shape == (40, mixed.shape.queries)
 
 

@@ -188,11 +188,15 @@ def test_a_run_that_memorises_says_so(tmp_path: Path) -> None:
     """A dozen groups whose length tells the truth, again and again; evaluated on strangers."""
     store = truncations(tmp_path / "tn", 12)
     other = write_store(tmp_path / "other", 60, K, seed=1, longest=16)
+    reader = GroupReader(other)
+    logps = [reader[index].reference_logps for index in range(len(reader))]
+    write_reference_logps(other, logps, {"name": "old", "iteration": "5", "sha256": "1" * 64})
     flags = (
         "--lr 3e-3 --train-iters 40 --eval-interval 10 --cpo-beta 0.5 "
         f"--cpo-data-path {store} --cpo-valid-data-path {other}"
     )
     [output] = run_pretrain([*MODEL, *RUN, *flags.split()], 1)
+    assert f"{other} was scored under old iteration 5 (111111111111), {store} under made" in output
     found = said(output)
     assert found["length alone tells"] == 0
     assert found["accuracy saturated"] > 3

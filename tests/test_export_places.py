@@ -33,6 +33,11 @@ PLACES: dict[str, tuple[str, str, str]] = {
     "moved with the project": ("/home/me/project/t/sp.model", "project/t/sp.model", "."),
     "moved to the checkpoints": ("/home/me/t/sp.model", f"{RUN}/sp.model", "elsewhere"),
     "kept in the iteration": ("/home/me/t/sp.model", f"{RUN}/release/tokenizer/sp.model", "."),
+    "as Megatron calls it there": (
+        "/home/me/t/sp.model",
+        f"{RUN}/release/tokenizer/tokenizer.model",
+        ".",
+    ),
 }
 
 

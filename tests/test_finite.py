@@ -209,7 +209,7 @@ def write_token(store: str, group: int, token: int) -> None:
     """Make the first token of a group's prefix another."""
     reader = GroupReader(store)
     places = (reader.locate("", place)[0] for place in range(10_000))
-    tokens = np.memmap(f"{store}.bin", dtype=reader.dtype, mode="r+")
+    tokens = np.memmap(f"{store}.bin", dtype=reader.numbers("").dtype, mode="r+")
     tokens[next(place for place, found in enumerate(places) if found == group)] = token
     tokens.flush()
 

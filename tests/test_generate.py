@@ -21,7 +21,7 @@ from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
-from tests.commands import run_command, run_python
+from tests.commands import run_command
 from tests.generated import MOST, by_transformers, prompts, save_records
 from tests.scored_texts import records, save_with_tokenizer
 
@@ -186,27 +186,25 @@ def test_any_split_and_any_kill_give_the_same_bytes(llama, data, tmp_path):
 
 
 COMMAND = [
-    "-m", "megatron_cpo", "evaluate", "generate", "--decode", "sample", "--max-length", "64",
+    "evaluate", "generate", "--decode", "sample", "--max-length", "64",
     "--max-new-tokens", str(MOST), "--block-records", "1",
 ]  # fmt: skip
 
 
-def test_the_command_killed_and_run_again(llama, data, tmp_path):
-    flags = [*COMMAND, "--policy", f"hf:{llama}", "--data", data, "--workers", "1"]
+def test_the_command_killed_and_run_again(llama, data, tmp_path, monkeypatch, capsys):
+    flags = [*COMMAND, "--policy", f"hf:{llama}", "--data", str(data), "--workers", "1"]
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     with subprocess.Popen(
-        [sys.executable, *map(str, flags), "--output", second], cwd=ROOT,
+        [sys.executable, "-m", "megatron_cpo", *flags, "--output", second], cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         texts = Path(f"{second}.generate") / "texts"
         while process.poll() is None and not (texts.is_dir() and any(texts.glob("*.json"))):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    done = run_python(*flags, "--output", second)
-    assert done.returncode == 0, done.stderr
-    assert f"{second}: 22 texts of {Path(llama).name}, " in done.stdout
-    made_again = run_python(*flags, "--output", first)
-    assert made_again.returncode == 0, made_again.stderr
+    assert run_command(monkeypatch, *flags, "--output", str(second)) == 0
+    assert f"{second}: 22 texts of {Path(llama).name}, " in capsys.readouterr().out
+    assert run_command(monkeypatch, *flags, "--output", str(first)) == 0
     assert first.read_bytes() == second.read_bytes()
 
 

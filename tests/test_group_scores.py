@@ -26,6 +26,13 @@ def policy(tmp_path_factory):
     return HuggingFacePolicy(folder, null_tokenizer(), batch=7)
 
 
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_of_nothing_is_refused(batch):
+    """Of one below 0 all log-probs were 0, without a word."""
+    with pytest.raises(ValueError, match=f"--policy hf:here: {batch} sequences at a time"):
+        HuggingFacePolicy("here", None, batch)
+
+
 def slow_figures(groups, logps, tokens=None):
     """Accuracy and margin by kind, with a loop over everything."""
     found = {}

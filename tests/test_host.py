@@ -143,7 +143,7 @@ def test_flags_of_the_script_are_kept(store: str) -> None:
     flags = [*MODEL, *RUN, "--mine", "3"]
     assert run_ranks(_parse, 1, [*flags, *CPO, "--cpo-data-path", store]) == [(3, True, 5, 64)]
     plain = [*flags, "--max-position-embeddings", "256"]
-    assert run_ranks(_parse, 1, plain) == [(3, False, 12, 256)]
+    assert run_ranks(_parse, 1, plain) == [(3, False, None, 256)]
 
 
 def _parse_past_us() -> str:
@@ -264,7 +264,8 @@ def refusals(argv: list[str], world_size: int = 1) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--cpo-k 4", r"--cpo-k 4: .*groups has groups of K=5 candidates; pass --cpo-k 5 or "),
+        ("--cpo-k 4", r"--cpo-k 4: .*groups has groups of K=5 candidates; leave --cpo-k out"),
+        ("--split 0,0,0", r"--split 0,0,0: needs the weights of train, valid and test"),
         ("--vocab-size 600", r"groups was tokenised by .*'vocab_size': 500.*, this run has .*600"),
         (
             "--max-position-embeddings 16",
@@ -328,7 +329,7 @@ before = state()
 install()
 class Validated(Exception): ...
 def validate(args): raise Validated
-for flags in ([], ["--cpo-aux-loss", "--cpo-data-path", "x"]):
+for flags in ([], ["--cpo-aux-loss", "--cpo-k", "5", "--cpo-data-path", "x"]):
     args = add_cpo_args(argparse.ArgumentParser()).parse_args(flags)
     args.hybrid_layer_pattern, args.spec = "*-*-", None
     args.max_position_embeddings = args.seq_length = None

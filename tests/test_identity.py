@@ -13,15 +13,18 @@ from blake3 import blake3
 from megatron_cpo.checkpoints import digest as digest_module
 from megatron_cpo.checkpoints.digest import Part, digest_of, digest_of_ends
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint, open_model
+from megatron_cpo.checkpoints.formats.torch_dist import read_arguments
 from megatron_cpo.checkpoints.identity import (
     checkpoint_identity,
     require_checkpoint,
     same_checkpoint,
 )
+from megatron_cpo.checkpoints.meaning import architecture_of_arguments, unusual
 from megatron_cpo.training.gate import StepZeroGate
 from tests.checkpoints import change_weight, weights, write_model
 from tests.conversions import CONFIGS, to_megatron
 from tests.conversions import write_model as write_hugging_face
+from tests.exports import VOCAB, save_byte_level
 
 
 def test_digest_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +104,28 @@ def test_a_megatron_checkpoint(megatron: Path, tmp_path: Path) -> None:
     assert checkpoint_identity(str(moved)) == ours
     change_weight(moved)
     assert not same_checkpoint(checkpoint_identity(str(moved)) or {}, ours or {})
+
+
+def test_two_conversions_of_a_model_are_one(tmp_path: Path) -> None:
+    """Though their arguments name other folders; another norm epsilon is another model."""
+    config = CONFIGS["gpt2"] | {"vocab_size": VOCAB}
+    found, arguments = [], []
+    for name, epsilon in (("one", 1e-5), ("other", 1e-5), ("changed", 1e-6)):
+        write_hugging_face(tmp_path / f"{name}-hf", config | {"layer_norm_epsilon": epsilon})
+        save_byte_level(tmp_path / f"{name}-hf", ("<|endoftext|>",), eos_token="<|endoftext|>")
+        run = to_megatron(tmp_path / f"{name}-hf", tmp_path / name)
+        found.append(checkpoint_identity(str(run)) or {})
+        arguments.append(read_arguments(run / "release"))
+        assert found[-1] == open_checkpoint(run).identity()
+    assert arguments[0]["tokenizer_model"] != arguments[1]["tokenizer_model"]
+    assert same_checkpoint(found[0], found[1]) and not same_checkpoint(found[0], found[2])
+
+
+def test_a_setting_that_a_later_version_knows_changes_no_digest() -> None:
+    plain = architecture_of_arguments({"num_layers": 2, "hidden_size": 8})
+    said = architecture_of_arguments({"num_layers": 2, "hidden_size": 8, "qk_layernorm": True})
+    assert "qk_layernorm" in plain and "qk_layernorm" not in unusual(plain)
+    assert unusual(said)["qk_layernorm"] is True
 
 
 def test_training_state_does_not_count(tmp_path: Path) -> None:

@@ -331,6 +331,8 @@ def test_a_pattern_names_a_dataset_once_and_nothing_that_is_there_literally(tmp_
     found = expand([f"{tmp_path}/*.bin", f"{tmp_path}/?.*", f"{tmp_path}/[x]*.jsonl"])
     assert [Path(path).name for path in found] == ["a", "b", "a", "b", "c.jsonl", "[x]*.jsonl"]
     assert Source((f"{tmp_path}/?.jsonl",)).inputs == (f"{tmp_path}/c.jsonl",)
+    by_a_shell = [f"{tmp_path}/{name}" for name in ("a.bin", "a.idx", "b.idx", "c.jsonl")]
+    assert expand(by_a_shell) == tuple(by_a_shell[i] for i in (0, 2, 3))
     with pytest.raises(ValueError, match=r"holds token ids and no text"):
         list(read_fields([str(tmp_path / "a")], lambda *_: 0, 0))
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,12 +10,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megatron_cpo.cli.evaluating import winrate
 from megatron_cpo.evaluation import command
-from megatron_cpo.evaluation.judging import ReplyCache
-from megatron_cpo.evaluation.win_rate import win_rate
+from megatron_cpo.evaluation.judging import ROW
+from megatron_cpo.evaluation.reporting.verdicts import read_verdicts
+from megatron_cpo.evaluation.verdicts import Comparison
+from megatron_cpo.evaluation.win_rate import judged, win_rate
+from megatron_cpo.policies.chat import FIRST_REFUSALS, Reply, ReplyCache
 from tests.commands import assert_one_line_error, run_python
 
 PAIRS = 12
@@ -122,12 +130,55 @@ def test_replies_without_a_verdict_have_an_exit_status(files, url, model):
     assert text.count('"unread"') == 11
 
 
-def test_some_replies_without_a_verdict(files, url):
+@pytest.fixture
+def in_process(files, url, monkeypatch, capsys):
+    """Its exit status and what the command says, by the judge's name and further flags."""
+
+    def run(model, *flags):
+        words = ["--candidate", files / "cpo.json", "--baseline", files / "mle.json",
+                 "--judge", url, "--judge-model", model, *flags]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["megatron-cpo evaluate winrate", *map(str, words)])
+        try:
+            winrate.main()
+        except SystemExit as end:
+            return end.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
+
+
+def test_some_replies_without_a_verdict(in_process):
     """One pair of 12 is more than 5%: the result is there, and the exit status is 3."""
-    done = tool(files, url, "partly")
-    assert (done.returncode, "without a verdict  1 pairs" in done.stdout) == (3, True)
-    assert "1 of 12 pairs have no clear verdict" in done.stderr
-    assert tool(files, url, "partly", "--max-unread", 0.1).returncode == 0
+    status, said, complaint = in_process("partly")
+    assert (status, "without a verdict  1 pairs" in said) == (3, True)
+    assert "1 of 12 pairs have no clear verdict" in complaint
+    assert in_process("partly", "--max-unread", 0.1)[0] == 0
+
+
+def test_a_pair_that_the_server_refuses_is_one_without_a_verdict(files, url, in_process):
+    """Also in a rerun, where the refused requests are the only ones."""
+    said = "HTTP 400 stopped by the content filter"
+    for _ in range(2):
+        status, result, complaint = in_process("narrow")
+        assert status == 3
+        assert f"refused            1 of these, the first with {said}" in result
+        assert f"1 of 12 pairs have no clear verdict (1 of them refused: {said})" in complaint
+    assert asked(url, "narrow") == 22 + 2
+    rows = map(json.loads, (files / "cpo-against-mle.verdicts.jsonl").read_text().splitlines())
+    assert [row["replies"] for row in rows if row["why"] == "refused"] == [[said, said]]
+    ours, theirs = command.open_pair(files / "cpo.json", str(files / "mle.json"))
+    again = read_verdicts(files / "cpo-against-mle.verdicts.jsonl", ours, theirs)
+    assert win_rate("cpo", "mle", again.pairs) == judge(files, url, "narrow")
+
+
+def test_a_judge_that_refuses_all_ends_at_once(tmp_path, url):
+    """With one request at a time, the first 32 of 80 are asked."""
+    for name in ("cpo", "mle"):
+        rows = [{"instruction": f"ask {i}", "output": name, "generator": name} for i in range(40)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"--judge http.*HTTP 400: stopped by the content filter"):
+        judge(tmp_path, url, "strict", in_flight=1)
+    assert asked(url, "strict") == FIRST_REFUSALS
 
 
 def test_killed_in_the_middle(files, url):
@@ -153,18 +204,84 @@ def test_killed_in_the_middle(files, url):
 
 def test_half_a_reply_is_cut_off(tmp_path):
     path = tmp_path / "replies.jsonl"
-    cache = ReplyCache(path)
-    cache.add("k", "judge", "A")
+    cache = ReplyCache(path, ROW)
+    cache.add("k", "judge", Reply("A", "stop"))
     cache.close()
     path.write_bytes(path.read_bytes() + b'{"key": "l", "rep')
-    again = ReplyCache(path)
-    assert (len(again), again.find("k"), again.find("l")) == (1, "A", None)
-    again.add("l", "judge", "B")
+    again = ReplyCache(path, ROW)
+    assert (len(again), again.find("k"), again.find("l")) == (1, Reply("A", "stop"), None)
+    again.add("l", "judge", Reply("B"))
     again.close()
     assert len(path.read_text().splitlines()) == 2
+    path.write_text('{"key": "k", "model": "judge", "reply": "A"}\n')  # of earlier releases
+    assert ReplyCache(path, ROW).find("k") == Reply("A")
     path.write_text('nonsense\n{"key": "k", "reply": "A"}\n')
     with pytest.raises(ValueError, match=r"replies.jsonl:1: not a judge's reply"):
-        ReplyCache(path)
+        ReplyCache(path, ROW)
+
+
+def test_rows_that_another_process_adds_while_a_file_is_opened_stay(tmp_path, monkeypatch):
+    path = tmp_path / "replies.jsonl"
+    with closing(ReplyCache(path, ROW)) as first:
+        first.add("k", "judge", Reply("A"))
+        read = Path.read_bytes
+
+        def read_late(self):
+            content = read(self)
+            first.add("l", "judge", Reply("B"))
+            return content
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "read_bytes", read_late)
+            ReplyCache(path, ROW).close()
+    with closing(ReplyCache(path, ROW)) as found:
+        assert (found.find("k"), found.find("l")) == (Reply("A"), Reply("B"))
+
+
+def test_half_a_character_is_one_that_files_can_hold(tmp_path):
+    """JSON may spell half a surrogate pair; whole pairs stay what they are."""
+    path = tmp_path / "replies.jsonl"
+    row = {"key": "k", "model": "judge", "reply": "A \ud83d\ude00 \ud83d", "finish": "stop"}
+    path.write_text(json.dumps(row) + "\n")
+    with closing(ReplyCache(path, ROW)) as found:
+        assert found.find("k").text == "A \N{GRINNING FACE} \N{REPLACEMENT CHARACTER}"
+
+
+def test_judges_that_finish_at_once_and_other_decodings_keep_their_rows(tmp_path):
+    path, options = tmp_path / "leaderboard.csv", command.JudgeOptions("http://a", "m")
+    games = [judged(str(i), 0, Comparison("p", "a", "b"), ("A", "B")) for i in range(2)]
+    found = win_rate("0", "mle", games)
+    context = multiprocessing.get_context("fork")
+    begin = context.Barrier(6)
+
+    def finish(name):
+        begin.wait()
+        command.update_leaderboard(path, replace(found, candidate=name), options, "greedy")
+
+    processes = [context.Process(target=finish, args=(str(i),)) for i in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    command.update_leaderboard(path, found, options, "top-k 50")
+    command.update_leaderboard(path, found, options, "greedy")
+    with path.open() as file:
+        rows = [(row["candidate"], row["decoding"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == [("0", "greedy"), ("0", "top-k 50"), *((c, "greedy") for c in "12345")]
+
+
+def test_a_row_of_before_which_names_no_decoding_is_replaced(tmp_path):
+    path, options = tmp_path / "leaderboard.csv", command.JudgeOptions("http://a", "m")
+    path.write_text("candidate,baseline,judge,template,n_wins\ncpo,mle,m,instruction,7\n")
+    games = [judged(str(i), 0, Comparison("p", "a", "b"), ("A", "B")) for i in range(2)]
+    command.update_leaderboard(path, win_rate("cpo", "mle", games), options, "greedy")
+    with path.open() as file:
+        assert [row["n_wins"] for row in csv.DictReader(file)] == ["2"]
+
+
+def test_no_request_at_a_time_is_refused():
+    with pytest.raises(ValueError, match="--in-flight 0: needs at least 1"):
+        command.JudgeOptions("http://a", "m", in_flight=0)
 
 
 def test_a_key_is_sent_and_nowhere_shown(files):

@@ -42,6 +42,9 @@ LAYOUTS = {
     "untied, RoPE, GQA, TP=2": (2, "--tensor-model-parallel-size 2"),
 }
 
+IN_OTHERS = ("TP=2", "PP=2", "TP=2 x PP=2", "DP=2")
+"""What the others have and more; `make parity` has all of them."""
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -102,7 +105,10 @@ def one_process(start: Start, rope_start: Start) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in IN_OTHERS)) for name in LAYOUTS],
+)
 def test_layout_equals_one_process(
     layout: str, start: Start, rope_start: Start, one_process: dict[str, dict]
 ) -> None:

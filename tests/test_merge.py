@@ -34,7 +34,7 @@ from tests.checkpoints import (
     write_model,
     write_pair,
 )
-from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool
+from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool, run_tool_here
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def test_tool(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert_quick(usage)
     flags = ["--mle", models[0], "--cpo", models[1], "--verify"]
     flags += ["--output", tmp_path / "out", "--alpha", "0.3", "0.5"]
-    done = run_tool(name, *flags)
+    done = run_tool_here(name, *flags)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["alpha-0.3", "alpha-0.5"]
-    assert_one_line_error(run_tool(name, *flags), name)
+    assert_one_line_error(run_tool_here(name, *flags), name)

@@ -1,6 +1,7 @@
 """Two Megatron checkpoints that mean the same, or do not, by their runs' arguments."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,30 @@ def test_dtypes_are_cast(
         for key, tensor in merged.items():
             assert tensor.dtype == (DTYPES[stored] if stored else first)
             assert_rounded_once(tensor, average(ours[key], theirs[key], 0.3))
+
+
+def without_extra_states(run: Path) -> Path:
+    """A release without the `_extra_state` objects of its layers, as newer Megatron may save it."""
+    path = run / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for name in ("state_dict_metadata", "storage_data"):
+        entries = getattr(metadata, name).items()
+        kept = {key: value for key, value in entries if "_extra_state" not in str(key)}
+        assert len(kept) < len(entries)
+        setattr(metadata, name, kept)
+    path.write_bytes(pickle.dumps(metadata))
+    return run
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_without_an_extra_state(
+    first: bool, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On either side: the weights are merged, and the first input's objects are kept, if any."""
+    bare, whole = checkpoints(models, "llama", [{}, {}], tmp_path, monkeypatch)
+    pair = [without_extra_states(bare), whole] if first else [whole, without_extra_states(bare)]
+    merged = merge(*pair, 0.3, tmp_path / "merged", verify=True) / "release"
+    ours, theirs = (read_torch_dist(folder / "release") for folder in pair)
+    for key, tensor in read_torch_dist(merged).items():
+        assert_rounded_once(tensor, average(ours[key], theirs[key], 0.3))
+    assert (b"_extra_state" in (merged / ".metadata").read_bytes()) != first

@@ -106,6 +106,7 @@ def torchrun(script: Path | str, *arguments: str | Path) -> subprocess.Completed
     return run_python(*command, script, *arguments)
 
 
+@pytest.mark.long
 def test_torchrun(models: list[Path], tmp_path: Path) -> None:
     """The tool under torchrun; and one rank killed with -9, after which nothing is left."""
     flags = ["--mle", models[0], "--cpo", models[1], "--alpha", "0.3", "--output"]

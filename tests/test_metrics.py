@@ -12,13 +12,16 @@ from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.model.forward import candidate_logps, padding_tokens
 from megatron_cpo.training.metrics import (
+    ITERATIONS,
+    HostMeans,
+    Means,
     float32_spacing,
     group_metrics,
     length_correlation,
     packing_metrics,
 )
 
-GT, AN, BN, MN, TN, GIVEN, PSS = range(len(KINDS))
+GT, AN, BN, MN, TN, GIVEN, PSS, WRITTEN = range(len(KINDS))
 
 
 def quotients(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -68,6 +71,7 @@ def test_two_groups_by_hand() -> None:
             "cpo reward tn": 3.0,
             "cpo reward given": 0,
             "cpo reward pss": 0,
+            "cpo reward written": 0,
         },
         rel=1e-5,
         abs=1e-9,
@@ -213,6 +217,46 @@ def test_packing_by_hand() -> None:
         "cpo groups per row": [4, 2],
         "cpo packing": [10, 16],
     }
+
+
+def test_means_leave_out_groups_of_batches_that_have_none() -> None:
+    """Late pretraining: a loss of 2 in one batch, 3 in another, and one of plain rows between."""
+    means = Means()
+    assert means.take() == {}
+    plain = {"cpo loss": 0.0, "lm loss": 4.0, "cpo groups per row": 0.0, "cpo packing": 1.0}
+    means.add({name: torch.tensor(value) for name, value in plain.items()})
+    assert means.take() == {"lm loss": 4.0, "cpo groups per row": 0.0, "cpo packing": 1.0}
+    for loss in (2.0, 3.0):
+        both = plain | {"cpo loss": loss, "cpo groups per row": 1.5}
+        means.add({name: torch.tensor(value) for name, value in both.items()})
+    assert means.take() == {
+        "cpo loss": 2.5, "lm loss": 4.0, "cpo groups per row": 1.0, "cpo packing": 1.0
+    }  # fmt: skip
+
+
+def test_megatrons_sums_leave_them_out_as_well() -> None:
+    """Megatron adds and divides as it does: no group, a loss of 2, none, 3; later none at all."""
+    means, totals = HostMeans(), {}
+    plain = {"cpo loss": 0.0, "lm loss": 4.0, "cpo groups per row": 0.0}
+
+    def logged(*losses: float) -> dict[str, float]:
+        for number, loss in enumerate(losses, 1):
+            both = plain | {"cpo loss": loss, "cpo groups per row": float(loss > 0)}
+            added = {name: torch.tensor(value) for name, value in both.items()}
+            means.correct(added, totals, logged=number == len(losses))
+            totals[ITERATIONS] = totals.get(ITERATIONS, 0) + 1
+            for name, value in added.items():
+                totals[name] = totals.get(name, torch.zeros(1)) + value
+        count = totals.pop(ITERATIONS)
+        found = {name: float(total) / count for name, total in totals.items()}
+        totals.update(dict.fromkeys(totals, torch.zeros(1)), **{ITERATIONS: 0})
+        return found
+
+    assert logged(0.0, 2.0, 0.0, 3.0) == pytest.approx(
+        {"cpo loss": 2.5, "lm loss": 4, "cpo groups per row": 0.5}
+    )
+    assert logged(0.0, 0.0) == {"lm loss": 4.0, "cpo groups per row": 0.0}
+    assert logged(1.0, 0.0)["cpo loss"] == 1.0
 
 
 def test_candidate_sums_by_hand() -> None:

@@ -1,11 +1,12 @@
 """What a run says at its end: a gain only where the paired interval has one."""
 
 import random
+import re
 
 import pytest
 
 from megatron_cpo.evaluation.results import Text
-from megatron_cpo.evaluation.summary import read_log
+from megatron_cpo.evaluation.summary import describe, read_log
 from megatron_cpo.recipes.outcome import NO_GAIN, loss_line, outcome
 from megatron_cpo.recipes.stages import Stage
 from tests.results_folders import write_model
@@ -73,3 +74,7 @@ def test_a_loss_above_that_of_the_reference_is_said():
     assert "UNSTABLE" in loss_line(read_log([*log(1.609, 1.0).splitlines(),
                                              " [cpo] iteration 3: cpo_loss=nan"]))  # fmt: skip
     assert "UNSTABLE" not in loss_line(read_log(log(1.8, 1.0).splitlines()))
+    plain = " [cpo] iteration 1: lm_loss=2.000000e+00 groups_per_row=0.000000e+00"
+    late = read_log([*log().splitlines(), plain, " [cpo] iteration 2: cpo_loss=1.500000e+00"])
+    assert loss_line(late).startswith("CPO loss 1.500 at iteration 2, 1.500 at 2")
+    assert re.search(r"CPO loss +nan +nan +1.500 +1.500", describe(late))

@@ -5,6 +5,7 @@ import pytest
 
 from megatron_cpo.groups import plan as plan_module
 from megatron_cpo.groups.plan import Plan, cached_pack, fitting, pack
+from tests.packing import slow_best_fit
 
 ROW = 4096
 
@@ -55,19 +56,6 @@ def test_padding_stays_under_five_percent(seed: int) -> None:
     plan = pack(sizes, ROW, None, seed)
     padding = 1 - plan.totals(sizes).sum() / (len(plan) * ROW)
     assert padding < 0.05
-
-
-def slow_best_fit(sizes: list[int], row_tokens: int) -> list[list[int]]:
-    """Places of the groups of each row: the largest first, into the row with the least room."""
-    rows: list[list[int]] = []
-    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
-        left = [row_tokens - sum(sizes[other] for other in row) for row in rows]
-        fitting = [(room, row) for row, room in enumerate(left) if room >= sizes[group]]
-        if fitting:
-            rows[min(fitting)[1]].append(group)
-        else:
-            rows.append([group])
-    return rows
 
 
 @pytest.mark.parametrize("cores", [1, 2])

@@ -31,7 +31,7 @@ def recipe(tmp_path):
         (tmp_path / f"{part}.jsonl").write_text('{"text": "one two three"}\n')
 
     def write(**changes):
-        variant = {"negatives": "bn=3", "lr": 1e-4, "steps": 2, "batch": 1, "seeds": [1, 2]}
+        variant = {"negatives": "bn=3", "lr": 1e-4, "steps": 20, "batch": 1, "seeds": [1, 2]}
         content = {
             "model": "hf",
             "data": {"train": "train.jsonl", "test": "test.jsonl", "max_length": 64},
@@ -47,7 +47,8 @@ def recipe(tmp_path):
 
 
 def variant(**changes):
-    return {"v": {"negatives": "bn=3", "lr": 1e-4, "steps": 2, "batch": 1} | changes}
+    fast = {"steps": 2, "warmup": 1, "batch": 1}
+    return {"v": {"negatives": "bn=3", "lr": 1e-4} | fast | changes}
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,15 @@ def variant(**changes):
         ({"variants": variant(negatives="zn=3")}, "unknown kind 'zn'"),
         ({"variants": variant(seeds=[1, 1])}, "one is there twice"),
         ({"alphas": [1.5]}, "at least 0 and below 1"),
+        ({"variants": variant(alphas=[0, 0])}, "variants.v: alphas [0.0, 0.0]: needs different"),
+        ({"evaluate": {"decode": {"a b": "--decode greedy"}}}, "'a b': use letters, digits"),
+        ({"evaluate": {"decode": {}}}, "names nothing"),
         ({"layout": {"ranks": 3, "tp": 2}}, "ranks 3 is not a multiple of tp 2 x pp 1 x cp 1"),
+        ({"variants": variant(negatives="written=1")}, "variants.v: negatives written=1 need a"),
+        ({"writer": {"url": "http://a", "modle": "m"}}, "writer.modle: no such key; did you mean"),
         ({"model": "nowhere"}, "nowhere is not there"),
+        ({"variants": variant(warmup=2)}, "variants.v: warmup 2: needs fewer than the 2 steps"),
+        ({"layout": {"ranks": 2}}, "variants.a: batch 1 is not a multiple of the 2 copies of the"),
         ({"row_length": "long"}, "row_length: Input should be a valid integer"),
     ],
 )
@@ -68,6 +76,50 @@ def test_mistakes_are_one_line_before_anything_runs(recipe, changes, said):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the line is compared below
         read_recipe(recipe(**changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_mauve_of_too_few_texts_is_refused_before_anything_runs(recipe, tmp_path):
+    """A long text is cut into pieces, each of them a record: one of 65 bytes counts as two."""
+    test = tmp_path / "test.jsonl"
+    asked = {"evaluate": {"mauve": True}}
+    few = r"evaluate.mauve: \S*/test.jsonl: 99 records at most; .* needs at least 100; give more"
+    for record in ({"text": "x" * 20}, {"prompt": "x" * 99, "completion": "y"}):
+        lines = [json.dumps(record)] * 99
+        test.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match=few):
+            read_recipe(recipe(**asked))
+        test.write_text("\n".join([*lines, "", lines[0]]))
+        assert read_recipe(recipe(**asked)).evaluate.mauve
+        for short in ({"limit": 99}, {"flags": "--top-k 50 --limit 99"}):
+            with pytest.raises(ValueError, match=r"limit 99: .* needs at least 100; raise the lim"):
+                read_recipe(recipe(evaluate={"mauve": True} | short))
+    texts = ["x" * 20] * 98 + ["x" * 65]
+    test.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    assert read_recipe(recipe(**asked)).evaluate.mauve
+
+
+def test_a_path_that_a_shell_reads_otherwise_is_refused(recipe):
+    for name in ("a b", "it's", "a$b", "a%j", "a;b", "a(1)"):
+        path = recipe(model=name)
+        (path.parent / name).mkdir()
+        with pytest.raises(ValueError, match="shells read it otherwise; choose another path"):
+            read_recipe(path)
+    (path.parent / "größe_1.0+x=3,@~").mkdir()
+    assert read_recipe(recipe(model="größe_1.0+x=3,@~"))
+
+
+def test_models_of_an_evaluation_lie_beside_the_recipe(recipe, tmp_path):
+    (tmp_path / "embedder").mkdir()
+    for name, words, inputs in (
+        ("embedder", f"--similarity {tmp_path}/embedder", (tmp_path / "embedder",)),
+        ("org/model", "--similarity org/model", ()),
+        ("minilm", "--similarity minilm", ()),
+    ):
+        plan = stages(read_recipe(recipe(evaluate={"similarity": name})), tmp_path / "out")
+        score = next(stage for stage in plan if stage.name == "score")
+        assert f" {words} " in score.line and score.inputs == inputs
+    plan = stages(read_recipe(recipe(evaluate={"external": "hf:hf"})), tmp_path / "out")
+    assert next(s for s in plan if s.name == "score").inputs == (tmp_path / "hf",)
 
 
 def test_only_what_depends_on_a_setting_changes(recipe, tmp_path):
@@ -93,10 +145,97 @@ def test_only_what_depends_on_a_setting_changes(recipe, tmp_path):
     }
 
 
+def test_several_ways_to_decode_are_compared_each_by_itself(recipe, tmp_path):
+    ways = {"greedy": "--decode greedy", "top-k": "--decode sample --top-k 50"}
+    judge = {"url": "http://localhost:1", "model": "m"}
+    evaluate = {"decode": ways, "similarity": "minilm", "judge": judge}
+    found = {s.name: s for s in stages(read_recipe(recipe(evaluate=evaluate)), tmp_path)}
+    for way, flags in ways.items():
+        texts = [n for n in found if n.startswith("generate") and n.endswith(f"-{way}")]
+        assert len(texts) == 7 and all(f" {flags} " in found[name].line for name in texts)
+        score = found[f"score-{way}"]
+        assert score.needs == tuple(texts) and "--similarity minilm" in score.line
+        judged = [s for n, s in found.items() if n.startswith("judge") and n.endswith(f"-{way}")]
+        assert len(judged) == 6
+        assert all(f"--baseline {tmp_path}/results/reference-{way}.json" in s.line for s in judged)
+
+
+def test_a_variants_own_alphas_and_rows_and_seeds_in_turn(recipe, tmp_path):
+    variants = yaml.safe_load(recipe().read_text())["variants"]
+    variants["b"] |= {"alphas": [0], "row_length": 512, "seeds": [1, 2], "rounds": 1}
+    found = {s.name: s for s in stages(read_recipe(recipe(variants=variants)), tmp_path)}
+    assert {n for n in found if n.startswith("merge")} == {"merge-a-s1-0.5", "merge-a-s2-0.5"}
+    assert "--seq-length 512" in found["train-b-s1"].line
+    assert "--seq-length 256" in found["train-a-s1"].line
+    trained = [name for name in found if name.startswith("train")]
+    assert trained == ["train-a-s1", "train-b-s1", "train-a-s2", "train-b-s2"]
+    built = [name for name in found if name.startswith("build")]
+    assert len(built) == 4, "rows of another length are scored anew"
+
+
 def test_groups_of_one_mix_are_built_once(recipe, tmp_path):
     names = [stage.name for stage in stages(read_recipe(recipe()), tmp_path)]
     built = [name for name in names if name.startswith("build")]
     assert built == ["build-a-s1-train", "build-a-s1-test", "build-b-r2-train", "build-b-r2-test"]
+
+
+def test_some_variants_are_what_they_are_among_all(recipe, tmp_path):
+    said = read_recipe(recipe())
+    every = {stage.name: stage for stage in stages(said, tmp_path)}
+    some = {stage.name: stage for stage in stages(said, tmp_path, ["b"])}
+    same = [name for name in some if name not in ("score", "report")]
+    assert [some[name] for name in same] == [every[name] for name in same]
+    assert {n for n in same if n.startswith("build")} == {
+        "build-a-s1-train", "build-b-r2-train", "build-b-r2-test"}  # fmt: skip
+    assert {n for n in same if n.startswith("train")} == {"train-b", "train-b-r2"}
+    assert set(some["score"].needs) == {n for n in same if n.startswith("generate")}
+    with pytest.raises(ValueError, match="--variants c: no such variant; the recipe has a, b"):
+        stages(said, tmp_path, ["a", "c"])
+
+
+def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):
+    """It would have been removed: the folder of a recipe is a likely --output."""
+    path = recipe(model="model", mle={"steps": 20, "batch": 1, "lr": 1e-4})
+    (tmp_path / "hf").rename(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"convert makes {tmp_path}/model, and the recipe reads "):
+        stages(read_recipe(path), tmp_path)
+    with pytest.raises(ValueError, match=rf"makes .*/model/runs/model, .* reads {tmp_path}/model,"):
+        stages(read_recipe(path), tmp_path / "model" / "runs")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"convert makes .*/link/model, and the recipe reads "):
+        stages(read_recipe(path), tmp_path / "link")
+    data = yaml.safe_load(path.read_text())["data"]
+    (tmp_path / "train.jsonl").rename(tmp_path / "text.jsonl")
+    path = recipe(model="model", mle={"steps": 20, "batch": 1, "lr": 1e-4},
+                  data=data | {"train": "text.jsonl"})  # fmt: skip
+    (tmp_path / "model").rename(tmp_path / "small")
+    path.write_text(path.read_text().replace("model: model", "model: small"))
+    with pytest.raises(ValueError, match=rf"tokenize makes {tmp_path}/text\.\*, and the recipe"):
+        stages(read_recipe(path), tmp_path)
+    assert stages(read_recipe(path), tmp_path / "out")
+
+
+def test_a_variant_that_is_called_as_the_seed_of_another_is_refused(recipe, tmp_path):
+    variants = yaml.safe_load(recipe().read_text())["variants"]
+    variants["a-s1"] = variants["b"] | {"rounds": 1}
+    with pytest.raises(ValueError, match=r"two of them have a stage train-a-s1: a variant's seeds"):
+        stages(read_recipe(recipe(variants=variants)), tmp_path)
+
+
+def test_written_negatives_of_all_variants_and_rounds_are_paid_once(recipe, tmp_path):
+    dpo = variant(negatives="written=1", rounds=2)["v"]
+    variants = {"dpo": dpo, "two": dpo | {"negatives": "bn=1,written=1"}, "bn": variant()["v"]}
+    writer = {"url": ["http://a/v1", "http://b/v1"], "model": "m", "flags": "--writer-tries 8"}
+    found = stages(read_recipe(recipe(variants=variants, writer=writer)), tmp_path)
+    built = {stage.name: stage for stage in found if stage.name.startswith("build")}
+    written = {name: stage for name, stage in built.items() if not name.startswith("build-bn")}
+    assert len(written) == 6, "test groups of the last round alone are ranked"
+    assert "--writer" not in built["build-bn-train"].line
+    for name, stage in written.items():
+        answers = tmp_path / "written" / name.rpartition("-")[2]
+        flags = f"--writer http://a/v1 http://b/v1 --writer-model m --writer-answers {answers} "
+        assert f" {flags}--writer-tries 8 " in stage.line
+        assert answers not in stage.outputs, "they outlive a stage that runs again"
 
 
 def copies(folder, first="cat"):
@@ -130,6 +269,54 @@ def test_a_stage_runs_again_only_when_something_has_changed(folder):
     (folder / "third.txt").unlink()
     assert run_stages(copies(folder, "tac"), folder) == ["third"]
     assert (folder / "ran").read_text().split().count("third") == 2
+
+
+def texts(folder, *names, line="echo {}"):
+    """A stage for the results of each of some variants."""
+    return [
+        Stage(f"generate-{name}", f"bash -c '{line.format(name)} > {folder}/results/{name}.json'",
+              outputs=(folder / "results" / f"{name}.json",), resumes=True)
+        for name in names
+    ]  # fmt: skip
+
+
+def test_results_of_other_variants_stay_while_the_recipe_has_them_as_they_were(folder):
+    whole = texts(folder, "a", "b")
+    assert run_stages(whole[:1], folder, whole) == ["generate-a"]
+    assert run_stages(whole[1:], folder, whole) == ["generate-b"]
+    assert run_stages(whole, folder) == []
+    edited = [*texts(folder, "a", line="echo other {}"), whole[1]]
+    assert run_stages(edited[1:], folder, edited) == []
+    assert not (folder / "results" / "a.json").exists(), "no text of the recipe of before"
+    assert run_stages(texts(folder, "a"), folder) == ["generate-a"]
+    assert not (folder / "results" / "b.json").exists(), "the recipe has it no longer"
+
+
+def test_what_an_interrupted_stage_left_is_gone_when_it_is_another(folder):
+    """As `evaluate generate` does, which refuses to go on with the blocks of another command."""
+    begin = 'mkdir -p {0}; test -z "$(ls {0})" || exit 1; touch {0}/block; exit 9; echo'
+    left = folder / "results" / "a.json.generate"
+    with pytest.raises(ValueError, match="generate-a: exit status 9"):
+        run_stages(texts(folder, "a", line=begin.format(left)), folder)
+    assert (left / "block").exists()
+    with pytest.raises(ValueError, match="generate-a: exit status 9"):
+        run_stages(texts(folder, "a", line=begin.format(left) + " again"), folder)
+    with pytest.raises(ValueError, match="generate-a: exit status 1:"):
+        run_stages(texts(folder, "a", line=begin.format(left) + " again"), folder)
+    assert (left / "block").exists(), "the same command goes on"
+    mine = folder / "results" / "a.json.txt"
+    mine.write_text("notes")
+    assert run_stages(texts(folder, "a"), folder) == ["generate-a"]
+    assert mine.exists() and not left.exists()
+
+
+def test_verdicts_are_what_a_judges_stage_makes(recipe, tmp_path):
+    judge = {"url": "http://localhost:1", "model": "m", "flags": "--max-unread 0.2"}
+    found = stages(read_recipe(recipe(evaluate={"judge": judge})), tmp_path)
+    judged = next(stage for stage in found if stage.name == "judge-b-0.5")
+    results = tmp_path / "results"
+    assert judged.outputs == (results / "b-0.5-against-reference.verdicts.jsonl",)
+    assert judged.line.endswith(f"--max-unread 0.2 --candidate {results / 'b-0.5.json'}")
 
 
 def test_a_failure_names_its_log_and_is_not_taken_for_done(folder):
@@ -185,7 +372,7 @@ RUN = """
 import sys; from pathlib import Path
 from megatron_cpo.recipes.runner import run_stages; from megatron_cpo.recipes.stages import Stage
 folder = Path(sys.argv[1])
-slow = f"bash -c 'echo $$ > {folder}/pid; sleep 30; echo late > {folder}/late; echo x > {folder}/a'"
+slow = f"bash -c 'echo $$ > {folder}/pid; sleep 300; echo x > {folder}/a'"
 run_stages([Stage("a", slow, outputs=(folder / "a",))], folder)
 """
 

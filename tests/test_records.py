@@ -100,6 +100,7 @@ BAD = [
     ({"messages": "hi"}, "field 'messages' is not a list of messages"),
     ({"messages": ["hi"]}, "field 'messages' is not a list of messages"),
     ({"messages": [{"role": "user"}]}, "field 'messages' has a message without a role or a text"),
+    ({"messages": [{"from": ["a"], "value": "b"}]}, "field 'messages' has a message without a"),
     ({"messages": CHAT[:2]}, "no assistant turn"),
     ({"messages": CHAT[2:3]}, "empty prefix"),
 ]
@@ -122,6 +123,9 @@ def test_bad_records_are_skipped_or_refused(tmp_path, bad, reason):
 def test_forced_shape_names_the_missing_field(tmp_path):
     with pytest.raises(ValueError, match=r"r.jsonl:1: missing field 'prompt'"):
         read(tmp_path, {"text": "t", "completion": "c"}, shape="prompt", refuse=True)
+    for fields in ({"prompt": "p", "completion": "c"}, {"chosen_response": "c"}):
+        with pytest.raises(ValueError, match=r"r.jsonl:1: no chosen and rejected answers"):
+            read(tmp_path, fields, shape="preference", refuse=True)
 
 
 def test_blank_lines_marks_and_gzip(tmp_path):
@@ -187,6 +191,17 @@ def test_template():
     check_template(DEFAULT_TEMPLATE)
     with pytest.raises(ValueError, match=r"--prompt-template 'Answer: \{\}' names no field"):
         check_template("Answer: {}")
+
+
+@pytest.mark.parametrize("context", [["c", "d"], {"title": "t"}])
+def test_a_context_that_is_no_text_need_not_be_named(tmp_path, context):
+    """A template without {context} takes the record; what is asked is the instruction alone."""
+    fields = {"instruction": "i", "context": context, "response": "r"}
+    records, _ = read(tmp_path, fields, template="Q: {instruction}\n")
+    assert records == [Record("Q: i\n", "r")]
+    assert records[0].texts == ("i", "r")
+    with pytest.raises(ValueError, match=r"1 field 'context' is not a string"):
+        read(tmp_path, fields)
 
 
 def test_a_line_of_50_mb_is_counted_and_never_held(tmp_path):

@@ -5,9 +5,12 @@ import re
 import time
 from dataclasses import replace
 
+import pytest
+
 from megatron_cpo.evaluation.reporting.contents import contents
 from megatron_cpo.evaluation.reporting.folder import read_folder
 from megatron_cpo.evaluation.reporting.page import render_page
+from megatron_cpo.evaluation.reporting.report import write_report
 from tests.pages import Page, check_policy
 from tests.results_folders import judge, texts_of, write_model
 
@@ -90,3 +93,26 @@ def test_a_thousand_prompts(tmp_path):
     few = json.loads(page.scripts[0])
     assert [group["index"] for group in few["groups"]] == [0, 249, 499, 749, 999]
     assert "5 of 1,000 prompts are in this page" in page.text
+
+
+def test_curves_of_training(tmp_path):
+    """The loss of every batch of a log, and what it begins at; a run without CPO has none."""
+    hostile_folder(tmp_path / "results")
+    log, plain = tmp_path / "train-<img src=z>.log", tmp_path / "mle.log"
+    plain.write_text(" iteration       10/      60 | lm loss: 7.0E+00 |\n")
+    log.write_text(
+        "step-0 gate: CPO loss 1.609 (at theta = ref it must be 1.609, within 0.001): ok\n"
+        + "".join(f"[cpo] iteration {at}: cpo_loss={2 - at / 4:.6e}\n" for at in (1, 2, 4))
+    )
+    write_report(tmp_path / "results", tmp_path / "r.html", title="a <b>run</b>", logs=[log, plain])
+    page = Page((tmp_path / "r.html").read_text())
+    assert page.tags["img"] == 0 and "a <b>run</b>" in page.text
+    assert page.text.count("Training: ") == 1 and "Training: <img src=z>" in page.text
+    assert "Dashed: 1.609" in page.text
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert any("1.750 at iteration 1, 1.000 at 4" in label for label in labels)
+    (line,) = re.findall(r'"curve" d="M([^L"]+L[^L"]+L[^L"]+)"', (tmp_path / "r.html").read_text())
+    heights = [float(point.split()[1]) for point in line.split("L")]
+    assert heights[2] - heights[1] == pytest.approx(2 * (heights[1] - heights[0]), abs=0.2)
+    with pytest.raises(ValueError, match=r"^--log .*nowhere: no such file; give those"):
+        write_report(tmp_path / "results", tmp_path / "r.html", logs=[tmp_path / "nowhere"])

@@ -9,19 +9,22 @@ from dataclasses import replace
 import pytest
 from scipy.stats import wasserstein_distance
 
+from megatron_cpo.evaluation.command import write_verdicts
 from megatron_cpo.evaluation.external import ExternalModel
-from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.reporting.choosing import choose, half
 from megatron_cpo.evaluation.reporting.contents import contents
 from megatron_cpo.evaluation.reporting.folder import read_folder
 from megatron_cpo.evaluation.reporting.markdown import render_markdown
 from megatron_cpo.evaluation.reporting.measures import curves
 from megatron_cpo.evaluation.reporting.naming import Model, read_name
+from megatron_cpo.evaluation.reporting.page import render_page
 from megatron_cpo.evaluation.reporting.quantities import QUANTITIES
 from megatron_cpo.evaluation.reporting.report import write_report
 from megatron_cpo.evaluation.scores import score_files, write_scores
 from megatron_cpo.evaluation.statistics import Estimate
-from tests.commands import assert_one_line_error, assert_quick, run_tool
+from megatron_cpo.evaluation.win_rate import comparisons, judged
+from megatron_cpo.kept import KeptLines
+from tests.commands import assert_one_line_error, assert_quick, run_tool, run_tool_here
 from tests.results_folders import MADE, judge, texts_of, write_model, write_sweep
 from tests.scored_texts import records, save_with_tokenizer, write_texts
 
@@ -297,7 +300,44 @@ def test_verdicts_of_other_texts_are_refused(tmp_path):
     refused(tmp_path, r"has 60 verdicts, .* 59 texts.*judge them again")
     texts = texts_of("a", IDS, lambda id: "" if id == "r5" else "new")
     write_model(tmp_path, "a", "a", texts)
+    refused(tmp_path, "'r0' has other texts than were judged; judge them again")
+    path = tmp_path / "a-against-reference.verdicts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    earlier = [{name: row[name] for name in row if name != "texts"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in earlier))
     refused(tmp_path, "'r5' was judged when it was judged, its texts are empty now")
+
+
+def test_json_of_other_tools_is_left_out_and_said(tmp_path):
+    write_model(tmp_path, "a", "a", ids=IDS)
+    for content in ({"files": ["a"]}, {"files": [{}]}, {"mauve": [1]}, {"groups": {}}):
+        (tmp_path / "package.json").write_text(json.dumps(content))
+        assert "package.json: neither texts nor scores" in read_folder(tmp_path).notes
+
+
+def test_texts_of_other_tools(tmp_path):
+    """Counts that are none are refused by name; half a surrogate pair is no half file."""
+    path = write_model(tmp_path, "a", "a", ids=IDS).path
+    rows = json.loads(path.read_text())
+    for name, value in (("tokens", [7]), ("tokens", "many"), ("sample", {}), ("sample", -1)):
+        path.write_text(json.dumps([rows[0] | {name: value}, *rows[1:]]))
+        with pytest.raises(ValueError, match=rf"a\.json: text 0 has a `{name}` that is no number"):
+            read_folder(tmp_path)
+    path.write_text(json.dumps([rows[0] | {"output": "so \ud83d"}, *rows[1:]]))
+    write_report(tmp_path, tmp_path / "report.html")
+    assert "so \N{REPLACEMENT CHARACTER}" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_judges_words_may_hold_any_separator(tmp_path):
+    results = write_model(tmp_path, "a", "a", ids=IDS)
+    separators = "One.\u2028Two.\u0085Three.\x0b\r\nA"
+    games = [
+        judged(id, sample, pair, (separators, "B"))
+        for id, sample, pair in comparisons(results, results.truths())
+    ]
+    write_verdicts(tmp_path / "a-against-reference.verdicts.jsonl", games)
+    (found,) = read_folder(tmp_path).judged
+    assert found.pairs == games
 
 
 def test_scores_are_read_and_stale_ones_refused(tmp_path):
@@ -312,11 +352,12 @@ def test_scores_are_read_and_stale_ones_refused(tmp_path):
         "tool": "megatron_cpo 0",
     }  # fmt: skip
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    (row,) = table(contents(read_folder(tmp_path)), "Without a judge")
+    report = contents(read_folder(tmp_path))
+    (row,) = table(report, "Without a judge")
     truth = Estimate(**figure | {"value": 0.5})
-    assert row == {
-        "figure": "words", "a": Estimate(**figure), "the truths": truth, "definition": "of a text"
-    }  # fmt: skip
+    assert row == {"figure": "words", "a": Estimate(**figure), "the truths": truth}
+    assert "\n- words: of a text\n" in render_markdown(report)
+    assert "<dt>words</dt><dd>of a text</dd>" in render_page(report, read_folder(tmp_path), 1)
     scores["files"][0]["made"] = vars(replace(results.made, checkpoint="old"))
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     refused(tmp_path, "measure it again, megatron-cpo evaluate score")
@@ -338,7 +379,7 @@ def test_command_writes_everything(tmp_path):
     scores = random_scores()
     write_sweep(tmp_path / "results", IDS, lambda alpha, id: scores[alpha][id])
     out = tmp_path / "out"
-    done = run_tool("evaluate.py", "report", tmp_path / "results", "--html", out / "r.html",
+    done = run_tool_here("evaluate.py", "report", tmp_path / "results", "--html", out / "r.html",
                     "--markdown", out / "r.md", "--figures", out / "figures")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "best alpha" in done.stdout
@@ -357,7 +398,7 @@ def test_help_and_refusals(tmp_path):
     done = run_tool("evaluate.py", "report", "--help")
     assert "chosen on one half of the prompts" in done.stdout
     assert_quick(done)
-    done = run_tool("evaluate.py", "report", tmp_path / "nowhere", "--html", "x.html")
+    done = run_tool_here("evaluate.py", "report", tmp_path / "nowhere", "--html", "x.html")
     assert_one_line_error(done, "evaluate.py")
     assert "no such folder" in done.stderr
-    assert run_tool("evaluate.py", "report", tmp_path).returncode == 2
+    assert run_tool_here("evaluate.py", "report", tmp_path).returncode == 2

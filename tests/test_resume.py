@@ -322,6 +322,7 @@ class LethalPolicy:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_ray_builds_the_same_and_repeats_what_is_lost(tmp_path):
     """A real cluster of this machine, one of whose actors dies in the middle of a block."""
     ray = pytest.importorskip("ray")

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megatron_cpo"
 ORDER = (
-    "objective", "tree", "files", "progress", "quiet", "extras",
+    "objective", "tree", "files", "kept", "processes", "progress", "quiet", "extras",
+    "storage",
     "host", "model", "groups", "records",
     "checkpoints.folders", "checkpoints.digest", "checkpoints.defaults", "checkpoints.meaning",
     "checkpoints.tokens", "checkpoints.formats", "checkpoints.identity", "checkpoints.merging",
@@ -16,7 +17,7 @@ ORDER = (
     "training", "evaluation", "recipes", "cli",
 )  # fmt: skip
 """A room imports those before it, never one after it."""
-NO_MEGATRON = ("objective", "tree", "files", "progress", "quiet", "extras")
+NO_MEGATRON = ("objective", "tree", "files", "kept", "processes", "progress", "quiet", "extras")
 
 
 def room(module: str) -> str:

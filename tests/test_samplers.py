@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, NEEDS_WRITER
 from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_policy import policy_samplers
 from megatron_cpo.negatives.from_records import (
@@ -21,6 +21,7 @@ from megatron_cpo.negatives.from_records import (
     parse_mix,
     truncation_negative,
 )
+from megatron_cpo.policies import writer
 from tests.texts import ListedPairs
 
 EOD = 99
@@ -171,6 +172,7 @@ def test_samplers_are_named_as_kinds():
         ("AN", {"an": 11}),
         ("pss=3", {"pss": 3}),
         ("given=1", {"given": 1}),
+        ("written=1", {"written": 1}),
     ],
 )
 def test_mixes(text, mix):
@@ -183,7 +185,8 @@ def test_mixes(text, mix):
     [
         (
             "xn=3",
-            r"unknown kind 'xn'; known are bn, tn, given, an, mn, pss, and the mixes MixN, AN, BN4",
+            r"unknown kind 'xn'; known are bn, tn, given, an, mn, pss, written, and the mixes "
+            "MixN, AN, BN4",
         ),
         ("gt=1", r"unknown kind 'gt'"),
         ("", r"unknown kind ''"),
@@ -217,8 +220,9 @@ def test_every_kind_has_a_sampler_and_a_row_in_the_docs():
     """Of all that a kind needs only its function and its documentation stand outside `kinds`."""
     policy = SimpleNamespace(kinds=NEEDS_POLICY, positions=None)
     drawn = policy_samplers(policy)
-    assert set(KINDS) == {"gt", *NEGATIVES, *drawn}
+    assert set(KINDS) == {"gt", *NEGATIVES, *drawn, *NEEDS_WRITER}
     assert set(drawn) == set(NEEDS_POLICY)
+    assert NEEDS_WRITER == (writer.KIND,)
     root = Path(__file__).parents[1]
     for page in ("README.md", "docs/building.md"):
         text = (root / page).read_text(encoding="utf-8")

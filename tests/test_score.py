@@ -224,9 +224,24 @@ def test_bad_input(files, tmp_path, external):
     files[0].write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="24 texts have no `truth`"):
         score_files(files[:1], baseline="reference")
+    report = files[0].with_name("scores.json")
+    scores.check_output(report)
+    report.write_text(json.dumps({"files": [], "tool": scores.TOOL}))
+    with pytest.raises(ValueError, match=r"scores\.json: needs a JSON list"):
+        score_files([*files, report], baseline=str(report))
     found = score_files(files[:1], external=ExternalModel(f"hf:{external}"))
     assert found.truth is None
     assert "nll_gap" not in found.files[0].figures
+
+
+@pytest.mark.parametrize("subject", ["score", "mauve"])
+def test_a_report_is_not_written_over_texts(files, monkeypatch, capsys, subject):
+    before = files[1].read_text()
+    words = ["evaluate", subject, "--candidate", *files, "--output", files[1]]
+    assert run_command(monkeypatch, *map(str, words)) == 1
+    said = capsys.readouterr().err
+    assert f"--output {files[1]}: it is there, and no report of this command; give" in said
+    assert files[1].read_text() == before
 
 
 def test_weights_that_are_not_finite_are_refused(files, tmp_path):

@@ -15,8 +15,9 @@ import pytest
 
 from harness.ranks import ROOT, run_pretrain, run_ranks
 from harness.stores import null_tokenizer, write_store
-from megatron_cpo.groups.store import FILES, GroupReader, sha256
+from megatron_cpo.groups.store import FILES, GroupReader
 from megatron_cpo.scoring.folder import ScoreFolder
+from megatron_cpo.storage.remote import sha256
 from tests.checkpoints import change_weight
 from tests.faults import stand_still_once
 from tests.tiny_models import GPT_FLAGS, LLAMA_FLAGS, train_megatron

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.ranks import run_pretrain
+from harness.ranks import ROOT, run_pretrain
 from harness.stores import write_store
+from megatron_cpo.checkpoints.formats.torch_dist import weight_parts
 from megatron_cpo.groups.store import GroupReader
-from tests.commands import assert_one_line_error, run_tool
+from tests.commands import assert_one_line_error, run_tool, run_tool_here
 from tests.runs import MODEL, cpo_curves
+from tests.texts import write_jsonl
 
 K = 6
 TOOL = "tools/build_negatives.py"
@@ -31,6 +33,23 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     flags = [*TRAIN, *cpo, "--train-iters", "5", "--save", save, "--save-interval", "5"]
     run_pretrain([*MODEL, *flags], 1)
     return save
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The training script, which says at its end how many bytes were read for digests."""
+    script = tmp_path_factory.mktemp("script") / "train.py"
+    script.write_text(f"""
+import os, runpy
+read, counts = os.preadv, [0]
+def counted(*args):
+    counts.append(read(*args))
+    return counts[-1]
+os.preadv = counted
+runpy.run_path({str(ROOT / "examples/pretrain_gpt.py")!r}, run_name="__main__")
+print("digested:", sum(counts), "bytes")
+""")
+    return str(script)
 
 
 def score(folder: Path, reference: str, world_size: int, layout: str) -> tuple[str, np.ndarray]:
@@ -89,13 +108,21 @@ def test_gate_holds_when_training_starts_from_the_reference(
     expected: float,
     world_size: int,
     layout: str,
+    counting: str,
 ) -> None:
-    """The first loss of the log is log K or log K! within 1e-4, and the gate says so."""
+    """The first loss of the log is log K or log K! within 1e-4, and the gate says so.
+
+    One rank reads the whole checkpoint to know which it is, and tells the others.
+    """
     cpo = f"--cpo-aux-loss --cpo-k {K} --cpo-objective {objective} --train-iters 1 --finetune"
     cpo += " --cpo-no-warmup"
     flags = [*TRAIN, *cpo.split(), *layout.split(), "--load", reference]
-    outputs = run_pretrain([*MODEL, *flags, "--cpo-data-path", scored[0]], world_size)
+    flags += ["--cpo-data-path", scored[0]]
+    outputs = run_pretrain([*MODEL, *flags], world_size, script=counting)
     assert abs(cpo_curves(outputs[-1])["cpo_loss"][0] - expected) < 1e-4
+    size = sum(part.size for part in weight_parts(Path(reference, "iter_0000005")))
+    digested = [int(re.findall(r"digested: (\d+) bytes", output)[0]) for output in outputs]
+    assert digested == [size] + [0] * (world_size - 1)
     lines = re.findall(r"step-0 gate: .*", "".join(outputs))
     assert len(lines) == 1
     assert lines[0].endswith(": ok")
@@ -126,6 +153,13 @@ def test_gate_is_silent_about_another_reference(
     )
 
 
+def test_sequences_beyond_the_positions_are_refused(tmp_path: Path, reference: str) -> None:
+    store = write_store(tmp_path / "groups", 4, K, longest=90, scored=False)
+    flags = ["--score-only", "--output-prefix", store, "--load", reference, "--seq-length", "512"]
+    with pytest.raises(Exception, match=r"--max-position-embeddings: the longest .* at most 64;"):
+        run_pretrain([*MODEL, *flags], 1, script=TOOL)
+
+
 def test_row_too_short_for_a_group_is_refused(tmp_path: Path, reference: str) -> None:
     with pytest.raises(Exception, match="have more tokens in their tree; raise --seq-length"):
         score(tmp_path, reference, 1, "--seq-length 40")
@@ -146,6 +180,19 @@ def test_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         score(tmp_path, str(tmp_path / "nowhere"), 1, "")
 
 
+@pytest.mark.parametrize("wrong", ["no checkpoint", "another model"])
+def test_a_checkpoint_that_cannot_score_is_refused_before_groups_are_built(
+    tmp_path: Path, reference: str, wrong: str
+) -> None:
+    data = write_jsonl(tmp_path / "r.jsonl", *({"text": f"{i} 1 2 3 4 5 6 7"} for i in range(9)))
+    load = str(tmp_path / "nowhere") if wrong == "no checkpoint" else reference
+    flags = ["--input", data, "--output-prefix", str(tmp_path / "out" / "groups"), "--load", load]
+    flags += ["--negatives", "bn=2", "--norm-epsilon", "1e-2", "--seq-length", "256"]
+    with pytest.raises(Exception, match=r"no Megatron checkpoint there|layernorm_epsilon is 1e-05"):
+        run_pretrain([*MODEL, *flags, "--micro-batch-size", "1"], 1, script=TOOL)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_that_nothing_launched_is_one_rank(
     tmp_path: Path, reference: str, scored: tuple[str, np.ndarray]
 ) -> None:
@@ -157,6 +204,6 @@ def test_a_process_that_nothing_launched_is_one_rank(
     reader = GroupReader(store)
     found = np.stack([reader[i].reference_logps for i in range(len(reader))])
     np.testing.assert_allclose(found, scored[1], rtol=1e-5)
-    done = run_tool("build_negatives.py", *flags, "--tensor-model-parallel-size", "2")
+    done = run_tool_here("build_negatives.py", *flags, "--tensor-model-parallel-size", "2")
     assert_one_line_error(done, "build_negatives.py")
     assert "N ranks: megatron-cpo --nproc-per-node N" in done.stderr

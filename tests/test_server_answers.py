@@ -23,7 +23,7 @@ from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.policy import NotDrawn, Sampling
 from megatron_cpo.policies.server import ServerPolicy
 from tests import scripted_server
-from tests.commands import run_tool
+from tests.commands import run_tool_here
 from tests.policies import EOD
 from tests.scripted_server import CONTEXT, KEY, scripted
 from tests.texts import ListedPairs, ToyTokenizer, dolly_tokenizer, write_jsonl
@@ -150,7 +150,7 @@ def test_a_build_with_a_key(port, tmp_path, monkeypatch):
     dolly_tokenizer(tmp_path)
     records = [{"prompt": "1" * n, "completion": "Yes."} for n in (2, 25, 99)]
     write_jsonl(tmp_path / "r.jsonl", *records)
-    done = run_tool(
+    done = run_tool_here(
         "build_negatives.py", "--input", tmp_path / "r.jsonl", "--output-prefix", tmp_path / "g",
         "--policy", f"http://127.0.0.1:{port}/key", "--negatives", "an=2",
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model",
@@ -376,7 +376,7 @@ def test_a_server_that_is_started_again(monkeypatch):
         helper = threading.Thread(target=restart)
         helper.start()
         try:
-            monkeypatch.setattr(policy._endpoint, "_in_flight", 2)
+            monkeypatch.setattr(policy._endpoint, "in_flight", 2)
             drawn = draw(policy, *range(1, 21))
         finally:
             helper.join()

@@ -181,7 +181,7 @@ def test_flags_of_a_server(folder, url):
     assert "secret" not in f"{flags} {flags.policy}"
     policy = policy_from_args(flags, dolly_tokenizer(folder))
     assert policy._endpoint.address.authorization == "Basic YW5uOnNlY3JldA=="
-    assert policy._endpoint._in_flight == 7
+    assert policy._endpoint.in_flight == 7
     flags = policy_arguments("--policy", url, "--policy-key-env", "NOT_SET_ANYWHERE")
     with pytest.raises(ValueError, match=r"variable that --policy-key-env names is not set"):
         policy_from_args(flags, dolly_tokenizer(folder))

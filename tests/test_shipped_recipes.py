@@ -18,15 +18,17 @@ PAPER = [path for path in RECIPES if path.stem.startswith(("gpt2", "openllama"))
 
 @pytest.fixture
 def shipped(tmp_path):
-    """A shipped recipe as it is, but for its paths: a tiny model of the family, two records."""
+    """A shipped recipe as it is, but for its paths: a tiny model of the family, tiny records."""
 
     def read(path):
         content = yaml.safe_load(path.read_text())
         family = "gpt2" if path.stem.startswith("gpt2") else "llama"
         write_model(tmp_path / "model", CONFIGS[family])
-        (tmp_path / "records.jsonl").write_text('{"text": "one two three"}\n' * 2)
+        (tmp_path / "records.jsonl").write_text('{"text": "one two three"}\n' * 100)
         content["model"] = "model"
         content["data"] |= {"train": "records.jsonl", "test": "records.jsonl"}
+        if "external" in content["evaluate"]:
+            content["evaluate"]["external"] = "hf:model"
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
         return read_recipe(tmp_path / "recipe.yaml")
 

@@ -32,19 +32,24 @@ def write_checkpoint(folder: Path, args: dict[str, Any], iteration: str) -> Path
     return folder
 
 
-def start(load: Path | None, own_reference: bool = False, **changes: Any) -> None:
-    """Ask whether a run of a store may start from a checkpoint, as training does."""
+def start(load: Path | None, own_reference: bool = False, **changes: Any) -> str | None:
+    """Ask whether a run of a store may start from a checkpoint, as training does; what it says."""
     options = {
         "load": str(load) if load else None, "ckpt_step": None, "pretrained_checkpoint": None,
-        "finetune": False, "skip_train": False, "train_iters": 9,
-        "override_ckpt_iteration": None, "layernorm_epsilon": 1e-5, **changes,
+        "save": None, "finetune": False, "skip_train": False, "train_iters": 9,
+        "override_ckpt_iteration": None, "layernorm_epsilon": 1e-5, "train_samples": None,
+        "no_load_optim": False, "use_checkpoint_opt_param_scheduler": False,
+        "override_opt_param_scheduler": False, "global_batch_size": 2, "cpo_valid_data_path": None,
+        "seed": 7, "seq_length": 64, "split": "1,0,0", "cpo_candidates": None, "cpo_fraction": 1.0,
+        **changes,
     }  # fmt: skip
     args = argparse.Namespace(**options)
     identity = start_identity(args, {})
     reference = identity if own_reference else {"digest": "f" * 64}
     config = CPOConfig(data_path="groups")
-    check_start(args, config, STORE)
+    said = check_start(args, config, STORE)
     check_reference(args, config, reference or {}, identity)
+    return said
 
 
 CPO = {"cpo_aux_loss": True, "cpo_store": "a" * 64}
@@ -101,6 +106,18 @@ def test_starts_that_are_meant(tmp_path: Path, saved: dict, iteration: str, chan
     start(write_checkpoint(tmp_path / "run", saved, iteration), **changes)
 
 
+def test_a_resumed_run_of_other_rows_says_so(tmp_path: Path) -> None:
+    """Rows are counted, and those that were read were others."""
+    rows = {"seed": 7, "seq_length": 64, "split": "1,0,0", "cpo_candidates": None}
+    load = write_checkpoint(tmp_path / "run", {**CPO, **rows}, "3")
+    assert start(load) is None
+    said = start(load, seq_length=32, cpo_candidates=3, split="2,1,0")
+    assert said is not None
+    assert "--seq-length 32 (its run had 64), --cpo-candidates 3 (its run had None), --spl" in said
+    assert start(load, split="2,1,0", cpo_valid_data_path="valid") is None
+    assert start(load, seed=8, finetune=True) is None
+
+
 def test_a_first_launch_that_may_be_resumed(tmp_path: Path) -> None:
     """--load and --save are one folder, --pretrained-checkpoint is where the weights come from."""
     mle = write_checkpoint(tmp_path / "mle", MLE, "3")
@@ -108,6 +125,29 @@ def test_a_first_launch_that_may_be_resumed(tmp_path: Path) -> None:
     start(None, own_reference=True, pretrained_checkpoint=str(mle))
     start(write_checkpoint(tmp_path / "cpo", CPO, "2"), pretrained_checkpoint=str(mle))
     start(tmp_path / "nowhere")  # random weights
+
+
+def test_a_restart_by_torchrun_does_not_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flags of a first launch with --finetune would write over what it has saved since."""
+    mle = str(write_checkpoint(tmp_path / "mle", MLE, "9"))
+    run = str(write_checkpoint(tmp_path / "run", CPO, "3"))
+    anew = {"finetune": True, "save": run}
+    start(Path(mle), **anew)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    message = (
+        f"^torchrun has restarted .* --save {run} has iter_0000003 of it already, .* start it with "
+        f"--load {run} --pretrained-checkpoint {mle} and without --finetune"
+    )
+    with pytest.raises(ValueError, match=message):
+        start(Path(mle), **anew)
+    with pytest.raises(ValueError, match=f"start it with --load {run} and without --finetune"):
+        start(None, save=run)
+    start(Path(run), save=run, pretrained_checkpoint=mle)
+    start(Path(mle), finetune=True, save=str(tmp_path / "new"))
+    other = {**CPO, "cpo_store": "b" * 64}
+    start(Path(mle), finetune=True, save=str(write_checkpoint(tmp_path / "other", other, "3")))
 
 
 def test_a_store_scored_with_other_flags_is_refused(tmp_path: Path) -> None:
@@ -136,7 +176,7 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     plain = [*MODEL, *RUN, "--seq-length", "64", *text, "--train-iters", "2", "--save", mle]
     run_pretrain(plain, 1)
     store = write_store(tmp_path / "groups", 20, 4)
-    flags = [*MODEL, *RUN, "--seq-length", "256", "--cpo-aux-loss", "--cpo-k", "4"]
+    flags = [*MODEL, *RUN, "--seq-length", "256", "--cpo-aux-loss"]  # K is the store's
     flags += ["--cpo-no-warmup", "--cpo-data-path", store]
     with pytest.raises(ValueError, match="without --finetune: it was saved by a run without"):
         run_pretrain([*flags, "--load", mle, "--train-iters", "4"], 2)
@@ -149,7 +189,7 @@ def test_from_mle_to_cpo_to_a_resumed_run(tmp_path: Path) -> None:
     run_pretrain(half, 1)
     [output] = run_pretrain([*flags, "--load", cpo, "--save", cpo], 1)
     assert len(cpo_curves(output)["cpo_loss"]) == 2
-    assert re.search(r"\[cpo\] iteration 4:", output)
+    assert re.search(r"\[cpo\] iteration 4:", output) and "goes on with" not in output
     other = write_store(tmp_path / "other", 20, 4, seed=5)
     assert read_manifest(other)["files"][".bin"] != read_manifest(store)["files"][".bin"]
     flags[flags.index(store)] = other

@@ -9,7 +9,7 @@ import pytest
 from megatron_cpo.evaluation.summary import describe, read_log, summarize_run
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import format_line
-from tests.commands import assert_one_line_error, run_tool
+from tests.commands import assert_one_line_error, run_tool_here
 
 GATE = (
     "step-0 gate: cpo loss 1.386294, at theta = ref it must be 1.386294 "
@@ -155,10 +155,10 @@ def test_tool(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     log.write_text(run_text())
     name = "summarize_run.py"
-    done = run_tool(name, "--log", log)
+    done = run_tool_here(name, "--log", log)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run.png").exists()
-    failed = run_tool(name, "--log", "nowhere.log")
+    failed = run_tool_here(name, "--log", "nowhere.log")
     assert_one_line_error(failed, name)
     assert failed.stderr.startswith(f"{name}: --log nowhere.log: no such file")
 
@@ -168,6 +168,15 @@ def test_log_without_cpo(tmp_path: Path) -> None:
     log.write_text(" iteration       10/      60 | lm loss: 7.0E+00 |\n")
     with pytest.raises(ValueError, match="no \\[cpo\\] line in it; it must hold the output of a"):
         summarize_run(log, tmp_path / "mle.png")
+
+
+def test_the_log_is_not_written_over(tmp_path: Path) -> None:
+    log = tmp_path / "run.png"
+    log.write_text(iteration_lines(1, 0.5))
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match=r"--png .*run\.png: it is the --log"):
+        summarize_run(log, log.with_suffix(".png"))
+    assert log.read_bytes() == before
 
 
 def test_missing_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from megatron_cpo.evaluation.reporting.contents import contents
 from megatron_cpo.evaluation.reporting.folder import read_folder
 from megatron_cpo.evaluation.results import read_results
 from megatron_cpo.evaluation.sweeping import Commands, SweepConfig, merge_models
-from tests.commands import assert_quick, run_command, run_python, run_tool
+from tests.commands import assert_quick, run_command, run_python, run_tool, run_tool_here
 from tests.conversions import flags_of, to_megatron
 from tests.scored_texts import records, save_with_tokenizer
 from tests.tiny_models import save_hugging_face
@@ -70,7 +70,7 @@ def measured(models, url):
 def swept(models, measured):
     """A sweep of Hugging Face folders by the command; its folder and what it said."""
     output = models / "results"
-    done = run_tool("evaluate.py", *words(models, output, *measured))
+    done = run_tool_here("evaluate.py", *words(models, output, *measured))
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -120,6 +120,7 @@ def test_nothing_is_done_twice(models, swept, measured, url, monkeypatch, capfd)
     assert "now --cpo is other " in refused
 
 
+@pytest.mark.long
 def test_megatron_checkpoints_on_two_ranks(models, swept, tmp_path):
     """One process after another checkpoint at tensor-parallel size 2: the texts of each alpha are
     those of the Hugging Face folders."""

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_cpo.records import tokenizer_training
+from megatron_cpo.records.pair_files import write_lm_dataset
 from megatron_cpo.records.source import Source
 from megatron_cpo.records.tokenizer_training import train_sentencepiece
-from tests.texts import DOLLY, dolly_tokenizer, write_jsonl
+from tests.texts import DOLLY, ToyTokenizer, dolly_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,19 @@ def test_trained_tokenizer_keeps_text_and_is_reproducible(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"bad\.jsonl:401: not JSON; correct"):
         train_sentencepiece(refusing, str(tmp_path / "x.model"), 1000)
     assert sorted(os.listdir(tmp_path)) == ["again.model", "bad.jsonl"]
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    """By whatever path it is named."""
+    path = Path(write_jsonl(tmp_path / "r.jsonl", {"text": "one two three"}))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"--output: .*r\.jsonl is among --input and would be"):
+        train_sentencepiece(Source((str(path),)), f"{tmp_path}/../{tmp_path.name}/r.jsonl", 300)
+    path.rename(tmp_path / "text.bin")
+    source = Source((str(tmp_path / "text.bin"),))
+    with pytest.raises(ValueError, match=r"--output-prefix: .*text\.bin is among --input and"):
+        write_lm_dataset(source, ToyTokenizer(), str(tmp_path / "text"))
+    assert (tmp_path / "text.bin").read_bytes() == before
 
 
 def pieces_of(path):

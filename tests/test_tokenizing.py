@@ -248,7 +248,7 @@ def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
         paths = [indexed(tmp_path / name, *documents) for name in "ab"]
     source, whole = Source(tuple(paths), max_length=3), tmp_path / "whole"
     whole.mkdir()
-    write_pairs_resumed(source, ToyTokenizer(), 0, whole, lambda read: None)
+    write_pairs_resumed(source, ToyTokenizer(), 0, whole, lambda read: None, texts=True)
     counted = Dropped()
     write_pairs(read_pairs(source, ToyTokenizer(), counted), str(tmp_path / "p"))
     assert json.loads((whole / "dropped.json").read_text())["counts"] == counted.counts != {}
@@ -263,11 +263,11 @@ def test_interrupted_anywhere_and_resumed(tmp_path, monkeypatch, kind):
         for calls in (first, first + 7):
             show = interrupting(calls)
             with suppress(KeyboardInterrupt):
-                write_pairs_resumed(source, tokenizer, 0, folder, show)
+                write_pairs_resumed(source, tokenizer, 0, folder, show, texts=True)
                 break
         else:
             before = len(texts)
-            write_pairs_resumed(source, tokenizer, 0, folder, shown.append)
+            write_pairs_resumed(source, tokenizer, 0, folder, shown.append, texts=True)
             assert sum(shown) == source.stored_bytes()
             if kind == "texts" and first > 9:
                 assert len(texts) - before < 41 - first, "lines that are done with are skipped"

@@ -1,10 +1,7 @@
 """What a user relies on in a run: resuming, packing, evaluation, and Megatron left alone."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,7 @@ from harness.stores import write_store
 from megatron_cpo.groups.plan import pack
 from megatron_cpo.groups.store import GroupReader
 from tests.corpora import write_corpus
-from tests.runs import CPO, MODEL, cpo_curves, weights
+from tests.runs import CPO, MODEL, cpo_curves, signalled, weights
 
 RUN = (
     "--seq-length 256 --micro-batch-size 1 --lr 0.01 --lr-decay-style constant --log-interval 1 "
@@ -63,20 +60,9 @@ def test_killed_run_continues_exactly(store: str, tmp_path: Path) -> None:
     flags = "--global-batch-size 2 --train-iters 8 --save-interval 4".split()
     whole = cpo_curves(train(store, *flags, "--save", str(tmp_path / "whole")))
     flags += ["--save", str(tmp_path / "killed"), "--load", str(tmp_path / "killed")]
-    command = [sys.executable, "examples/pretrain_gpt.py"]
-    command += [*MODEL, *RUN, *CPO, "--cpo-data-path", store, *flags]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "LOCAL_RANK": "0"}
-    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}  # as the ranks
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
-            if "[cpo] iteration 5" in line:
-                os.kill(run.pid, signal.SIGKILL)
-                break
-    assert run.wait() == -signal.SIGKILL
+    run = [*MODEL, *RUN, *CPO, "--cpo-data-path", store, *flags]
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        run_ranks(signalled, 1, run, "[cpo] iteration 5:", signal.SIGKILL)
     resumed = cpo_curves(train(store, *flags))
     assert len(whole["cpo_loss"]) == 8
     for name in ("cpo_loss", "lm_loss", "margin", "truth_logp"):
@@ -142,16 +128,37 @@ def test_split_keeps_groups_apart(store: str) -> None:
 
 
 def test_late_pretraining_mixes_plain_rows(store: str, tmp_path: Path) -> None:
-    """--cpo-fraction 0.5: half the rows hold groups, the LM loss covers the plain rows' tokens."""
+    """--cpo-fraction 0.5: half the rows hold groups, the LM loss covers the plain rows' tokens.
+
+    4 samples of 64 tokens in a row of 280 leave 24 of them empty, which the log says.
+    """
     text = write_corpus(tmp_path, 499, documents=100, tokens=200)
     flags = "--global-batch-size 4 --train-iters 3 --cpo-fraction 0.5 --eval-iters 0".split()
-    mixed = cpo_curves(train(store, *flags, *text))
+    flags += ["--seq-length", "280"]
+    output = train(store, *flags, *text)
+    [said] = re.findall(r"plain rows hold .*", output)
+    assert said.startswith("plain rows hold 4 samples of 64 tokens")
+    assert said.endswith("8.6% padding; a --seq-length of 256 or 320 leaves them none")
+    [(epochs, rows)] = re.findall(r"data: 12 rows .* ([\d.]+) epochs of (\d+) rows", output)
+    assert float(epochs) == pytest.approx(6 / int(rows), abs=0.01)  # half of them hold groups
+    mixed = cpo_curves(output)
     alone = cpo_curves(train(store, *flags, "--cpo-fraction", "1"))
     half = [rows / 2 for rows in alone["groups_per_row"]]
     assert mixed["groups_per_row"][0] == pytest.approx(half[0], rel=0.3)
     parallel = cpo_curves(train(store, *flags, *text, world_size=2))
     for name in ("cpo_loss", "lm_loss"):
         assert parallel[name] == pytest.approx(mixed[name], rel=1e-5)
+
+
+def test_megatrons_line_leaves_out_batches_without_a_group(store: str, tmp_path: Path) -> None:
+    """Of 6 batches of one row 3 are plain; their losses of 0 halved the mean."""
+    text = write_corpus(tmp_path, 499, documents=100, tokens=200)
+    flags = "--global-batch-size 1 --train-iters 6 --log-interval 6 --cpo-fraction 0.5".split()
+    output = train(store, *flags, "--eval-iters", "0", *text)
+    ours, theirs = cpo_curves(output), parse_losses(output)
+    names = {"cpo loss": "cpo_loss", "lm loss": "lm_loss", "cpo groups per row": "groups_per_row"}
+    for name, own in names.items():
+        assert theirs[name][-1] == pytest.approx(ours[own][-1], rel=1e-5), name
 
 
 def test_without_cpo_flags_megatron_is_unchanged(tmp_path: Path) -> None:

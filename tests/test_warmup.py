@@ -72,6 +72,28 @@ def test_what_needs_none_passes(flags: str, config: dict) -> None:
     check_warmup(parsed(flags), CPOConfig("groups", **config))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lr-warmup-iters 100", "--lr-warmup-iters 100 with --train-iters 100: "),
+        ("--lr-warmup-iters 9 --lr-decay-iters 9", "--lr-warmup-iters 9 with --lr-decay-iters 9: "),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction 1.0 with --train-iters 100: "),
+        ("--lr-warmup-iters 200 --optimizer sgd", "--lr-warmup-iters 200 with --train-iters 100: "),
+    ],
+)
+def test_a_warmup_that_does_not_end_is_refused(flags: str, message: str) -> None:
+    """Megatron's scheduler has an assertion for it, without a word."""
+    with pytest.raises(ValueError, match=f"^{message}the warm-up must end before that"):
+        check_warmup(parsed(flags), CPOConfig("groups"))
+    check_warmup(parsed(f"{flags} --skip-train"), CPOConfig("groups"))
+
+
+def test_a_warmup_in_samples_that_does_not_end_is_refused() -> None:
+    flags = "--train-samples 80 --lr-warmup-samples 80 --global-batch-size 8 --lr 1e-5"
+    with pytest.raises(ValueError, match=r"^--lr-warmup-samples 80 with --train-samples 80: "):
+        check_warmup(megatron_parser().parse_args(flags.split()), CPOConfig("groups"))
+
+
 def test_the_real_loop_refuses_on_every_rank_and_trains_with_one(tmp_path_factory) -> None:
     store = write_store(tmp_path_factory.mktemp("store") / "groups", 30, 5, longest=16)
     flags = "--seq-length 256 --micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --eval-iters 0 "

@@ -39,6 +39,17 @@ TRAIN = (
 ).split()
 
 
+BETWEEN = "----\n"
+VERBS = f"""\
+import sys
+from megatron_cpo.cli import main
+for command in sys.argv[1:]:
+    sys.argv[1:] = command.split()
+    main()
+    print({BETWEEN!r}, end="")
+"""
+
+
 class Installed:
     """The environment, and a folder to work in."""
 
@@ -59,7 +70,14 @@ class Installed:
 
     def verb(self, *words: object) -> str:
         """What `megatron-cpo WORDS` prints, all of it on standard output."""
-        done = self._run(self.bin / "megatron-cpo", *words)
+        return self._quiet(self.bin / "megatron-cpo", *words)
+
+    def verbs(self, *commands: str) -> list[str]:
+        """What each prints, one after another in one process: Megatron's import takes seconds."""
+        return self._quiet(self.bin / "python", "-c", VERBS, *commands).split(BETWEEN)[:-1]
+
+    def _quiet(self, *words: object) -> str:
+        done = self._run(*words)
         assert done.stderr == "", "a command that has nothing to complain about"
         return done.stdout
 
@@ -120,13 +138,15 @@ def test_from_text_to_a_merged_model(installed: Installed) -> None:
         for i in range(12)
     ]
     write_jsonl(installed.folder / "data.jsonl", *records)
-    records_of = ["--input", "data.jsonl", "--max-length", "48"]
+    records_of = "--input data.jsonl --max-length 48"
 
-    verb, tokenizer = installed.verb, MODEL[-4:]
-    said = verb("train-tokenizer", *records_of, "--output", tokenizer[-1], "--vocab-size", 285)
-    assert said == "tokenizer.model: 285 pieces; records dropped: none\n"
-    said = verb("tokenize", *records_of, "--output-prefix", "text", *tokenizer)
-    assert said == "text: 12 documents; dropped: none\n"
+    tokenizer = " ".join(MODEL[-4:])
+    trained, tokenized = installed.verbs(
+        f"train-tokenizer {records_of} --output tokenizer.model --vocab-size 285",
+        f"tokenize {records_of} --output-prefix text {tokenizer}",
+    )
+    assert trained == "tokenizer.model: 285 pieces; records dropped: none\n"
+    assert tokenized == "text: 12 documents; dropped: none\n"
 
     def train(*flags: str) -> str:
         """Of two steps, by torchrun."""
@@ -137,7 +157,8 @@ def test_from_text_to_a_merged_model(installed: Installed) -> None:
 
     train("--seq-length", "48", "--data-path", "text", "--data-cache-path", "c", "--save", "mle")
     build = ["--output-prefix", "groups", "--negatives", "bn=1,an=1,tn=1", "--load", "mle"]
-    said = verb("--nproc-per-node", 1, "build", *records_of, *build, *MODEL, "--seq-length", 128)
+    build += [*records_of.split(), *MODEL, "--seq-length", 128]
+    said = installed.verb("--nproc-per-node", 1, "build", *build)
     assert said.startswith("scored 12 groups under mle iteration 2\ngroups ")
     log = train(
         *"--seq-length 128 --cpo-aux-loss --cpo-k 4 --cpo-data-path groups --save cpo".split(),
@@ -147,14 +168,17 @@ def test_from_text_to_a_merged_model(installed: Installed) -> None:
     assert re.search("step-0 gate: .*: ok\n", log)
     (installed.folder / "cpo.log").write_text(log)
 
-    said = verb("merge", "--mle", "mle", "--cpo", "cpo", "--alpha", 0.3, "--output", "merged")
-    assert said == "merged: alpha 0.3 of mle, stored as float32\n"
-    to = ("--from", "megatron", "--to", "hf", "--vocab-size", 285)
-    said = verb("convert", *to, "--input", "merged", "--output", "hf")
-    assert said.startswith("hf: load it with from_pretrained")
+    merged, converted, inspected, summarized = installed.verbs(
+        "merge --mle mle --cpo cpo --alpha 0.3 --output merged",
+        "convert --from megatron --to hf --vocab-size 285 --input merged --output hf",
+        f"inspect groups {tokenizer}",
+        "summarize --log cpo.log",
+    )
+    assert merged == "merged: alpha 0.3 of mle, stored as float32\n"
+    assert converted.startswith("hf: load it with from_pretrained")
     assert json.loads((installed.folder / "hf/config.json").read_text())["model_type"] == "llama"
-    assert "12 of K = 4" in verb("inspect", "groups", *tokenizer)
-    assert "step-0 gate" in verb("summarize", "--log", "cpo.log")
+    assert "12 of K = 4" in inspected
+    assert "step-0 gate" in summarized
 
 
 TYPED = """\

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.groups.endings import Endings, ending_length
 from megatron_cpo.groups.finite import require_finite
-from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, REGISTRY
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, NEEDS_WRITER, REGISTRY
 from megatron_cpo.groups.packed import Packed, Totals
 from megatron_cpo.groups.store import Group, no_scores
 from megatron_cpo.negatives.answers import Answers
@@ -29,6 +29,11 @@ from megatron_cpo.tree import Ints
 
 Score = Callable[[Sequence[Ints], Sequence[Sequence[Ints]]], list[NDArray[np.float32]]]
 """`Policy.logps`."""
+LEFT_OUT = {
+    **dict.fromkeys(NEEDS_POLICY, "prefix too long for the policy"),
+    **dict.fromkeys(NEEDS_WRITER, "no usable answer of the writer"),
+}
+"""Why a record has no group of which no negative of a kind could be had."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Recipe:
     scorer: str = "the reference"
     """What both are called in messages."""
     cut: Counter[str] = field(default_factory=Counter)
-    """Candidates of the last block that were cut, see `Context.cut`."""
+    """Candidates of the groups of the last block that were cut, see `Context.cut`."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Records of the last block that have no group, by why."""
 
 
 def in_blocks(sampler: Sampler) -> BlockSampler:
@@ -61,15 +68,16 @@ def in_blocks(sampler: Sampler) -> BlockSampler:
 def make_block(records: range, recipe: Recipe) -> list[Group]:
     """The groups of a block: y_1 and its negatives, kind after kind in the order of the mix.
 
-    A record whose prefix is too long for the policy has no group.
+    A record whose prefix is too long for the policy has no group, nor has one for which the writer
+    found no answer.
 
     Raises:
         ValueError: a similarity or a log-prob is not finite, or a policy's logits are not.
     """
     recipe.cut.clear()
+    recipe.left_out.clear()
     contexts = [
-        context_of(index, recipe.answers, recipe.eod, recipe.max_length, recipe.cut)
-        for index in records
+        context_of(index, recipe.answers, recipe.eod, recipe.max_length) for index in records
     ]
     candidates = [[context.truth] for context in contexts]
     kinds = [[KINDS.index("gt")] for _ in contexts]
@@ -80,9 +88,13 @@ def make_block(records: range, recipe: Recipe) -> list[Group]:
         for place, negatives in enumerate(drawn):
             candidates[place] += negatives
             kinds[place] += [KINDS.index(kind)] * len(negatives)
-            read[place] &= bool(negatives) or kind not in NEEDS_POLICY
+            if not negatives and read[place] and kind in LEFT_OUT:
+                read[place] = False
+                recipe.left_out[LEFT_OUT[kind]] += 1
     contexts = list(compress(contexts, read))
     candidates, kinds = list(compress(candidates, read)), list(compress(kinds, read))
+    for context in contexts:
+        recipe.cut.update(context.cut)
     if not contexts:
         return []
     ranked = rank_candidates(candidates, recipe.similarity)

@@ -12,26 +12,31 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_cpo.building.blocks import unpack_from_file
 from megatron_cpo.building.builder import Builder
 from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
-from megatron_cpo.groups.store import check_sizes, read_manifest
+from megatron_cpo.groups.packed import Totals
+from megatron_cpo.groups.store import (
+    check_sizes,
+    is_there,
+    read_manifest,
+    refuse_documents,
+)
 from megatron_cpo.groups.writing import GroupWriter, finish_publishing
+from megatron_cpo.host.waiting import leave_together
 from megatron_cpo.negatives.from_records import check_batch_negatives
+from megatron_cpo.policies.writer import KIND
 from megatron_cpo.progress import progress
 from megatron_cpo.records.pair_files import write_pairs_resumed
 from megatron_cpo.records.vocabulary import vocabulary_size
+from megatron_cpo.storage import remote
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.folder import explained
 from megatron_cpo.work.job import Run, blocks_of
 
 TITLES = {"truths": ("embed y_1", "texts"), "groups": ("build groups", "candidates")}
 """Of the progress bars, and what they count."""
-UNREAD = "prefix too long for the policy"
-"""Why a record that was tokenised has no group."""
 
 
 def build_groups(
@@ -52,11 +57,11 @@ def build_groups(
         OSError: the disk is full; what is finished is kept.
     """
     run = run or Run()
-    builder = Builder(config, tokenizer, use, run.writer)
+    builder = Builder(config, tokenizer, use, run.writer, run.merge_only)
     work = builder.work
     with explained(work.path):
-        finished = _prepare(builder) if run.writer else None
-        _wait_for_ranks()
+        with leave_together():  # they see the same blocks finished
+            finished = _prepare(builder) if run.writer else None
         if not work.path.exists():
             return finished
         try:
@@ -67,23 +72,21 @@ def build_groups(
                     each = k if stage == "groups" else 1
                     run_stage(builder, stage, run, *TITLES[stage], each)
         except FileNotFoundError:  # there was nothing to do here, and the others have finished
-            if not Path(config.output_prefix + ".json").exists():
+            if not is_there(config.output_prefix):
                 raise
         return _put_together(builder, run) if run.writer else None
-
-
-def _wait_for_ranks() -> None:
-    """Until all ranks of a Megatron policy are here, so that they see the same blocks finished."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _prepare(builder: Builder) -> BuildReport | None:
     """Tokenise the records, unless that is done; the report if the whole store is there."""
     config, work = builder.config, builder.work
+    if not work.path.exists():  # what a store that is being put there has
+        refuse_documents(config.output_prefix)
+        if remote.is_remote(config.output_prefix) and not is_there(config.output_prefix):
+            remote.check_writable(config.output_prefix)
     with work.locked():
         finish_publishing(config.output_prefix, work.is_alone)
-        if Path(config.output_prefix + ".json").exists():
+        if is_there(config.output_prefix):
             manifest = read_manifest(config.output_prefix)
             check_sizes(config.output_prefix, manifest)
             try:
@@ -109,8 +112,9 @@ def _tokenise(builder: Builder, folder: Path) -> None:
     source, mix = builder.config.source, builder.config.mix
     with progress(None, "tokenise", "B", source.stored_bytes()) as bar:
         pairs = write_pairs_resumed(
-            source, builder.tokenizer, mix.get("given", 0), folder, bar.update
-        )
+            source, builder.tokenizer, mix.get("given", 0), folder, bar.update,
+            texts=KIND in mix,
+        )  # fmt: skip
     check_batch_negatives(mix.get("bn", 0), len(pairs))
 
 
@@ -141,27 +145,27 @@ def _put_together(builder: Builder, run: Run) -> BuildReport | None:
         try:
             for block in progress(range(blocks), "put together", "blocks"):
                 writer.append(_read_block(builder, block))
-            if unread := builder.records - writer.totals.groups:
-                dropped["counts"][UNREAD] = unread
-                _refuse_nothing(writer.totals.groups, unread)
+            dropped["counts"] |= writer.totals.left_out
+            _refuse_nothing(writer.totals)
             writer.close(dropped=dropped["counts"])
         except BaseException as error:
             writer.abort()
             # Without locks another share may have finished, and removed the blocks, meanwhile.
             gone = isinstance(error, FileNotFoundError)
-            if not (gone and Path(config.output_prefix + ".json").exists()):
+            if not (gone and is_there(config.output_prefix)):
                 raise
         counts = builder.counts()
         work.remove()
     return BuildReport.read(config.output_prefix, first_dropped=dropped["first"], counts=counts)
 
 
-def _refuse_nothing(groups: int, unread: int) -> None:
-    """Raise ValueError if all records were too long for the policy."""
-    if not groups:
+def _refuse_nothing(totals: Totals) -> None:
+    """Raise ValueError if no record has a group."""
+    if not totals.groups:
+        why = ", ".join(f"{reason} {n:,}" for reason, n in totals.left_out.items())
         raise ValueError(
-            f"no group to write: the prefix of each of the {unread} records is too long for the "
-            "policy; see its warnings, and give one with a longer context, or lower --max-length"
+            f"no group to write: all records were left out ({why}); see the warnings, and give a "
+            "policy with a longer context, a lower --max-length, or a writer that answers"
         )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.building.blocks import Recipe, count_ended, in_blocks, make_block, pack_to_bytes
 from megatron_cpo.building.config import BuildConfig, PolicyUse
+from megatron_cpo.building.written import open_written
 from megatron_cpo.groups.endings import Endings, longest_first
 from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.packed import pack_groups
@@ -29,6 +30,7 @@ from megatron_cpo.negatives.embeddings import (
 from megatron_cpo.negatives.from_policy import BlockSampler, policy_samplers
 from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
+from megatron_cpo.policies.writer import KIND
 from megatron_cpo.records.border import CONTRACT, EACH_SIDE
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader
@@ -50,13 +52,19 @@ class Builder:
         tokenizer: Megatron's, from `build_tokenizer`.
         use: the policy; opened here if the build has a use for it.
         writer: False on a rank that only helps to run the policy.
+        merge_only: no block will be built, so no server of `written` is asked or needed.
 
     Raises:
         ValueError: a kind or a ranker needs what is not there.
     """
 
     def __init__(
-        self, config: BuildConfig, tokenizer: Any, use: PolicyUse | None, writer: bool = True
+        self,
+        config: BuildConfig,
+        tokenizer: Any,
+        use: PolicyUse | None,
+        writer: bool = True,
+        merge_only: bool = False,
     ) -> None:
         self.config, self.tokenizer, self._use, self._writer = config, tokenizer, use, writer
         self.arguments = (config, tokenizer, use)
@@ -73,9 +81,14 @@ class Builder:
             self._samplers |= policy_samplers(
                 self.policy, use.sampling, use.mask_share, use.replace_share
             )
-        check_kinds(config.mix, self._samplers)
+        self._written = None if merge_only else open_written(config, tokenizer)
+        if self._written is not None:
+            self._samplers[KIND] = self._written
+        drawn = {k: n for k, n in config.mix.items() if not (merge_only and k == KIND)}
+        check_kinds(drawn, self._samplers)
         self.embedder = self._open_embedder()
-        self.work = WorkFolder(config.output_prefix, "build", self._command(), EARLIER)
+        earlier = {**EARLIER, "order": list(config.mix)}  # they did not say; believed
+        self.work = WorkFolder(config.output_prefix, "build", self._command(), earlier)
 
     @property
     def has_model(self) -> bool:
@@ -86,7 +99,8 @@ class Builder:
     def forks(self) -> bool:
         """Whether forked processes may do it: not on a GPU, and as the policy says."""
         on_gpu = self.has_model and torch.cuda.is_available()
-        return not on_gpu and (self.policy is None or self.policy.forks)
+        asks = self._written is not None  # in parallel by itself
+        return not on_gpu and not asks and (self.policy is None or self.policy.forks)
 
     @property
     def scores(self) -> bool:
@@ -167,7 +181,7 @@ class Builder:
         ]
 
     def counts(self) -> Counter[str]:
-        """What a server's policy counted in all processes of all runs of this build, by line."""
+        """What servers made us count in all processes of all runs of this build, by line."""
         total: Counter[str] = Counter()
         for path in (self.work.path / "counts").glob("*.json"):
             total.update(json.loads(path.read_text(encoding="utf-8")))
@@ -177,6 +191,8 @@ class Builder:
         """Put the counts of this process into the work folder, where those of all are."""
         take = getattr(self.policy, "take_counts", Counter)  # a server's alone counts
         counts: Counter[str] = take()
+        if self._written is not None:
+            counts += self._written.take_counts()
         if counts:
             path = self.work.path / "counts" / f"{uuid.uuid4().hex}.json"
             self.work.write(path, json.dumps(counts).encode())
@@ -193,6 +209,7 @@ class Builder:
             cut = {name: n for name, n in self._recipe.cut.items() if n}
             packed.totals.cut = cut
             packed.totals.ended = count_ended(groups, self._all_endings(), cut)
+            packed.totals.left_out = dict(self._recipe.left_out)
             packed.totals.notes = dict(self._answers.notes)
             self._answers.notes.clear()
             self.work.write(self.work.block_path("groups", block), pack_to_bytes(packed))
@@ -251,6 +268,7 @@ class Builder:
             "border": CONTRACT,
             "control_tokens": source.control_tokens,
             "negatives": config.mix,
+            "order": list(config.mix),  # of candidates; objects of JSON have none
             "seed": config.seed,
             "epoch": 0,
             "ranker": config.ranker if self.embedder is None else self.embedder.identity["name"],
@@ -259,6 +277,8 @@ class Builder:
             "score": self.scores,
             "policy": self.policy.identity if self.policy else None,
         }
+        if config.writer is not None:
+            command["writer"] = config.writer.identity
         if self.policy is not None and use is not None:
             command["sampling"] = asdict(use.sampling) if "an" in config.mix else None
             command["ends"] = sorted(self.policy.ends) if "an" in config.mix else None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from megatron_cpo.negatives.from_records import NEGATIVES, parse_mix
 from megatron_cpo.policies.policy import Policy, Sampling
+from megatron_cpo.policies.writer import KIND, Writer
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import BLOCK_RECORDS
 
@@ -26,6 +27,8 @@ class BuildConfig:
     """`--rank`: lexical, none, policy, or a model; see `negatives.embeddings`."""
     block_records: int = BLOCK_RECORDS
     """Records a block: what a policy or an embedder sees at once, and what a kill can lose."""
+    writer: Writer | None = None
+    """Of the kind `written`."""
     mix: dict[str, int] = field(init=False)
     """Negatives a group, by kind."""
 
@@ -41,11 +44,21 @@ class BuildConfig:
             raise ValueError(f"--seed {self.seed}: needs a number that is not negative")
         if self.block_records < 1:
             raise ValueError(f"--block-records {self.block_records}: needs at least 1")
+        if self.writer is None and KIND in self.mix:
+            raise ValueError(
+                f"--negatives {KIND}={self.mix[KIND]}: an instruct model writes them; give "
+                "--writer URL, an OpenAI-compatible server, and --writer-model NAME"
+            )
+        if self.writer is not None and KIND not in self.mix:
+            raise ValueError(
+                f"--writer-model {self.writer.model}: nothing is written with "
+                f"--negatives {self.negatives}; add {KIND}=1 to it, or leave --writer out"
+            )
 
     @property
     def needs_policy(self) -> bool:
         """Whether a kind of negative or the ranking asks a policy."""
-        return self.ranker == "policy" or bool(set(self.mix) - set(NEGATIVES))
+        return self.ranker == "policy" or bool(set(self.mix) - {*NEGATIVES, KIND})
 
 
 @dataclass(frozen=True)

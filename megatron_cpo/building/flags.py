@@ -13,7 +13,9 @@ from megatron_cpo.policies.flags import (
     policy_from_args,
     sampling_from_args,
 )
+from megatron_cpo.policies.writer import KIND, add_writer_arguments, writer_from_args
 from megatron_cpo.records.source import add_source_arguments, source_from_args
+from megatron_cpo.storage import remote
 from megatron_cpo.work.job import BLOCK_RECORDS, EXECUTORS, Run, parse_shard
 
 
@@ -21,13 +23,14 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """Add this tool's flags to a parser, which may be Megatron's."""
     add = add_source_arguments(parser).add_argument_group("groups").add_argument
     add("--output-prefix", required=True, metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .values.bin, .values.idx and PREFIX.json")  # fmt: skip
+        help="writes PREFIX.bin, .idx, .values.bin, .values.idx and PREFIX.json; objects if it "
+        "is s3://BUCKET/NAME")  # fmt: skip
     add("--negatives", default="bn=3,tn=8", metavar="MIX",
         help="how many of each kind, such as bn=3,mn=5,tn=3, or a mix of the paper: MixN (that "
         "one), AN (an=11), BN4 (bn=4). bn = continuation of another record, tn = y_1 cut short, "
         "given = the record's own rejected ones; an = sampled after the prefix, mn = some tokens "
-        "of y_1 drawn anew, pss = half of them: these need a policy (default: "
-        "%(default)s)")  # fmt: skip
+        "of y_1 drawn anew, pss = half of them: these need a policy; written = by an instruct "
+        "model, see --writer (default: %(default)s)")  # fmt: skip
     add("--k", type=int, metavar="K", help="check that the mix makes this K, y_1 included")
     add("--rank", dest="ranker", default="lexical", metavar="HOW",
         help="similarity to y_1, for the ranked loss: lexical = cosine of TF-IDF vectors of token "
@@ -40,7 +43,7 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     add("--score-only", action="store_true",
         help="build nothing; score the store at --output-prefix under --load, or under "
         "--policy hf:")  # fmt: skip
-    add_policy_arguments(parser)
+    add_writer_arguments(add_policy_arguments(parser))
     add = add_scale_arguments(parser)
     add("--merge", action="store_true",
         help="make the store of what shards built, should the last have missed it")  # fmt: skip
@@ -80,6 +83,7 @@ def config_from_args(args: argparse.Namespace) -> BuildConfig:
         seed=args.seed,
         ranker=args.ranker,
         block_records=args.block_records,
+        writer=writer_from_args(args),
     )
 
 
@@ -97,14 +101,19 @@ def policy_use_from_args(
         config: of the build; None: only for scoring.
 
     Raises:
-        ValueError: a flag is out of range, or --score has no policy that can score, or --load
-            cannot score a shard.
+        ValueError: a flag is out of range, or --score has no policy that can score, or two that
+            can, or --load cannot score a shard.
     """
     flag = "--score-only" if args.score_only else "--score" if args.score else None
     if flag and not (args.policy or "").startswith("hf:") and not args.load:
         raise ValueError(
             f"{flag} needs the model to score under: --load CHECKPOINT with its model flags, or "
             "--policy hf:PATH"
+        )
+    if flag and args.load and (args.policy or "").startswith("hf:"):
+        raise ValueError(
+            f"{flag} --policy {args.policy} --load {args.load}: two models to score under; leave "
+            f"one of them out{', or --score for the log-probs of --load' * args.score}"
         )
     if flag and args.load and args.shard:
         raise ValueError(
@@ -137,7 +146,21 @@ def run_from_args(args: argparse.Namespace, config: BuildConfig | None = None) -
     Raises:
         ValueError: a flag is out of range.
     """
-    return share_of_work(args, config is not None and uses_megatron(args, config))
+    if args.executor == "ray" and remote.is_remote(args.output_prefix):
+        raise ValueError(
+            f"--executor ray --output-prefix {args.output_prefix}: its nodes need a folder that "
+            "all of them see; give a PREFIX there, and then megatron-cpo publish"
+        )
+    by_megatron = config is not None and uses_megatron(args, config)
+    run = share_of_work(args, by_megatron)
+    parts = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if config is not None and by_megatron and KIND in config.mix and parts > 1:
+        raise ValueError(
+            f"--negatives {config.negatives}: {parts} ranks hold the policy of --load together, "
+            f"and each would pay for the {KIND} answers; give --policy hf:PATH, or --load at "
+            "--tensor-model-parallel-size 1 and --pipeline-model-parallel-size 1"
+        )
+    return run
 
 
 def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
@@ -166,7 +189,7 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
     return Run(
         executor=args.executor,
         workers=args.workers,
-        share=shard * ranks + rank,
+        share=shard + shards * rank,  # of the shard's own blocks, however many ranks others have
         shares=shards * ranks,
         writer=writer,
         merge_only=getattr(args, "merge", False),

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import read_manifest
+from megatron_cpo.policies.writer import LIMIT_FLAG
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class BuildReport:
         limits = {
             "--max-new-tokens": sampling.get("max_new_tokens"),
             "--max-length": self.manifest.get("max_length"),
+            LIMIT_FLAG: (self.manifest.get("writer") or {}).get("max_tokens"),
         }
         found = []
         for kind in self.manifest["kinds"]:

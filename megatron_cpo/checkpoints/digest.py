@@ -36,10 +36,12 @@ def whole_file(path: Path, folder: Path) -> Part:
     return Part(str(path.relative_to(folder)), path, 0, path.stat().st_size)
 
 
-def digest_of(parts: Iterable[Part]) -> str:
+def digest_of(parts: Iterable[Part], said: str = "") -> str:
     """BLAKE3 over every byte of the parts, and over their labels and sizes; 64 hexadecimal digits.
 
-    In whatever order they come.
+    Args:
+        parts: in whatever order.
+        said: more that counts, such as what the parts mean.
 
     Raises:
         ValueError: a file ends before its part does.
@@ -67,7 +69,7 @@ def digest_of(parts: Iterable[Part]) -> str:
             os.close(descriptor)
         return digest.digest()
 
-    root = blake3()
+    root = blake3(said.encode())
     threads = min(_THREADS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         ordered = sorted(parts, key=lambda part: part.label)

@@ -9,11 +9,9 @@ from typing import Any
 
 from megatron_cpo.checkpoints.digest import digest_of, digest_of_ends, whole_file
 from megatron_cpo.checkpoints.folders import TRACKER, checkpoint_folder, damage_named
-from megatron_cpo.checkpoints.formats.torch_dist import weight_parts
+from megatron_cpo.checkpoints.formats.torch_dist import weights_digest
 from megatron_cpo.checkpoints.formats.usable import refuse_unusable
-
-_BESIDE = "tokenizer"
-"""Newer Megatron keeps the run's tokenizer in an iteration's folder."""
+from megatron_cpo.checkpoints.tokens import KEPT
 
 
 def checkpoint_identity(
@@ -21,7 +19,7 @@ def checkpoint_identity(
 ) -> dict[str, Any] | None:
     """What a Megatron checkpoint is, wherever it lies: its iteration and a digest of its weights.
 
-    None without a checkpoint. Every byte is read: `host.loading.on_first_rank` asks once for all.
+    None without a checkpoint. Every byte is read: `host.waiting.on_first_rank` asks once for all.
 
     Args:
         load: Megatron's `--load`: a folder with a tracker file.
@@ -42,12 +40,12 @@ def checkpoint_identity(
 def iteration_digest(folder: Path) -> str:
     """Of the weights of one iteration, without training state where the format tells them apart."""
     if (folder / ".metadata").exists():
-        return digest_of(weight_parts(folder))
+        return weights_digest(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return digest_of(
         whole_file(path, folder)
         for path in files
-        if not any(part == _BESIDE or part[0] == "." for part in path.relative_to(folder).parts)
+        if not any(part == KEPT or part[0] == "." for part in path.relative_to(folder).parts)
     )
 
 

@@ -324,6 +324,17 @@ def _scaling_of_arguments(args: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return {"rope_type": "default"}, "use_rope_scaling"
 
 
+def unusual(architecture: Architecture) -> dict[str, Any]:
+    """Its values by name, without those that all have where nobody asks for more.
+
+    The same whichever of our versions reads it, though a later one knows more settings.
+    """
+    plain = PLAIN_ARGUMENTS | _EXPERTS
+    values = {name: setting.value for name, setting in architecture.items()}
+    values.pop("heterogeneous_layers_config_path", None)  # a place
+    return {n: value for n, value in values.items() if n not in plain or value != plain[n]}
+
+
 def differences(one: Architecture, other: Architecture) -> dict[str, tuple[Setting, Setting]]:
     """What two architectures both know and say differently, by name."""
     return {

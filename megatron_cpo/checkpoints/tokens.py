@@ -7,7 +7,7 @@ and how a text is cut into them (merges, scores), not the files.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,17 @@ from megatron_cpo.checkpoints.folders import read_json
 
 _OPAQUE = ("*.tiktoken", "tekken.json")
 """Files of which only the bytes are compared."""
+KEPT = "tokenizer"
+"""Within an iteration: the run's tokenizer. Newer Megatron keeps it there, and so does merging."""
+_CALLED = {
+    **dict.fromkeys(
+        ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"),
+        ("tokenizer.model",),
+    ),
+    "TikTokenizer": ("tokenizer.json",),
+    "GPT2BPETokenizer": ("vocab.json", "merges.txt"),
+}
+"""What Megatron calls the files there, whatever the run had called them."""
 
 
 @dataclass
@@ -66,6 +77,23 @@ def vocabulary_of_files(*paths: Path) -> Vocabulary:
         kinds = {".json": "vocab.json", ".txt": "merges.txt"}
         _add_file(found, path, kinds.get(path.suffix, "tokenizer.model"))
     return found
+
+
+def kept_files(iteration: Path, kind: str, named: Sequence[str | Path]) -> list[list[Path]]:
+    """Where an iteration's folder may hold the files of its run's tokenizer.
+
+    Args:
+        kind: Megatron's `tokenizer_type`.
+        named: the files by the run's arguments.
+
+    Returns:
+        As many paths as `named` each: under the names that the run had, which merging leaves, and
+        under those that Megatron gives.
+    """
+    names = [tuple(Path(path).name for path in named)]
+    if len(_CALLED.get(kind, ())) == len(named):
+        names.append(_CALLED[kind])
+    return [[iteration / KEPT / name for name in some] for some in names]
 
 
 def difference(one: Vocabulary, other: Vocabulary) -> str | None:

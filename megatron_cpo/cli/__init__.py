@@ -20,6 +20,7 @@ STEPS = (
     ("convert", "or take a Hugging Face model as the reference; later, go back to one"),
     ("build", "groups: each record's prefix, y_1 and K - 1 negatives, scored under the reference"),
     ("inspect", "look at the groups before you train on them"),
+    ("publish", "copy the groups to object storage, if training reads them from there"),
     (TRAIN, "with CPO: --cpo-aux-loss --cpo-data-path GROUPS --load MLE --finetune --save CPO"),
     ("summarize", "what a run did, from its log: the step-0 gate, metrics, a picture"),
     ("merge", "average the weights of both models, the paper's last step"),

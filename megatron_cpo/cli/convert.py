@@ -14,7 +14,7 @@ import json
 import shlex
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.files import end_cleanly
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     add("--to", required=True, choices=["hf", "megatron"], dest="target", help="what it becomes")
     add("--input", required=True, metavar="FOLDER",
         help="a Hugging Face model with safetensors, or Megatron's --save folder")  # fmt: skip
-    add("--output", required=True, metavar="FOLDER",
+    add("--output", required=True, type=output_path, metavar="FOLDER",
         help="a new folder; it appears when it is complete")  # fmt: skip
     add("--iteration", type=int, metavar="N",
         help="Megatron's iteration to read (default: the latest)")  # fmt: skip

@@ -10,7 +10,7 @@ writes one self-contained page: plots, and a sample of the groups to search. The
 knows its tokenizer by content and not by path, so say where it is; without it ids are shown.
 """
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     add("prefix", metavar="PREFIX", help="the store, as --output-prefix of build")
     add("--group", type=int, nargs="+", default=[], metavar="N",
         help="these groups, from 0; with --html they come first")  # fmt: skip
-    add("--html", metavar="FILE", help="write a page instead of printing")
+    add("--html", type=output_path, metavar="FILE", help="write a page instead of printing")
     add("--html-groups", type=int, default=100, metavar="N",
         help="most groups in the page, evenly spaced in the store (default: 100)")  # fmt: skip
     args = add_tokenizer_arguments(parser).parse_args()

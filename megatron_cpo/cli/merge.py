@@ -21,7 +21,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.files import end_cleanly
 
 
@@ -38,8 +38,18 @@ def main() -> None:
     add("--base", metavar="FOLDER",
         help="with --checkpoint: base + the sum of weight * (checkpoint - base)")  # fmt: skip
     add("--diff", nargs=2, metavar=("A", "B"), help="instead: print their distance per layer")
-    add("--picture", metavar="PNG", help="with --diff: draw it, too (extra `plot`)")
-    add("--output", metavar="FOLDER", help="a new folder; it appears when it is complete")
+    add(
+        "--picture",
+        type=output_path,
+        metavar="PNG",
+        help="with --diff: draw it, too (extra `plot`)",
+    )
+    add(
+        "--output",
+        type=output_path,
+        metavar="FOLDER",
+        help="a new folder; it appears when it is complete",
+    )
     add("--iteration", type=int, metavar="N",
         help="Megatron's iteration to read (default: the latest of each input)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16", "fp16"],

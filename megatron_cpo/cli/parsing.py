@@ -4,9 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_cpo.cli.errors import fail
+from megatron_cpo.files import on_this_machine
 
 AddArguments = Callable[[argparse.ArgumentParser], Any]
 VERBOSE = ("-v", "--verbose")
@@ -26,6 +28,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Usage and error, exit status 2."""
         refuse(self, message)
+
+
+def output_path(word: str) -> Path:
+    """The type of a flag that names what is written, where that is a file or folder.
+
+    Raises:
+        ArgumentTypeError: it is an address in object storage.
+    """
+    try:
+        return on_this_machine(Path(word))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -1,8 +1,9 @@
 """Who of several ranks speaks: the first that has something to say, whichever it is."""
 
 import datetime
-import os
 from types import TracebackType
+
+from megatron_cpo.host.node import agent_key, agent_store
 
 PATIENCE = datetime.timedelta(seconds=5)
 """How long ranks wait for one another here; after that each speaks for itself."""
@@ -17,17 +18,14 @@ class Turn:
     """
 
     def __init__(self, subject: str) -> None:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._key = f"megatron_cpo/{attempt}/{subject}"
+        self._key = agent_key(subject)
 
     def __enter__(self) -> bool:
-        self._store = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            from torch.distributed import DistError, TCPStore
+        self._store = agent_store(PATIENCE)
+        if self._store is not None:
+            from torch.distributed import DistError
 
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             try:
-                self._store = TCPStore(address, port, is_master=False, timeout=PATIENCE)
                 if self._store.add(self._key, 1) > 1:
                     self._store.wait([f"{self._key}/said"], PATIENCE)
                     return False

@@ -3,6 +3,7 @@
   megatron-cpo run --output runs/mine recipe.yaml
   megatron-cpo run --output runs/mine recipe.yaml --print > mine.sh     # the commands, for bash
   megatron-cpo run --output runs/mine recipe.yaml --slurm               # as jobs of Slurm
+  megatron-cpo run --output runs/mine recipe.yaml --variants mle mixn   # only these
 
 A recipe, in YAML, with paths relative to its file:
 
@@ -16,12 +17,12 @@ A recipe, in YAML, with paths relative to its file:
   evaluate: {decode: greedy, external: hf:SmolLM2-135M}
 
 Each stage is one of our commands; its output is in OUTPUT/logs. Killed? The same command goes on.
-A stage runs again when its command, its inputs, a stage before it or our version has changed.
+A stage runs again when its command, its inputs, a stage before it or our code for it has changed.
 """
 
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 
 
 def main() -> None:
@@ -29,7 +30,9 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="a YAML file")
-    add("--output", required=True, type=Path, metavar="FOLDER", help="where everything goes")
+    add("--output", required=True, type=output_path, metavar="FOLDER", help="where everything goes")
+    add("--variants", nargs="+", default=[], metavar="NAME",
+        help="only these of the recipe's (default: all)")  # fmt: skip
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--print", action="store_true", dest="show",
                       help="print a bash script, run nothing")  # fmt: skip
@@ -37,25 +40,25 @@ def main() -> None:
                       help="write jobs of Slurm into FOLDER/slurm, run nothing")  # fmt: skip
     args = parser.parse_args()
 
-    from megatron_cpo.files import write_whole
+    from megatron_cpo.files import make_folder, write_whole
     from megatron_cpo.quiet import say
     from megatron_cpo.recipes.outcome import outcome
     from megatron_cpo.recipes.runner import run_stages
-    from megatron_cpo.recipes.schema import read_recipe
+    from megatron_cpo.recipes.schema import check_plain, read_recipe
     from megatron_cpo.recipes.shell import script, slurm
     from megatron_cpo.recipes.stages import stages
 
     output = args.output.absolute()
-    if any(letter.isspace() for letter in str(output)):
-        raise ValueError(f"--output {str(output)!r}: white space in it; choose another folder")
-    plan = stages(read_recipe(args.recipe), output)
+    check_plain(output, "--output")
+    recipe = read_recipe(args.recipe)
+    plan = stages(recipe, output, args.variants)
     if args.show:
         print(script(plan, output), end="")
     elif args.slurm:
-        (output / "slurm").mkdir(parents=True, exist_ok=True)
+        make_folder(output / "slurm")
         for name, content in slurm(plan, output).items():
             write_whole(output / "slurm" / name, content.encode())
         say(f"submit them with: bash {output / 'slurm' / 'submit.sh'} [options of sbatch]")
     else:
-        run_stages(plan, output)
+        run_stages(plan, output, stages(recipe, output))
         say(outcome(plan, output))

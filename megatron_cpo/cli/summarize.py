@@ -8,7 +8,7 @@ Writes runs/cpo.png beside it; that needs matplotlib, of the extra [plot].
 
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.evaluation.summary import summarize_run
 
 
@@ -17,7 +17,10 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--log", required=True, metavar="FILE", help="what training printed")
     parser.add_argument(
-        "--png", metavar="FILE", help="picture to write (default: --log with the suffix .png)"
+        "--png",
+        type=output_path,
+        metavar="FILE",
+        help="picture to write (default: --log with the suffix .png)",
     )
     args = parser.parse_args()
     print(summarize_run(args.log, args.png or Path(args.log).with_suffix(".png")))

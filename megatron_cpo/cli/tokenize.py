@@ -9,7 +9,7 @@ on it with --data-path PREFIX. Megatron's --tokenizer-* flags are understood too
 
 import argparse
 
-from megatron_cpo.cli.parsing import answer_help, beside_megatrons
+from megatron_cpo.cli.parsing import answer_help, beside_megatrons, output_path
 from megatron_cpo.quiet import hidden_chatter, say
 from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
 
@@ -17,7 +17,11 @@ from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this verb's flags to a parser, which may be Megatron's."""
     add_source_arguments(parser).add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx"
+        "--output-prefix",
+        required=True,
+        type=output_path,
+        metavar="PREFIX",
+        help="writes PREFIX.bin and PREFIX.idx",
     )
     return parser
 
@@ -33,5 +37,5 @@ def main() -> None:
 
         args = parse_args(beside_megatrons(add_arguments))
         source = source_from_args(args)
-        written, dropped = write_lm_dataset(source, open_tokenizer(args), args.output_prefix)
+        written, dropped = write_lm_dataset(source, open_tokenizer(args), str(args.output_prefix))
     say(f"{args.output_prefix}: {written:,} documents; dropped: {dropped.describe()}")

@@ -4,7 +4,7 @@
       --output runs/tokenizer.model --vocab-size 1000
 """
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
 from megatron_cpo.records.tokenizer_training import train_sentencepiece
 
@@ -13,7 +13,9 @@ def main() -> None:
     """Parse the flags and train."""
     parser = Parser(f"{__doc__}\n{INPUT_HELP}")
     add_source_arguments(parser)
-    parser.add_argument("--output", required=True, metavar="PATH", help="the .model file to write")
+    parser.add_argument(
+        "--output", required=True, type=output_path, metavar="PATH", help="the .model file to write"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=1000, help="pieces, 256 bytes included (default: 1000)"
     )

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
-from megatron_cpo.evaluation.verdicts import TEMPLATES, check_template
+from megatron_cpo.evaluation.verdicts import TEMPLATES, NoReply, check_template
 from megatron_cpo.evaluation.win_rate import (
     Pair,
     WinRate,
@@ -18,10 +18,12 @@ from megatron_cpo.evaluation.win_rate import (
     verdict_line,
     win_rate,
 )
-from megatron_cpo.files import write_whole
+from megatron_cpo.files import one_process, write_whole
 
 REFERENCE = "reference"
 """The baseline that is the records' own answers."""
+SUFFIX = ".verdicts.jsonl"
+"""Of a file of verdicts."""
 COLUMNS = ("win_rate", "length_controlled_winrate", "n_wins", "n_draws", "n_losses", "n_unread",
            "order_bias", "avg_words")  # fmt: skip
 """Of the leaderboard; the first two with their intervals."""
@@ -40,6 +42,10 @@ class JudgeOptions:
     """Most requests at a time."""
     key_variable: str | None = None
     """Environment variable of the key; None: OPENAI_API_KEY if it is set."""
+
+    def __post_init__(self) -> None:
+        if self.in_flight < 1:
+            raise ValueError(f"--in-flight {self.in_flight}: needs at least 1")
 
 
 def read_template(name: str) -> str:
@@ -91,12 +97,13 @@ def judge_pairs(ours: Results, theirs: Results, judge: JudgeOptions, cache: Path
     Raises:
         ValueError: the judge cannot be reached or refuses; replies that are there are kept.
     """
-    from megatron_cpo.evaluation.judging import ReplyCache, replies
+    from megatron_cpo.evaluation.judging import ROW, replies
+    from megatron_cpo.policies.chat import ReplyCache
     from megatron_cpo.policies.endpoint import Endpoint
 
     prompts = _prompts(ours, theirs, judge)
     flat = [prompt for some in prompts for prompt in some]
-    found: list[str] = []
+    found: list[str | NoReply] = []
     if flat:
         endpoint = Endpoint(
             judge.url,
@@ -105,7 +112,7 @@ def judge_pairs(ours: Results, theirs: Results, judge: JudgeOptions, cache: Path
             key_variable=judge.key_variable,
             in_flight=judge.in_flight,
         )
-        kept = ReplyCache(cache)
+        kept = ReplyCache(cache, ROW)
         try:
             found = replies(endpoint, judge.model, flat, kept)
         finally:
@@ -117,30 +124,56 @@ def judge_pairs(ours: Results, theirs: Results, judge: JudgeOptions, cache: Path
     ]
 
 
+def verdicts_of(candidate: Path, baseline: str) -> Path:
+    """The file of verdicts of two files of texts, beside the candidate's."""
+    return candidate.with_name(f"{candidate.stem}-against-{Path(baseline).stem}{SUFFIX}")
+
+
 def write_verdicts(path: Path, pairs: list[Pair]) -> None:
     """A line of JSON a pair, with the judge's own words; whole or not at all."""
     lines = (json.dumps(verdict_line(pair), ensure_ascii=False) for pair in pairs)
     write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
-def update_leaderboard(path: Path, found: WinRate, judge: JudgeOptions) -> None:
-    """Put a result into the table of all results, in the place of an earlier one of its kind."""
+def update_leaderboard(path: Path, found: WinRate, judge: JudgeOptions, decoding: str) -> None:
+    """Put a result into the table of all results, in the place of an earlier one of its kind.
+
+    Several judges may finish at once, as the jobs of a recipe do.
+
+    Args:
+        decoding: of the texts; a row of before, which does not say it, may be of any.
+    """
     key = {"candidate": found.candidate, "baseline": found.baseline, "judge": judge.model,
            "template": judge.template}  # fmt: skip
-    rows = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [r for r in csv.DictReader(file) if any(r.get(k) != v for k, v in key.items())]
+    with one_process(path.with_name(f".{path.name}.lock")):
+        rows = []
+        if path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = [
+                    r
+                    for r in csv.DictReader(file)
+                    if any(r.get(k) != v for k, v in key.items())
+                    or r.get("decoding") not in (None, "", decoding)
+                ]
+        write_whole(path, _leaderboard([*rows, _row(found, key | {"decoding": decoding})]))
+
+
+def _row(found: WinRate, key: dict[str, str]) -> dict[str, str]:
     values = [found.win_rate.value, found.length_controlled.value, found.wins, found.ties,
               found.losses, found.unread, found.order_bias, found.words[0].value]  # fmt: skip
     row: dict[str, str] = {**key, **{n: f"{v:.6g}" for n, v in zip(COLUMNS, values, strict=True)}}
     for name, estimate in zip(COLUMNS, (found.win_rate, found.length_controlled), strict=False):
         row |= {f"{name}_low": f"{estimate.low:.6g}", f"{name}_high": f"{estimate.high:.6g}"}
+    return row
+
+
+def _leaderboard(rows: list[dict[str, str]]) -> bytes:
+    """The table, with the columns of the last row."""
     table = StringIO()
-    writer = csv.DictWriter(table, list(row), restval="", extrasaction="ignore")
+    writer = csv.DictWriter(table, list(rows[-1]), restval="", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows([*rows, row])
-    write_whole(path, table.getvalue().encode())
+    writer.writerows(rows)
+    return table.getvalue().encode()
 
 
 def describe(found: WinRate) -> str:
@@ -156,6 +189,8 @@ def describe(found: WinRate) -> str:
     ]
     if found.unread:
         rows.append(("without a verdict", f"{found.unread} pairs, in no other number"))
+    if found.refused:
+        rows.append(("refused", f"{found.refused} of these, the first with {found.refusal}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join([f"{found.candidate} against {found.baseline}", *lines])
@@ -175,11 +210,10 @@ def judge_files(candidate: Path, baseline: str, judge: JudgeOptions) -> tuple[Wi
     """
     ours, theirs = open_pair(candidate, baseline)
     pairs = judge_pairs(ours, theirs, judge, candidate.parent / "judge-replies.jsonl")
-    name = f"{candidate.stem}-against-{Path(baseline).stem}.verdicts.jsonl"
-    verdicts = candidate.with_name(name)
+    verdicts = verdicts_of(candidate, baseline)
     write_verdicts(verdicts, pairs)
     found = win_rate(ours.generator, theirs.generator, pairs)
-    update_leaderboard(candidate.with_name("leaderboard.csv"), found, judge)
+    update_leaderboard(candidate.with_name("leaderboard.csv"), found, judge, ours.made.decoding)
     return found, verdicts
 
 

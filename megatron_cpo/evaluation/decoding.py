@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.policies.policy import Policy, Sampling
-from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.tree import Ints
 
 DECODERS = ("greedy", "sample", "beam")
@@ -153,29 +152,3 @@ def _continuation(tokens: Ints, limit: int, ends: Collection[int]) -> Continuati
     ended = closed and len(tokens) < limit
     drawn = len(tokens) - (closed and not ended)
     return Continuation(tokens[:-1] if closed else tokens, drawn, ended)
-
-
-class Speller:
-    """Texts of token ids, as they stand behind one another.
-
-    Args:
-        encoder: of the tokenizer.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        alone = encoder.spelled(np.array(encoder.continuation("1"), dtype=np.int32))
-        self._first = " " if alone == b" 1" else ""
-        """What SentencePiece puts before every text."""
-
-    def prompt(self, prefix: Ints) -> str:
-        """A prefix as its record has it: without what the tokenizer puts before a text."""
-        ids = np.array(self._encoder.unframed(prefix.tolist()), dtype=np.int32)
-        return self.text(ids).removeprefix(self._first)
-
-    def text(self, tokens: Ints) -> str:
-        """What tokens spell; numbers where they stand for no text, U+FFFD for broken bytes."""
-        spelled = self._encoder.spelled(tokens)
-        if spelled is None:
-            return " ".join(map(str, tokens.tolist()))
-        return spelled.decode(errors="replace")

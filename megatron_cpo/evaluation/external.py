@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megatron_cpo.checkpoints.digest import digest_of, whole_file
 from megatron_cpo.checkpoints.formats.opening import open_model
-from megatron_cpo.evaluation.kept import KeptLines, digest
 from megatron_cpo.inspection.tokenizer import folder_tokenizer
+from megatron_cpo.kept import KeptLines, digest
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
 from megatron_cpo.progress import progress
 from megatron_cpo.records.dropped import BadRecord

@@ -24,12 +24,12 @@ from megatron_cpo import __version__
 from megatron_cpo.evaluation.decoding import (
     Decoding,
     Prompt,
-    Speller,
     check_decoding,
     continue_prompts,
 )
 from megatron_cpo.evaluation.generated import Generated, Speed, describe_model, reading
 from megatron_cpo.evaluation.results import Made, Text, read_results, write_results
+from megatron_cpo.host.waiting import leave_together
 from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import context_of
 from megatron_cpo.policies.policy import Policy
@@ -37,10 +37,11 @@ from megatron_cpo.progress import progress
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader, write_pairs_resumed
 from megatron_cpo.records.source import Source
+from megatron_cpo.records.speller import Speller
 from megatron_cpo.records.tokenizing import tokenizer_identity
 from megatron_cpo.work.executors import run_stage, take_gpu
 from megatron_cpo.work.folder import WorkFolder, explained
-from megatron_cpo.work.job import Run, block_records, blocks_of
+from megatron_cpo.work.job import BLOCK_RECORDS, Run, block_records, blocks_of
 
 STAGE = "texts"
 
@@ -56,7 +57,7 @@ class GenerateConfig:
     """The model's name in the file. None: that of its folder."""
     limit: int | None = None
     """The first so many records. None: all."""
-    block: int = 16
+    block: int = BLOCK_RECORDS
     """Records that are finished at a time."""
 
     def __post_init__(self) -> None:
@@ -195,8 +196,8 @@ def generate(
     run = run or Run()
     job = Generator(config, tokenizer, open_policy, run.writer)
     with explained(job.work.path):
-        there = _prepare(job) if run.writer else None
-        _wait_for_ranks()
+        with leave_together():  # they see the same blocks finished
+            there = _prepare(job) if run.writer else None
         if not job.work.path.exists():
             return there
         try:
@@ -207,12 +208,6 @@ def generate(
             if not config.output.exists():
                 raise
         return _put_together(job) if run.writer else None
-
-
-def _wait_for_ranks() -> None:
-    """Until all ranks of a Megatron model are here, so that they see the same blocks finished."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def _prepare(job: Generator) -> Generated | None:

@@ -34,14 +34,14 @@ from megatron_cpo.checkpoints.identity import same_checkpoint
 from megatron_cpo.evaluation.figures import Figure, PerText, Pooled
 from megatron_cpo.evaluation.scores import TOOL, definition_rows, figure_rows
 from megatron_cpo.evaluation.statistics import Estimate
-from megatron_cpo.files import write_json
+from megatron_cpo.files import make_folder, write_json
 from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
 from megatron_cpo.groups.store import Group, GroupReader
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.progress import progress
 from megatron_cpo.records.vocabulary import vocabulary_size
-from megatron_cpo.scoring.folder import require_tokenizer
+from megatron_cpo.scoring.folder import require_positions, require_tokenizer
 from megatron_cpo.training.metrics import margins
 from megatron_cpo.work.job import BLOCK_RECORDS
 
@@ -91,6 +91,8 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
     require_tokenizer(path_prefix, reader.manifest, tokenizer)
     if len(reader) < 2:
         raise ValueError(f"{path_prefix}: {len(reader)} group; an interval needs at least 2")
+    require_positions(path_prefix, reader.manifest, policy.positions, model_name(policy.identity))
+    size = vocabulary_size(tokenizer)
     groups: list[Group] = []
     logps: list[NDArray[np.float32]] = []
     with progress(None, model_name(policy.identity), "groups", len(reader)) as bar:
@@ -98,7 +100,7 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
             indices = range(first, min(first + BLOCK_RECORDS, len(reader)))
             block = [reader[index] for index in indices]
             for index, group in zip(indices, block, strict=True):
-                _check(path_prefix, index, group, policy.positions, vocabulary_size(tokenizer))
+                require_tokens(group.tokens, size, f"group {index} of {path_prefix}")
             found = policy.logps([g.prefix for g in block], [g.candidates for g in block])
             for index, scores in zip(indices, found, strict=True):
                 require_finite(scores, f"group {index}", "log-prob", model_name(policy.identity))
@@ -166,7 +168,7 @@ def under_checkpoint(path_prefix: str, args: Any, batch: int, beta: float) -> Gr
 
 def write_group_scores(path: Path, found: GroupScores) -> None:
     """Write the result, whole or not at all; see this module."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     content = {
         "path": found.path_prefix,
         "groups": found.groups,
@@ -191,18 +193,6 @@ def describe_groups(found: GroupScores) -> str:
             why = "the store has no reference log-probs (build --score-only)"
         lines.append(f"  no rewards: {why}")
     return "\n".join(lines)
-
-
-def _check(
-    path_prefix: str, index: int, group: Group, positions: int | None, vocab_size: int
-) -> None:
-    require_tokens(group.tokens, vocab_size, f"group {index} of {path_prefix}")
-    longest = len(group.prefix) + max(map(len, group.candidates)) - 1  # the last one is not read
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"group {index} of {path_prefix}: {longest} tokens to read, the model reads at most "
-            f"{positions}; build the store with a smaller --max-length"
-        )
 
 
 def _truth_figures(

@@ -29,14 +29,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.evaluation.external import ExternalModel
+from megatron_cpo.evaluation.mauve_size import check_size
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
 from megatron_cpo.evaluation.scores import REFERENCE, TOOL, is_report
 from megatron_cpo.extras import needs
-from megatron_cpo.files import write_json
+from megatron_cpo.files import make_folder, write_json
 from megatron_cpo.progress import progress
 
-ENOUGH, LEAST = 100, 10
-"""Texts on either side: without and with `few`."""
 FIRST_SEED = 25
 """Upstream's default, and those after it."""
 LONGEST = 1024
@@ -121,7 +120,7 @@ def mauve_files(
         features: opens the model, once the files are known to be usable.
         baseline: a file, or `reference`: the records' own continuations.
         seeds: of k-means, how many.
-        few: accept fewer than `ENOUGH` texts.
+        few: accept few texts, see `check_size`.
 
     Raises:
         ValueError: a file cannot be read, they cannot be compared, or have too few texts; a model
@@ -137,7 +136,7 @@ def mauve_files(
     check_comparable([*candidates, *([named] if named else [])])
     sides = [(_outputs(each), _outputs(named) if named else _truths(each)) for each in candidates]
     for each, side in zip(candidates, sides, strict=True):
-        _check_size(each.path, min(len(texts) for texts, _ in side), few)
+        check_size(each.path, min(len(texts) for texts, _ in side), few)
     model = features()
     distinct = list(dict.fromkeys(t for side in sides for texts, _ in side for t in texts))
     vectors = dict(zip(distinct, model.featurize(distinct), strict=True))
@@ -169,7 +168,7 @@ def mauve_files(
 
 def write_mauve(path: Path, found: Sequence[Mauve], features: Features) -> None:
     """Write `mauve.json`, whole or not at all; see this module."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     rows = [
         {
             "candidate": str(each.candidate.path),
@@ -220,19 +219,6 @@ def _truths(results: Results) -> tuple[list[str], int]:
     truths = list({text.id: str(text.truth) for text in results.texts}.values())
     texts = [truth for truth in truths if truth.strip()]
     return texts, len(truths) - len(texts)
-
-
-def _check_size(path: Path, texts: int, few: bool) -> None:
-    if texts >= (LEAST if few else ENOUGH):
-        return
-    least, remedy = (
-        (LEAST, "") if few else (ENOUGH, ", or give --few to see a figure that is noise")
-    )
-    raise ValueError(
-        f"{path}: {texts} texts on the smaller side; MAUVE compares histograms with a cluster for "
-        f"each 10 texts, and its own loader takes 2,000 or more: needs at least {least}; "
-        f"generate more{remedy}"
-    )
 
 
 def _library() -> Any:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.files import write_json
+from megatron_cpo.files import encodable, make_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Results:
 def write_results(path: Path, texts: Iterable[Text], made: Made) -> None:
     """Write a file of texts; it appears whole or not at all."""
     common = asdict(made)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, [{**asdict(text), **common} for text in texts])
 
 
@@ -106,7 +106,7 @@ def read_results(path: Path) -> Results:
     texts, made = [], []
     for place, row in enumerate(rows):
         texts.append(_text(path, place, row))
-        made.append(Made(*(str(row.get(field.name, "")) for field in fields(Made))))
+        made.append(Made(*(encodable(str(row.get(field.name, ""))) for field in fields(Made))))
     seen: set[tuple[str, int]] = set()
     for text in texts:
         if (text.id, text.sample) in seen:
@@ -128,17 +128,34 @@ def _text(path: Path, place: int, row: dict[str, Any]) -> Text:
     for name in ("instruction", "output"):
         if not isinstance(row.get(name), str):
             raise ValueError(f"{path}: text {place} has no string `{name}`: {row.get(name)!r}")
-    truth, tokens = row.get("truth"), row.get("tokens")
+    truth = row.get("truth")
     return Text(
-        id=str(row.get("id", row["instruction"])),
-        instruction=row["instruction"],
-        output=row["output"],
-        generator=str(row.get("generator", path.stem)),
-        sample=int(row.get("sample") or 0),
-        truth=None if truth is None else str(truth),
-        finish=str(row.get("finish", "")),
-        tokens=None if tokens is None else int(tokens),
+        id=encodable(str(row.get("id", row["instruction"]))),
+        instruction=encodable(row["instruction"]),
+        output=encodable(row["output"]),
+        generator=encodable(str(row.get("generator", path.stem))),
+        sample=_number(path, place, row, "sample") or 0,
+        truth=None if truth is None else encodable(str(truth)),
+        finish=encodable(str(row.get("finish", ""))),
+        tokens=_number(path, place, row, "tokens"),
     )
+
+
+def _number(path: Path, place: int, row: dict[str, Any], name: str) -> int | None:
+    """A count of a text; None where it has none."""
+    value = row.get(name)
+    if value in (None, ""):
+        return None
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if not 0 <= number < 2**53:
+        raise ValueError(
+            f"{path}: text {place} has a `{name}` that is no number of at least 0: "
+            f"{str(value)[:80]!r}; it is a count in our files, so leave it out or rename it"
+        )
+    return number
 
 
 def check_comparable(results: Sequence[Results], decoding: bool = True) -> None:

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpo import __version__
-from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
 from megatron_cpo.evaluation.statistics import Difference, Estimate
 from megatron_cpo.evaluation.text_figures import DEFINITIONS, Asked, Scored, scored
-from megatron_cpo.files import write_json
+from megatron_cpo.files import make_folder, write_json
+from megatron_cpo.kept import KeptLines
 
 if TYPE_CHECKING:  # imports torch
     from megatron_cpo.evaluation.external import ExternalModel
@@ -91,7 +91,7 @@ def score_files(
     results = [read_results(path) for path in paths if path not in left_out]
     if not results:
         raise ValueError(f"{', '.join(map(str, paths))}: no file of texts among them")
-    if baseline not in (None, REFERENCE) and Path(baseline) not in paths:
+    if baseline not in (None, REFERENCE) and Path(baseline) not in {r.path for r in results}:
         results.append(read_results(Path(baseline)))
     check_comparable(results)
     kept = None
@@ -130,12 +130,30 @@ def is_report(path: Path) -> bool:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return is_ours(content)
+
+
+def is_ours(content: Any) -> bool:
+    """Whether what a JSON file holds is a report of this package."""
     return isinstance(content, dict) and str(content.get("tool", "")).startswith("megatron_cpo ")
+
+
+def check_output(path: Path) -> None:
+    """Refuse to write a report over anything but an earlier one, such as the texts it is of.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if path.exists() and not is_report(path):
+        raise ValueError(
+            f"--output {path}: it is there, and no report of this command; give another, or remove "
+            "it"
+        )
 
 
 def write_scores(path: Path, found: Scores) -> None:
     """Write `scores.json`, whole or not at all; see this module."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     names = {name for each in found.files for name in each.figures}
     write_json(
         path,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.extras import needs
+from megatron_cpo.files import make_folder
 from megatron_cpo.groups.kinds import REGISTRY
 from megatron_cpo.training.diagnosis import Setting, diagnose
 
@@ -115,7 +116,8 @@ def summarize_run(log: str | Path, png: str | Path) -> str:
         png: the picture to write.
 
     Raises:
-        ValueError: there is no such file, or it has no `[cpo]` line.
+        ValueError: there is no such file, it has no `[cpo]` line, or the picture would take its
+            place.
         ImportError: matplotlib is missing.
     """
     path = Path(log)
@@ -124,6 +126,8 @@ def summarize_run(log: str | Path, png: str | Path) -> str:
             f"--log {log}: no such file; give the one that the output of training went to "
             "(torchrun ... 2>&1 | tee train.log)"
         )
+    if Path(png).resolve() == path.resolve():
+        raise ValueError(f"--png {png}: it is the --log, and would be written over; give another")
     with open(path, encoding="utf-8", errors="replace") as lines:
         run = read_log(lines)
     if not run.train:
@@ -227,7 +231,8 @@ def _table(title: str, metrics: dict[int, Metrics], columns: dict[str, list[int]
     """Lines with the mean of each metric over the iterations of each column."""
     lines = [f"{title:<16}" + "".join(f"{name:>11}" for name in columns)]
     for name, label, meaning in _rows(metrics.values()):
-        means = (_mean([metrics[i].get(name, math.nan) for i in at]) for at in columns.values())
+        means = (_mean([metrics[i][name] for i in at if name in metrics[i]]) for at in
+                 columns.values())  # fmt: skip
         lines.append(f"{label:<16}{''.join(f'{mean:>11.3f}' for mean in means)}   {meaning}")
     return lines
 
@@ -289,7 +294,7 @@ def draw_curves(run: RunLog, png: str | Path) -> None:
         axes.set_xlabel("iteration")
     circles = "; circles: held-out groups" if run.validation else ""
     figure.suptitle(f"lines: training groups{circles}", fontsize=10, color="0.3")
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(png).parent)
     figure.savefig(png)
 
 
@@ -321,4 +326,4 @@ def _rows(metrics: Iterable[Metrics]) -> list[tuple[str, str, str]]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_cpo.evaluation.figures import Distance, Figure, PerText, Pooled
-from megatron_cpo.evaluation.kept import KeptLines
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.text_metrics import ngrams, repetition, self_bleu, words
+from megatron_cpo.kept import KeptLines
 
 if TYPE_CHECKING:  # imports torch
     from megatron_cpo.evaluation.external import ExternalModel, Likelihood

@@ -49,6 +49,14 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
+class NoReply:
+    """What stands for a judge's reply where the request was refused for what is in it."""
+
+    said: str
+    """The server's words, with the status."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two answers to one prompt."""
 

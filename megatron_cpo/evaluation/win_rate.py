@@ -13,7 +13,8 @@ import numpy as np
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import Estimate, by_prompt, length_controlled, mean, rate
 from megatron_cpo.evaluation.text_metrics import words
-from megatron_cpo.evaluation.verdicts import Comparison, Verdict, read_verdict
+from megatron_cpo.evaluation.verdicts import Comparison, NoReply, Verdict, read_verdict
+from megatron_cpo.kept import digest
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Pair:
     comparison: Comparison
     """The candidate is A."""
     score: float | None
-    """1: the candidate wins, 1/2: tie, 0: it loses; None: the judge's replies say nothing."""
+    """1: the candidate wins, 1/2: tie, 0: it loses; None: there is no verdict."""
     why: str
     """`judged`, `identical` (a tie without a request), `empty` (an empty text loses to any other,
-    without a request) or `unread` (a reply without a clear verdict)."""
+    without a request), `unread` (a reply without a clear verdict) or `refused` (a request was)."""
     verdicts: tuple[Verdict | None, ...] = ()
     """As if the candidate were A in each order."""
     replies: tuple[str, ...] = ()
-    """The judge's own words, one an order."""
+    """The judge's own words, one an order; of a refused pair, the server's."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class WinRate:
     ties: int
     losses: int
     unread: int
-    """Pairs without a verdict; in no other number."""
+    """Pairs without a verdict; in no other number but the next."""
+    refused: int
+    """Of them, those of which a request was refused."""
+    refusal: str
+    """The server's words to the first of these, or empty."""
     identical: int
     empty: int
     order_bias: float
@@ -83,7 +88,7 @@ def orders(pair: Comparison, both: bool = True) -> list[Comparison]:
     return [pair, pair.swap()] if both else [pair]
 
 
-def judged(id: str, sample: int, pair: Comparison, replies: Sequence[str]) -> Pair:
+def judged(id: str, sample: int, pair: Comparison, replies: Sequence[str | NoReply]) -> Pair:
     """The pair with its score.
 
     Args:
@@ -92,16 +97,19 @@ def judged(id: str, sample: int, pair: Comparison, replies: Sequence[str]) -> Pa
     if why := settled(pair):
         score = 0.5 if why == "identical" else float(bool(pair.a.strip()))
         return Pair(id, sample, pair, score, why)
+    if refused := tuple(reply.said for reply in replies if isinstance(reply, NoReply)):
+        return Pair(id, sample, pair, None, "refused", (), refused)
+    said = tuple(reply for reply in replies if isinstance(reply, str))
     verdicts = tuple(
         verdict.swap() if verdict and place else verdict
-        for place, verdict in enumerate(map(read_verdict, replies))
+        for place, verdict in enumerate(map(read_verdict, said))
     )
     if None in verdicts:
-        return Pair(id, sample, pair, None, "unread", verdicts, tuple(replies))
+        return Pair(id, sample, pair, None, "unread", verdicts, said)
     score = 0.5  # a tie, or the other answer in the other order
     if set(verdicts) in ({Verdict.A}, {Verdict.B}):
         score = float(verdicts[0] is Verdict.A)
-    return Pair(id, sample, pair, score, "judged", verdicts, tuple(replies))
+    return Pair(id, sample, pair, score, "judged", verdicts, said)
 
 
 def win_rate(candidate: str, baseline: str, pairs: Sequence[Pair]) -> WinRate:
@@ -121,6 +129,7 @@ def win_rate(candidate: str, baseline: str, pairs: Sequence[Pair]) -> WinRate:
     lengths = np.array([_words(pair.comparison) for pair in scored], dtype=np.float64)
     a, b = (by_prompt(lengths[:, side], ids) for side in (0, 1))
     outcome = by_prompt(scores, ids)
+    refused = [pair for pair in pairs if pair.why == "refused"]
     both = [pair.verdicts for pair in scored if len(pair.verdicts) == 2]
     split = sum({*verdicts} == {Verdict.A, Verdict.B} for verdicts in both)
     return WinRate(
@@ -132,6 +141,8 @@ def win_rate(candidate: str, baseline: str, pairs: Sequence[Pair]) -> WinRate:
         ties=scores.count(0.5),
         losses=scores.count(0.0),
         unread=len(pairs) - len(scored),
+        refused=len(refused),
+        refusal=refused[0].replies[0] if refused else "",
         identical=sum(pair.why == "identical" for pair in pairs),
         empty=sum(pair.why == "empty" for pair in pairs),
         order_bias=split / len(both) if both else 0.0,
@@ -157,7 +168,13 @@ def verdict_line(pair: Pair) -> dict[str, Any]:
         "why": pair.why,
         "verdicts": [str(verdict) if verdict else None for verdict in pair.verdicts],
         "replies": list(pair.replies),
+        "texts": texts_digest(pair.comparison),
     }
+
+
+def texts_digest(pair: Comparison) -> str:
+    """Which texts a verdict is of."""
+    return digest([pair.prompt, pair.a, pair.b])[:16]
 
 
 def _words(pair: Comparison) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from megatron_cpo.groups.finite import require_tokens
 from megatron_cpo.groups.store import VALUE_ROWS, GroupReader
+from megatron_cpo.storage.blocks import Numbers
 
 LOOKED_AT = 1 << 28
 """Bytes of a file that a rank looks at: a tenth of a second if it is in memory."""
@@ -30,7 +31,7 @@ def check_contents(reader: GroupReader, vocab_size: int, rank: int = 0, ranks: i
         ValueError: names the group, the value and whose it is.
     """
     path = reader.path_prefix
-    for first, part in _parts(f"{path}.values.bin", np.float32, rank, ranks):
+    for first, part in _parts(reader.numbers(".values"), rank, ranks):
         for at in np.flatnonzero(~np.isfinite(part))[:1]:
             group, row, candidate = reader.locate(".values", first + int(at))
             raise ValueError(
@@ -39,16 +40,17 @@ def check_contents(reader: GroupReader, vocab_size: int, rank: int = 0, ranks: i
                 "file; score the store again with megatron-cpo build --score-only, or "
                 "rebuild it"
             )
-    for first, part in _parts(f"{path}.bin", reader.dtype, rank, ranks):
+    for first, part in _parts(reader.numbers(""), rank, ranks):
         if part.min() < 0 or part.max() >= vocab_size:
             at = int(np.flatnonzero((part < 0) | (part >= vocab_size))[0])
             group, *_ = reader.locate("", first + at)
             require_tokens(part[at : at + 1], vocab_size, f"group {group} of {path}")
 
 
-def _parts(path: str, dtype: Any, rank: int, ranks: int) -> Iterator[tuple[int, NDArray[Any]]]:
+def _parts(
+    numbers: NDArray[Any] | Numbers, rank: int, ranks: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
     """Runs of a file's numbers, each with the place of its first one."""
-    numbers = np.memmap(path, dtype=dtype, mode="r")
     most, first, last = LOOKED_AT // numbers.itemsize, 0, len(numbers)
     if last > most:
         first, last = last * rank // ranks, last * (rank + 1) // ranks

@@ -163,8 +163,11 @@ class MixedDataset(torch.utils.data.Dataset[Row]):
         fraction: float,
         rows: int,
     ) -> None:
+        self.document_tokens = document_tokens
         self._samples = groups.shape.tokens // document_tokens
         lm_tokens = self._samples * document_tokens
+        self.plain_padding = 1 - lm_tokens / groups.shape.tokens
+        """Share of a plain row that is padding: what is left of it behind its samples."""
         # All rows of a run are padded alike.
         self.shape = replace(groups.shape, queries=max(groups.shape.queries, lm_tokens))
         self.groups, self.documents = groups.padded_to(self.shape), documents

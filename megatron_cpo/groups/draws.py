@@ -13,10 +13,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.files import whole_file
+from megatron_cpo.files import make_folder, whole_file
+from megatron_cpo.groups.plan import WINDOW
 from megatron_cpo.groups.sizes import cache_path, group_sizes, write_header
 from megatron_cpo.groups.store import Group, GroupReader
-from megatron_cpo.tree import Ints, branches
+from megatron_cpo.tree import Ints, branches, build_tree
 
 DRAWING = 6
 """Beside the seed and the epoch, in the generator that draws."""
@@ -45,7 +46,7 @@ def cached_shapes(cache: str | None, reader: GroupReader) -> Shapes:
         return Shapes(prefixes, *_parts(np.concatenate(list(_shapes(reader)))))
     path = cache_path(reader, cache, "shapes")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         shape = (len(reader), 3, reader.manifest["k"])
         with whole_file(path) as file:  # every rank may write: the bytes are the same
             write_header(file, shape)
@@ -165,6 +166,22 @@ class Draws:
             next_length = np.where(here, length, next_length)
             next_common = np.where(here, common[:, slot], next_common)
         return tokens, queries
+
+
+def some_sizes(reader: GroupReader, candidates: int, seed: int) -> Ints:
+    """[groups] tree tokens of parts of groups that are spread over a store, at most `WINDOW`.
+
+    Args:
+        candidates, seed: as `Draws`; the draws are other ones.
+    """
+    rng, sizes = np.random.default_rng([seed, DRAWING]), []
+    for index in range(0, len(reader), -(-len(reader) // WINDOW)):
+        group = reader[index]
+        negatives = group.candidates[1:]
+        drawn = rng.permutation(len(negatives))[: candidates - 1]
+        tree = build_tree(group.prefix, [group.candidates[0], *(negatives[i] for i in drawn)])
+        sizes.append(len(tree.tokens))
+    return np.array(sizes, dtype=np.int32)
 
 
 def part(group: Group, chosen: NDArray[np.bool_]) -> Group:

@@ -51,6 +51,8 @@ class Totals:
     which flag's limit."""
     notes: dict[str, int] = field(default_factory=dict)
     """Candidates of which something is to be said, by what."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Records of which no group was made, by why; counted by who makes them."""
 
     def add(self, other: "Totals") -> None:
         """Include the groups of `other`."""

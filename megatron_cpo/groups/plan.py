@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.files import whole_file
+from megatron_cpo.files import make_folder, whole_file
 from megatron_cpo.tree import Ints
 
 Counts = NDArray[np.integer[Any]]
@@ -119,6 +119,20 @@ def pack(sizes: Sizes, row_tokens: int, rows: int | None, seed: int, shuffle: bo
     return Plan(whole, starts, np.array(epochs, dtype=np.int64))
 
 
+def groups_per_row(sizes: Ints, row_tokens: int) -> float:
+    """Mean number of groups in a row, from a window of groups that are spread over the store.
+
+    Args:
+        sizes: [groups] tokens of each tree.
+        row_tokens: tokens of a row.
+
+    Raises:
+        ValueError: none of them fits a row.
+    """
+    plan = pack(sizes[:: -(-len(sizes) // WINDOW)], row_tokens, None, seed=0)
+    return len(plan.groups) / len(plan)
+
+
 def fitting(sizes: Ints, row_tokens: int) -> Ints:
     """Indices of the groups whose tree fits a row, in 32 bits where that is enough.
 
@@ -126,7 +140,9 @@ def fitting(sizes: Ints, row_tokens: int) -> Ints:
         ValueError: none does.
     """
     dtype: Any = np.int32 if len(sizes) <= np.iinfo(np.int32).max else np.int64
-    fits: Ints = np.flatnonzero(sizes <= row_tokens).astype(dtype)
+    fits: Ints = np.arange(len(sizes), dtype=dtype)
+    if sizes.max(initial=0) > row_tokens:
+        fits = fits[sizes <= row_tokens]
     if not len(fits):
         raise ValueError(
             f"--seq-length {row_tokens}: the smallest of {len(sizes)} groups has {sizes.min()} "
@@ -158,7 +174,7 @@ def cached_pack(
     path = Path(cache) / f"{key}-cpo-packing-plan.npz"
     if not path.exists():
         plan = pack(sizes, row_tokens, rows, seed, shuffle)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole_file(path) as file:  # every rank may write: the bytes are the same
             np.savez(file, groups=plan.groups, starts=plan.starts, epochs=plan.epochs)
         return plan
@@ -230,24 +246,24 @@ def _best_fit(sizes: Ints, groups: Ints, row_tokens: int) -> tuple[Ints, Counts]
     keeps sorted: at a hundred million groups this loop is what planning takes.
     """
     groups = groups[np.argsort(-sizes[groups], kind="stable")]
-    ordered = sizes[groups].tolist()
     bits = len(groups).bit_length()
-    row_of, smallest = (1 << bits) - 1, ordered[-1]
+    ordered = (sizes[groups].astype(np.int64) << bits).tolist()
+    whole, smallest, row_of = row_tokens << bits, ordered[-1], (1 << bits) - 1
     room: list[int] = []  # tokens left << bits | row
     rows: list[int] = []  # of each group
-    used = 0
-    for size in ordered:
-        at = bisect_left(room, size << bits)
+    take, put, used = room.pop, rows.append, 0
+    for size in ordered:  # << bits
+        at = bisect_left(room, size)
         if at < len(room):
-            found = room.pop(at)
-            rows.append(found & row_of)
-            found -= size << bits
+            left = take(at)
+            put(left & row_of)
+            left -= size
         else:
-            rows.append(used)
-            found = (row_tokens - size) << bits | used
+            put(used)
+            left = whole - size + used
             used += 1
-        if found >> bits >= smallest:  # otherwise no group of this window fits any more
-            insort(room, found)
+        if left >= smallest:  # otherwise no group of this window fits any more
+            insort(room, left)
     return groups[np.argsort(rows, kind="stable")], np.bincount(rows).astype(np.int32)
 
 

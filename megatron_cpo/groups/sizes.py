@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from megatron_cpo.files import whole_file
+from megatron_cpo.files import make_folder, whole_file
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.tree import Ints
 
@@ -26,7 +26,7 @@ def group_sizes(reader: GroupReader, cache: str | None) -> tuple[Ints, ...]:
         return _gathered(reader)
     path = cache_path(reader, cache)
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with whole_file(path) as file:  # every rank may write: the bytes are the same
             write_header(file, (4, len(reader)))
             for values in _gathered(reader):

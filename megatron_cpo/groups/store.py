@@ -7,13 +7,13 @@ Files of a store PREFIX:
     PREFIX.json                the manifest: what made it, with which tokenizer, and checksums
 
 so that Megatron's tools and memory mapping work on it. A store without a manifest is not a store;
-`groups.writing` puts it into place last. Values are keyed by the group, never by the order in which
+`groups.writing` puts it into place last. Where PREFIX is `s3://BUCKET/NAME` they are objects, with
+PREFIX.blocks beside them (`storage.blocks`): indexes and values are fetched as a whole, tokens
+block by block where they are read. Values are keyed by the group, never by the order in which
 training visits it. A reader refuses what does not fit together and shows both values.
 """
 
-import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_cpo.groups.kinds import KINDS
+from megatron_cpo.groups.opening import find, open_indexed
+from megatron_cpo.storage import remote
+from megatron_cpo.storage.blocks import BLOCKS, Numbers
 from megatron_cpo.tree import Ints
 
 FORMAT_VERSION = 1
@@ -56,19 +59,21 @@ class Group:
 
 
 class GroupReader:
-    """Reads a store; groups by index, memory mapped.
+    """Reads a store; groups by index, memory mapped, or from object storage.
 
     Raises:
         ValueError: no manifest, another format version, a missing or truncated file, or files that
             are not those the manifest was written for.
+        OSError: object storage does not answer, or refuses.
     """
 
     def __init__(self, path_prefix: str) -> None:
         self.path_prefix = path_prefix
         self.manifest = read_manifest(path_prefix)
         check_sizes(path_prefix, self.manifest)
-        self._tokens = _open_indexed(path_prefix)
-        self._values = _open_indexed(path_prefix + ".values")
+        self._here = find(path_prefix, self.manifest["files"])
+        self._tokens = open_indexed(path_prefix, self._here.tokens, self._here.blocks)
+        self._values = open_indexed(path_prefix + ".values", self._here.values)
         counts = [len(each.document_indices) - 1 for each in (self._tokens, self._values)]
         if counts != [self.manifest["groups"]] * 2:
             raise ValueError(
@@ -106,7 +111,8 @@ class GroupReader:
             ValueError: a file's content is not what was written.
         """
         for suffix in FILES:
-            found, expected = sha256(self.path_prefix + suffix), self.manifest["files"][suffix]
+            found = remote.sha256(self.path_prefix + suffix)
+            expected = self.manifest["files"][suffix]
             if found != expected["sha256"]:
                 raise ValueError(
                     f"{self.path_prefix}{suffix}: sha256 {found}, its manifest says "
@@ -122,7 +128,7 @@ class GroupReader:
         sizes = np.empty((2, len(self)), dtype=np.int32)
         for first in range(0, len(self), CHUNK):
             # Mapped anew: what was read leaves this process's memory.
-            values = np.memmap(self.path_prefix + ".values.bin", dtype=np.float32, mode="r")
+            values = self.numbers(".values")
             last = documents[first + 1 : first + 1 + CHUNK] - 1
             self._require_places(last, len(pointers), "index")
             starts = pointers[last] // values.itemsize
@@ -135,10 +141,14 @@ class GroupReader:
                 sizes[row, first : first + CHUNK] = found
         return sizes[0], sizes[1]
 
-    @property
-    def dtype(self) -> Any:
-        """Of the stored tokens."""
-        return self._tokens.index.dtype
+    def numbers(self, which: str) -> NDArray[Any] | Numbers:
+        """All numbers of PREFIX.bin (`which` "") or PREFIX.values.bin (".values"), to be sliced."""
+        if not which and self._here.blocks is not None:
+            return self._here.blocks.numbers(self._tokens.index.dtype)
+        prefix, dataset = (
+            (self._here.values, self._values) if which else (self._here.tokens, self._tokens)
+        )
+        return np.memmap(prefix + ".bin", dtype=dataset.index.dtype, mode="r")
 
     def locate(self, which: str, place: int) -> tuple[int, int, int]:
         """Where a number of PREFIX.bin (`which` "") or PREFIX.values.bin (".values") belongs.
@@ -208,17 +218,31 @@ class GroupReader:
         )
 
 
-def _open_indexed(prefix: str) -> Any:
-    """Megatron's dataset; its index is looked at no further than its header."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def is_there(path_prefix: str) -> bool:
+    """Whether there is a store, here or in object storage: whether its manifest is."""
+    return remote.size(path_prefix + ".json") is not None
 
-    try:
-        return IndexedDataset(prefix)
-    except (AssertionError, ValueError, LookupError, OverflowError, struct.error) as error:
-        raise ValueError(
-            f"{prefix}.idx is not the index of {prefix}.bin ({type(error).__name__} {error}); copy "
-            "it again or rebuild the store"
-        ) from error
+
+def has_values(path_prefix: str) -> bool:
+    """Whether the files of a store are there, which a dataset of documents does not have."""
+    return Path(f"{path_prefix}.values.idx").exists()
+
+
+def refuse_documents(path_prefix: str) -> None:
+    """Refuse the PREFIX of a dataset of documents for a store, which would take its place.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if remote.is_remote(path_prefix) or has_values(path_prefix):
+        return
+    for suffix in (".bin", ".idx"):
+        if Path(path_prefix + suffix).exists():
+            raise ValueError(
+                f"--output-prefix {path_prefix}: {path_prefix}{suffix} is there, of a dataset that "
+                "is no store of groups, such as megatron-cpo tokenize writes; give another PREFIX, "
+                "or remove it"
+            )
 
 
 def read_manifest(path_prefix: str) -> dict[str, Any]:
@@ -227,18 +251,20 @@ def read_manifest(path_prefix: str) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, unreadable, or of another format version.
     """
-    path = Path(path_prefix + ".json")
+    path = path_prefix + ".json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if version == FORMAT_VERSION:
-            _check_types(manifest)
+        content = remote.read(path)
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no manifest there, so {path_prefix} is not a finished group store; "
             "build one with megatron-cpo build --output-prefix, "
             "and give its PREFIX without a suffix"
         ) from None
+    try:
+        manifest = json.loads(content.decode())
+        version = manifest["format_version"]
+        if version == FORMAT_VERSION:
+            _check_types(manifest)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not the manifest of a group store ({error!r}); rebuild it"
@@ -261,6 +287,9 @@ def _check_types(manifest: dict[str, Any]) -> None:
         ({} if manifest["reference"] is None else manifest["reference"], dict),
         (manifest.get("tokenizer", {}), dict),
     ]
+    if BLOCKS in manifest["files"]:
+        facts = manifest["files"][BLOCKS]
+        wanted += [(facts["bytes"], int), (facts["sha256"], str), (facts["block_bytes"], int)]
     for value, kind in wanted:
         if type(value) is not kind:
             raise TypeError(f"{str(value)[:80]} is no {kind.__name__}")
@@ -272,21 +301,18 @@ def check_sizes(path_prefix: str, manifest: dict[str, Any]) -> None:
     Raises:
         ValueError: one is missing, or has another size.
     """
+    remedy = "copy it again or rebuild with megatron-cpo build"
+    if remote.is_remote(path_prefix):
+        remedy = "megatron-cpo publish makes it whole, or build it anew"
     for suffix in FILES:
-        path, expected = Path(path_prefix + suffix), manifest["files"][suffix]
-        found = path.stat().st_size if path.exists() else None
+        path, expected = path_prefix + suffix, manifest["files"][suffix]
+        found = remote.size(path)
         if found != expected["bytes"]:
             raise ValueError(
                 f"{path}: {'missing' if found is None else f'{found} bytes'}, its manifest "
                 f"says {expected['bytes']} bytes: the file is truncated or from another "
-                "build; copy it again or rebuild with megatron-cpo build"
+                f"build; {remedy}"
             )
-
-
-def sha256(path: str) -> str:
-    """Checksum of a file, as manifests hold it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def no_scores(k: int) -> NDArray[np.float32]:

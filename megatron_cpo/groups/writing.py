@@ -3,7 +3,8 @@
 What is written lies in a folder of this process (`files.aside`). Once its manifest is there the new
 store is decided: moving the files into place can be cut short, and `finish_publishing` takes it up
 again. Several processes may do so at once with the same store: each has read the manifest before it
-touches anything, moves what is still to be moved, and writes the manifest last.
+touches anything, moves what is still to be moved, and writes the manifest last. A store in object
+storage is written aside on this machine, and then `publishing` sends it.
 """
 
 import json
@@ -23,6 +24,7 @@ from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.lengths import Lengths
 from megatron_cpo.groups.packed import Packed, Totals, pack_groups
+from megatron_cpo.groups.publishing import put
 from megatron_cpo.groups.store import (
     FILES,
     FORMAT_VERSION,
@@ -30,8 +32,8 @@ from megatron_cpo.groups.store import (
     Group,
     GroupReader,
     check_sizes,
-    sha256,
 )
+from megatron_cpo.storage import copies, remote
 
 MANIFEST = "store.json"
 """Name aside. A folder that has it is sealed: the store in it is decided."""
@@ -184,7 +186,7 @@ def finish_publishing(path_prefix: str, alone: bool = False) -> bool:
         ValueError: a file is not what the sealed manifest says; it is removed aside.
     """
     found = False
-    for folder in asides(Path(path_prefix)):
+    for folder in asides(Path(copies.beside(path_prefix))):
         if (folder / MANIFEST).is_file():
             _publish(folder, path_prefix)
             found = True
@@ -198,6 +200,15 @@ def _publish(writing: Path, path_prefix: str) -> None:
     try:
         content = (writing / MANIFEST).read_bytes()
     except FileNotFoundError:  # another has just finished it
+        return
+    if remote.is_remote(path_prefix):
+        files = {suffix: writing / f"store{suffix}" for suffix in FILES}
+        try:
+            put({s: p for s, p in files.items() if p.exists()}, json.loads(content), path_prefix)
+        except ValueError:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        shutil.rmtree(writing, ignore_errors=True)
         return
     manifest = Path(path_prefix + ".json")
     before = manifest.read_bytes() if manifest.exists() else None
@@ -222,7 +233,7 @@ def _publish(writing: Path, path_prefix: str) -> None:
 
 
 def _fresh_folder(path_prefix: str) -> Path:
-    writing = aside(Path(path_prefix))
+    writing = aside(Path(copies.beside(path_prefix)))
     if writing.exists():  # of a writer of this process that was neither closed nor aborted
         shutil.rmtree(writing)
     writing.mkdir(parents=True)
@@ -234,7 +245,10 @@ def _seal(writing: Path, manifest: dict[str, Any], suffixes: Iterable[str]) -> N
     manifest["files"] = dict(manifest.get("files", {}))
     for suffix in suffixes:
         path = writing / f"store{suffix}"
-        manifest["files"][suffix] = {"bytes": path.stat().st_size, "sha256": sha256(str(path))}
+        manifest["files"][suffix] = {
+            "bytes": path.stat().st_size,
+            "sha256": remote.sha256(str(path)),
+        }
     write_json(writing / MANIFEST, manifest)
 
 

@@ -26,7 +26,12 @@ BOUND = {
         "model_provider",
     ),
     "megatron.training.training:dummy_train_step": ("data_iterator",),
-    "megatron.training.training:training_log": ("loss_dict", "iteration", "skipped_iter"),
+    "megatron.training.training:training_log": (
+        "loss_dict",
+        "total_loss_dict",
+        "iteration",
+        "skipped_iter",
+    ),
     "megatron.training.training:evaluate": ("forward_step_func", "data_iterator", "model"),
     # 0.17 parses inside `pretrain`, out of reach of a check before it.
     "megatron.training.arguments:parse_and_validate_args": ("extra_args_provider",),

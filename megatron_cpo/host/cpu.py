@@ -12,7 +12,9 @@ changes torch for the whole process, on machines without CUDA only; it refuses t
 import argparse
 import functools
 import logging
+import multiprocessing
 import os
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from megatron_cpo.host import compat
 from megatron_cpo.host import without_transformer_engine as plain_torch
 from megatron_cpo.host.cpu_gloo import adapt_gloo
 from megatron_cpo.host.cpu_torch import adapt_torch, get_rng_state, put, set_rng_state, wrap
+from megatron_cpo.processes import end_with_parent
 
 CPU_FLAGS: dict[str, Any] = {
     "transformer_impl": "local",  # Transformer Engine is CUDA only
@@ -60,17 +63,24 @@ CUDA_FLAGS: dict[str, str] = {
 """Megatron switches that are off by default and cannot be turned on without CUDA."""
 
 
-@functools.cache  # a second call changes nothing
 def enable() -> None:
-    """Run Megatron on this machine's CPU from now on; raises ValueError where there is CUDA.
+    """Run Megatron on this machine's CPU from now on; a second call changes nothing.
 
     Call it before Megatron builds anything. It imports `megatron.training` (about ten seconds).
+
+    Raises:
+        ValueError: there is CUDA.
     """
     if torch.cuda.is_available():
         raise ValueError(
             "cpu_host.enable() got a machine with CUDA, where Megatron needs no CPU host: drop the "
             'call, or hide the GPUs with CUDA_VISIBLE_DEVICES="" to train on the CPU'
         )
+    _adapt()
+
+
+@functools.cache
+def _adapt() -> None:
     adapt_torch()
     adapt_gloo()
     _adapt_megatron()
@@ -122,13 +132,7 @@ def _adapt_megatron() -> None:
     start = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     for module in (training, initialize, loop):
         put(module, {"initialize_megatron": start})
-    # Every rank that saves starts a helper process. A spawned one imports Megatron again, seconds
-    # for each save; without CUDA a fork will do.
-    wrap(
-        filesystem_async,
-        ("get_write_results_queue",),
-        lambda queue: functools.partial(queue, mp_mode="fork"),
-    )
+    put(filesystem_async, {"get_write_results_queue": _queue_of_a_fork})
     # Experts' token counts become numpy on their way off the GPU, and gloo insists on numbers.
     wrap(
         token_dispatcher,
@@ -140,3 +144,19 @@ def _adapt_megatron() -> None:
         ),
     )
     compat.skip_compiled_helpers()
+
+
+def _queue_of_a_fork(mp_mode: str = "fork") -> Any:
+    """Megatron's queue of what was written to a checkpoint, kept by a process beside each rank.
+
+    A spawned one imports Megatron again, seconds for each save; without CUDA a fork will do. It has
+    the rank's sockets as well, so it must not outlive a rank that is killed: what connects to these
+    is never answered.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue

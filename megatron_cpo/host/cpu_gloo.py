@@ -1,22 +1,65 @@
-"""gloo where Megatron counts on NCCL: it wants the parts of all ranks alike.
+"""gloo where Megatron counts on NCCL. Put in place by `cpu.enable`.
 
-Experts get as many tokens as are routed to them, so their parts differ: they are padded to the
-longest on the way. Put in place by `cpu.enable`.
+It wants the parts of all ranks alike. Experts get as many tokens as are routed to them, so their
+parts differ: they are padded to the longest on the way. And it fills weights that are gathered
+beside other work from threads of its own, whenever these run: here they are gathered when they are
+waited for, by the thread that waits, so who does not wait reads old weights every time.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from megatron_cpo.host.cpu_torch import wrap
+from megatron_cpo.host.cpu_torch import put, wrap
 
 
 def adapt_gloo() -> None:
-    """Change torch's collectives for the whole process."""
+    """Change torch's collectives, and Megatron's use of them, for the whole process."""
+    from megatron.core.distributed import param_and_grad_buffer
+
     wrap(torch.distributed, ("all_gather",), _uneven_gather)
     wrap(torch.distributed, ("reduce_scatter",), _uneven_scatter)
+    put(
+        param_and_grad_buffer,
+        {"_coalescing_manager": _coalescing, "dist_all_gather_func": _gather_at_wait},
+    )
+
+
+_open: list[Any] = []
+"""Coalescing managers that this thread is inside of, innermost last."""
+
+
+@contextmanager
+def _coalescing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    """torch's coalescing manager, known to `_gather_at_wait`."""
+    with torch.distributed._coalescing_manager(*args, **kwargs) as manager:
+        _open.append(manager)
+        try:
+            yield manager
+        finally:
+            _open.pop()
+
+
+def _gather_at_wait(whole: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> None:
+    """`all_gather_into_tensor`; an asynchronous one waits for its manager's `wait()`.
+
+    All ranks of a group wait in one order, that of their model's modules, as they must gather.
+    """
+    gather = functools.partial(torch.distributed.all_gather_into_tensor, whole, part, group=group)
+    if async_op:
+        _open[-1].append(_Late(gather))
+    else:
+        gather()
+
+
+class _Late:
+    """What a manager waits for."""
+
+    def __init__(self, wait: Callable[[], Any]) -> None:
+        self.wait = wait
 
 
 def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_cpo.host.compat import build_gpt
+from megatron_cpo.processes import leave_dead_ranks
 
 
 @contextmanager
@@ -64,6 +65,8 @@ def score_args(extra_args_provider: Any = None) -> Any:
     with _refusals(needs_ranks):
         args = parse_and_validate_args(extra_args_provider=provider, args_defaults=defaults)
     args.no_load_optim = args.no_load_rng = args.finetune = True
+    if args.exit_signal_handler:  # for a training loop: nothing else asks it, or would ever end
+        global_vars.get_signal_handler().release()
     return args
 
 
@@ -87,27 +90,12 @@ def start_megatron() -> None:
         os.environ.update({name: str(value) for name, value in alone.items()})
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     if not parallel_state.model_parallel_is_initialized():
+        leave_dead_ranks()
         initialize_megatron()
 
 
 def _launched() -> bool:
     return "MASTER_ADDR" in os.environ
-
-
-def on_first_rank[T](decide: Callable[[], T]) -> T:
-    """What rank 0 finds once all ranks are here, told to all of them; errors are raised on all."""
-    torch.distributed.barrier()
-    answer: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            answer = [decide()]
-        except (ValueError, OSError) as error:
-            answer = [error]
-    torch.distributed.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    found: T = answer[0]
-    return found
 
 
 def load_model(args: Any, hook: Callable[[list[Any]], list[Any]]) -> list[Any]:

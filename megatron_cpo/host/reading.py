@@ -11,16 +11,22 @@ def skip_on_every_rank() -> None:
     Megatron's own step reads it on the first rank of a tensor-parallel group and broadcasts it, so
     where all ranks read their rows themselves the others would fall behind, and be a batch apart
     from there on. The result-rejected tracker file is the same flag.
+
+    A checkpoint that Megatron wrote because of a bad loss wants its iteration to be run again;
+    where that one is passed over nothing is left to do, and Megatron would end the next one in its
+    place.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
-    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 
     def skip(data_iterator: Any) -> None:
+        machine = get_rerun_state_machine()
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
-        while get_rerun_state_machine().should_run_forward_backward(data_iterator):
+        while machine.should_run_forward_backward(data_iterator):
             for _ in range(get_num_microbatches()):
                 for each in iterators:  # one a virtual pipeline stage
                     next(each)
+        machine.state, machine.data_iterator_checkpoints = RerunState.NOT_RUNNING_YET, None
 
     training: Any = importlib.import_module("megatron.training.training")
     training.dummy_train_step = skip

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_cpo.files import write_whole
+from megatron_cpo.files import make_folder, write_whole
 from megatron_cpo.groups.endings import Endings, endings_of
 from megatron_cpo.groups.store import GroupReader, read_manifest
 from megatron_cpo.inspection.facts import IDS
@@ -45,7 +45,7 @@ def print_store(
 
 
 def write_page(
-    path_prefix: str, html: str, most: int, groups: list[int], args: argparse.Namespace
+    path_prefix: str, html: str | Path, most: int, groups: list[int], args: argparse.Namespace
 ) -> str:
     """Write the page of a store; returns what to tell people.
 
@@ -66,7 +66,7 @@ def write_page(
     views = [view_group(index, reader[index], endings) for index in chosen]
     page = render_page(Path(path_prefix).name, reader.manifest, found, views, text)
     content = page.encode()
-    Path(html).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(html).parent)
     write_whole(Path(html), content)
     return f"{html}: {len(chosen):,} of {len(reader):,} groups, {len(content) / 1e6:.1f} MB"
 

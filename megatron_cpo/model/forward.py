@@ -15,6 +15,7 @@ from megatron_cpo.model.context_parallel import (
     to_device,
 )
 from megatron_cpo.model.logprobs import Queries, query_logps
+from megatron_cpo.model.output_layer import answering
 from megatron_cpo.tree import Ints, build_tree
 
 Batch = dict[str, Tensor]
@@ -98,21 +99,30 @@ class RowForward:
         output_layer: Any,
         output_weight: Tensor | None,
         context: Queries,
+        in_its_call: bool = False,
         **_: Any,
     ) -> Tensor:
-        """Megatron's `output_processor`: log-probs instead of logits."""
-        # The weight is used without calling its module, so the hook by which DDP waits for the
-        # weight's all-gather (--overlap-param-gather) has to be called for it.
-        for hook in output_layer._forward_pre_hooks.values():
-            hook(output_layer, ())
-        return query_logps(
-            hidden_states,
-            output_layer.weight if output_weight is None else output_weight,
-            context,
-            self.vocab_size,
-            output_layer.tp_group,
-            output_layer.sequence_parallel,
-        )
+        """Megatron's `output_processor`: log-probs instead of logits.
+
+        Args:
+            in_its_call: the layer is being called as a module already (`hybrid`).
+        """
+
+        def head(hidden: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+            logps = query_logps(
+                hidden,
+                output_layer.weight if weight is None else weight,
+                context,
+                self.vocab_size,
+                output_layer.tp_group,
+                output_layer.sequence_parallel,
+            )
+            return logps, None  # as the layer: its product, and a bias that is not added yet
+
+        if in_its_call:
+            return head(hidden_states, output_weight)[0]
+        with answering(output_layer, head):
+            return output_layer(hidden_states, weight=output_weight)[0]
 
 
 def padding_tokens(batch: Batch) -> Tensor:

@@ -28,6 +28,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_cpo.model.output_layer import answering
+
 _attention = TransformerLayerSubmodules(
     input_layernorm=WrappedTorchNorm,
     self_attention=ModuleSpec(
@@ -74,8 +76,8 @@ def add_output_processor(model: HybridModel) -> None:
     """Give a HybridModel's forward the two output parameters of GPTModel's, used the same way.
 
     With a processor, the output layer hands its input to it and returns what it answers, so no
-    logits are made. The layer is still called as a module: whoever hooks it (DDP's gather) is
-    called, too.
+    logits are made. The layer is still called as a module, with whoever hooks it, and the
+    processor is told so by `in_its_call`.
     """
     forward = model.forward
     layer = getattr(model, "output_layer", None)
@@ -99,15 +101,13 @@ def add_output_processor(model: HybridModel) -> None:
                 output_weight=weight,
                 context=output_processor_context,
                 config=model.config,
+                in_its_call=True,
             )
             shape = answer.shape
             return answer.reshape(-1, 1), None  # the model swaps the first two dimensions
 
         assert layer is not None
-        layer.forward = process
-        try:
+        with answering(layer, process):
             return forward(*args, **kwargs).reshape(shape)
-        finally:
-            del layer.forward
 
     model.forward = with_processor

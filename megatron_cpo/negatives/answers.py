@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.records.border import LINE, SPACE
+from megatron_cpo.records.border import AS_IS, LINE, SPACE
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.tree import Ints
@@ -108,15 +108,39 @@ class Answers:
             return np.concatenate([lead, body[int(its_row["lead_tokens"]) :], ending])
         if row["kind"] == its_row["kind"] == SPACE and row["lead"] == its_row["lead"]:
             return np.concatenate([body, ending])
-        spelled, answer = self._encoder.spelled(own), self._encoder.spelled(body)
-        if spelled is None or answer is None:
+        answer = self._encoder.spelled(body)
+        if answer is None:
             return None
-        text = spelled[: int(row["lead_bytes"])] + answer[int(its_row["lead_bytes"]) :]
+        found = self._after(self._encoder, index, answer[int(its_row["lead_bytes"]) :])
+        return None if not found else np.array([*found, *ending], dtype=np.int32)
+
+    def text_behind(self, index: int, text: str) -> list[int]:
+        """Token ids of an answer behind this record's prefix and lead, without an end.
+
+        Encoded on its own where the tokenizer would encode the end of the prefix otherwise.
+
+        Args:
+            text: without white space around it.
+        """
+        assert self._encoder is not None
+        found = self._after(self._encoder, index, text.encode())
+        return found or self._encoder.continuation(text)
+
+    def _after(self, encoder: Encoder, index: int, answer: bytes) -> list[int] | None:
+        """Token ids of an answer's text behind this record's prefix and lead.
+
+        None where the tokenizer would then encode the end of the prefix otherwise.
+        """
+        row, spelled = self._borders[index], encoder.spelled(self.pairs.continuation(index))
+        if spelled is None:
+            return None
+        lead = int(row["lead_bytes"])
+        if row["kind"] == AS_IS:  # of a piece of a text only the white space is known
+            lead = len(spelled) - len(spelled.lstrip())
         try:
-            found = self._encoder.after(self.pairs.prefix(index), text.decode())
+            return encoder.after(self.pairs.prefix(index), (spelled[:lead] + answer).decode())
         except UnicodeDecodeError:  # the prefix ends within a character
             return None
-        return None if not found else np.array([*found, *ending], dtype=np.int32)
 
 
 def peers_of(borders: NDArray[Any]) -> NDArray[Any]:

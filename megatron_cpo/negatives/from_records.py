@@ -2,7 +2,7 @@
 
 Feng et al., arXiv:2502.16433: BN = the continuation of another sample, TN = y_1 cut at a random
 place with the end of document (EOD) appended. AN, MN and PSS are drawn from a policy
-(`from_policy.py`).
+(`from_policy.py`), and an instruct model writes others (`from_writer.py`).
 
 A sampler is a plain function `(context, count, rng) -> count token sequences`, listed in
 `NEGATIVES`. Its randomness comes from `group_rng` alone, that is from (seed, epoch, group, kind):
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY
+from megatron_cpo.groups.kinds import KINDS, NEEDS_POLICY, NEEDS_WRITER
 from megatron_cpo.negatives.answers import SPARE, Answers
 from megatron_cpo.tree import Ints
 
@@ -66,18 +66,11 @@ class Context:
         return np.concatenate([tokens[: max(most - len(self.ending), 0)], self.ending])
 
 
-def context_of(
-    index: int,
-    answers: Answers,
-    eod: int,
-    max_length: int | None,
-    cut: Counter[str] | None = None,
-) -> Context:
+def context_of(index: int, answers: Answers, eod: int, max_length: int | None) -> Context:
     """What the samplers of a group may look at.
 
     Args:
         max_length: most tokens of prefix + candidate.
-        cut: where samplers count what they cut.
     """
     prefix, truth = answers.pairs.prefix(index), answers.pairs.continuation(index)
     ending = answers.ending(index)
@@ -85,8 +78,7 @@ def context_of(
     if goes_on:
         ending = np.array([eod], dtype=np.int32)
     room = max_length - len(prefix) if max_length else None
-    counter = Counter() if cut is None else cut
-    return Context(index, answers, prefix, truth, ending, goes_on, room, counter)
+    return Context(index, answers, prefix, truth, ending, goes_on, room)
 
 
 def cut_at(kind: str, flag: str) -> str:
@@ -188,10 +180,10 @@ def parse_mix(text: str) -> dict[str, int]:
     mix: dict[str, int] = {}
     for part in text.split(","):
         kind, _, count = (piece.strip() for piece in part.partition("="))
-        if kind not in (*NEGATIVES, *NEEDS_POLICY):
+        if kind not in (known := (*NEGATIVES, *NEEDS_POLICY, *NEEDS_WRITER)):
             raise ValueError(
-                f"--negatives {text}: unknown kind {kind!r}; known are "
-                f"{', '.join((*NEGATIVES, *NEEDS_POLICY))}, and the mixes {', '.join(PRESETS)}"
+                f"--negatives {text}: unknown kind {kind!r}; known are {', '.join(known)}, and "
+                f"the mixes {', '.join(PRESETS)}"
             )
         if not count.isdecimal() or int(count) < 1 or kind in mix:
             raise ValueError(

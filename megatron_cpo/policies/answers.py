@@ -17,6 +17,8 @@ AGAIN = {408, 409, 425, 429}
 """Statuses below 500 after which a request is repeated."""
 FOR_GOOD = {501, 505, 511}
 """Statuses from 500 on after which it is not."""
+BAD_REQUEST = (400, 413, 422)
+"""Statuses of requests that the server will not understand the next time either."""
 BY_PROXIES = {403, 407, 502, 503, 504}
 """Statuses that may be a proxy's."""
 QUOTA = re.compile(r"insufficient_quota|billing|exceeded your current quota", re.IGNORECASE)

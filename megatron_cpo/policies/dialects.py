@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpo.policies.answers import Exhausted, Refused
+from megatron_cpo.policies.answers import BAD_REQUEST, Exhausted, Refused
 from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.policies.policy import Sampling
 from megatron_cpo.records.encoder import Encoder
@@ -22,9 +22,6 @@ from megatron_cpo.records.tokenizing import PROBE
 from megatron_cpo.tree import Ints
 
 Body = dict[str, Any]
-
-BAD_REQUEST = (400, 413, 422)
-"""Statuses of requests that the server will not understand the next time either."""
 
 OPTIONAL: Body = {
     "repetition_penalty": 1.0,

@@ -72,8 +72,10 @@ class Endpoint:
         self.name = f"{flag} {self.address.shown}"
         """For the beginning of messages."""
         self.retries: Counter[str] = Counter()
-        """Requests that were repeated, by reason; whoever sums them up clears them."""
-        self._in_flight, self._bases = in_flight, self.address.bases
+        """Requests that were repeated, by reason, since `take_retries`."""
+        self.in_flight = in_flight
+        """Most requests at a time."""
+        self._bases = self.address.bases
         self._reached = False
         self._answers = 0
         self._news: Counter[str] = Counter()
@@ -84,13 +86,13 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         authorization = self.address.authorization
-        self._slots = asyncio.Semaphore(self._in_flight)
+        self._slots = asyncio.Semaphore(self.in_flight)
         try:
             self._client = httpx.AsyncClient(
                 headers={"Authorization": authorization} if authorization else {},
                 timeout=httpx.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
                 limits=httpx.Limits(
-                    max_connections=self._in_flight, max_keepalive_connections=self._in_flight
+                    max_connections=self.in_flight, max_keepalive_connections=self.in_flight
                 ),
             )
         # Of the environment: proxies of another kind, files of certificates that are not there.
@@ -103,6 +105,12 @@ class Endpoint:
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
+
+    def take_retries(self) -> Counter[str]:
+        """Lines of a report of requests that were repeated since the last call."""
+        found = Counter({f"asked again: {why}": n for why, n in self.retries.items()})
+        self.retries.clear()
+        return found
 
     def error(self, what: str) -> ValueError:
         """What went wrong, with whom it did."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_cpo.checkpoints.formats.opening import open_model
 from megatron_cpo.groups.kinds import NEEDS_POLICY
+from megatron_cpo.host.node import once_a_node
 from megatron_cpo.model.workspace import CHUNK_LOGITS
 from megatron_cpo.policies.choosing import choose, draw
 from megatron_cpo.policies.decoding import Session, sample_in_batches
@@ -46,7 +47,7 @@ class HuggingFacePolicy:
         flag: how the user named the model.
 
     Raises:
-        ValueError: there is no such model, or its tokenizer is another one.
+        ValueError: there is no such model, its tokenizer is another one, or no batch.
     """
 
     kinds: tuple[str, ...] = NEEDS_POLICY
@@ -63,6 +64,8 @@ class HuggingFacePolicy:
         from transformers import AutoModelForCausalLM
 
         named = f"{flag} hf:{path}"
+        if batch < 1:
+            raise ValueError(f"{named}: {batch} sequences at a time; its batch needs at least 1")
         try:
             self._files = open_model(Path(path))
         except ValueError as error:
@@ -90,8 +93,12 @@ class HuggingFacePolicy:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Name of the folder, digest of its weights and configuration, and dtype it computes in."""
-        return {"backend": "hugging face", **self._files.identity(), "dtype": self._dtype}
+        """Name of the folder, digest of its weights and configuration, and dtype it computes in.
+
+        One rank of a machine reads every byte for it, and tells the others.
+        """
+        found = once_a_node(f"model {self._files.folder.resolve()}", self._files.identity)
+        return {"backend": "hugging face", **found, "dtype": self._dtype}
 
     @property
     def positions(self) -> int | None:

@@ -23,7 +23,8 @@ from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.kinds import NEEDS_POLICY
 from megatron_cpo.groups.rows import RowShape, group_row
 from megatron_cpo.groups.store import Group, no_scores
-from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
+from megatron_cpo.host.loading import load_model, start_megatron
+from megatron_cpo.host.waiting import on_first_rank
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.model.forward import RowForward, by_candidate, candidate_logps
 from megatron_cpo.model.memory import PrefixMemory

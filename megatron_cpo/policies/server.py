@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.policies.answers import Exhausted, Refused
+from megatron_cpo.policies.answers import BAD_REQUEST, Exhausted, Refused
 from megatron_cpo.policies.dialects import (
-    BAD_REQUEST,
     Questions,
     context_in,
     is_about_length,
@@ -115,10 +114,9 @@ class ServerPolicy:
 
     def take_counts(self) -> Counter[str]:
         """Lines of the report with their numbers, since the last call."""
-        counts = Counter({f"asked again: {why}": n for why, n in self._endpoint.retries.items()})
+        counts = self._endpoint.take_retries()
         if self._shortened:
             counts[f"drawn shorter: server's context of {self._context:,} tokens"] = self._shortened
-        self._endpoint.retries.clear()
         self._shortened = 0
         return counts
 

@@ -63,7 +63,7 @@ def _training(plan: list[Stage], folder: Path) -> Iterable[str]:
 
 def loss_line(run: RunLog) -> str:
     """How the CPO loss went, beside that of the reference."""
-    losses = {at: metrics["cpo_loss"] for at, metrics in run.train.items()}
+    losses = {at: metrics["cpo_loss"] for at, metrics in run.train.items() if "cpo_loss" in metrics}
     if not losses:
         return "no [cpo] line in its log"
     first, last = min(losses), max(losses)
@@ -108,13 +108,14 @@ def _of(folder: Folder, choice: Choice) -> Results:
 
 
 def _texts(folder: Folder, models: list[Results]) -> Iterable[str]:
-    names = ["figure", *(each.generator for each in models[:MODELS]), "the truths"]
+    generators = list(dict.fromkeys(each.generator for each in models))
+    names = ["figure", *generators[:MODELS], "the truths"]
     for table in scores(folder):
         at = [table.columns.index(name) for name in names if name in table.columns]
         rows = [[row[i] for i in at] for row in table.rows]
         yield from aligned(Table("", "", tuple(table.columns[i] for i in at), rows))
-    if len(models) > MODELS:
-        yield f"  {len(models) - MODELS} more models on the page"
+    if len(generators) > MODELS:
+        yield f"  {len(generators) - MODELS} more models on the page"
 
 
 def _sweep(folder: Folder, choice: Choice) -> list[str]:
@@ -170,10 +171,11 @@ def _nearer(change: Estimate, total: Estimate) -> str:
 
 
 def _samples(models: list[Results]) -> Iterable[list[str]]:
-    """Prompts of half B, evenly spaced, with the texts of the first two models side by side."""
-    if len(models) < 2:
+    """Prompts of half B, evenly spaced: texts of the first model and of the next decoded alike."""
+    alike = [each for each in models if each.made.decoding == models[0].made.decoding]
+    if len(alike) < 2:
         return
-    first, second = models[:2]
+    first, second = alike[:2]
     after = {(text.id, text.sample): text.output for text in second.texts}
     there = [t for t in first.texts if half(t.id) == "B" and (t.id, t.sample) in after]
     for number in range(min(SAMPLES, len(there))):

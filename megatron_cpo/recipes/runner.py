@@ -1,6 +1,6 @@
 """Run a recipe's stages; those whose command and inputs are as they were are not run again."""
 
-import ctypes
+import glob
 import json
 import os
 import shutil
@@ -8,23 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from blake3 import blake3
 
-from megatron_cpo import __version__
-from megatron_cpo.files import write_json
+from megatron_cpo.files import asides, make_folder, write_json
+from megatron_cpo.processes import end_with_parent
 from megatron_cpo.progress import progress
 from megatron_cpo.quiet import say
+from megatron_cpo.recipes.code import our_code
 from megatron_cpo.recipes.stages import Stage
 from megatron_cpo.work.locking import only_process
 
-_DIES_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
-
-def run_stages(plan: list[Stage], folder: Path) -> list[str]:
+def run_stages(plan: list[Stage], folder: Path, whole: Sequence[Stage] = ()) -> list[str]:
     """Run what is not done yet, in order.
+
+    Args:
+        whole: all stages of the recipe, where `plan` is a part of them: what the others have made
+            stays, if they would not run again.
 
     Returns:
         Names of the stages that ran.
@@ -34,17 +37,21 @@ def run_stages(plan: list[Stage], folder: Path) -> list[str]:
     """
     try:
         with only_process(folder, wait=False):
-            return _run(plan, folder)
+            return _run(plan, folder, whole)
     except TimeoutError as error:
         raise ValueError(f"{folder}: another run is at work in it; wait, or stop that") from error
 
 
-def digests(plan: list[Stage]) -> dict[str, str]:
-    """Of each stage: its command, the content of its inputs, those before it, our version."""
+def digests(plan: Sequence[Stage], contents: dict[Path, str] | None = None) -> dict[str, str]:
+    """Of each stage: its command, the content of its inputs, those before it, our code for it.
+
+    Args:
+        contents: digests of inputs that are known; takes those that are found.
+    """
     found: dict[str, str] = {}
-    contents: dict[Path, str] = {}
+    contents = {} if contents is None else contents
     for stage in plan:
-        said = [__version__, stage.line, *(found[name] for name in stage.needs)]
+        said = [our_code().digest(stage.line), stage.line, *(found[name] for name in stage.needs)]
         for path in stage.inputs:
             if path not in contents:
                 contents[path] = _content(path)
@@ -62,12 +69,13 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _run(plan: list[Stage], folder: Path) -> list[str]:
+def _run(plan: list[Stage], folder: Path, whole: Sequence[Stage]) -> list[str]:
     records, logs = folder / "stages", folder / "logs"
     for place in (records, logs):
         place.mkdir(exist_ok=True)
-    _forget_results(plan, folder, records)
-    wanted, ran = digests(plan), []
+    contents: dict[Path, str] = {}
+    wanted, ran = digests(plan, contents), []
+    _forget_results(digests(whole, contents), wanted, folder, records)
     with progress(None, "stages", "stages", len(plan)) as bar:
         for number, stage in enumerate(plan, 1):
             bar.set_postfix_str(stage.name)
@@ -79,7 +87,7 @@ def _run(plan: list[Stage], folder: Path) -> list[str]:
                     for output in stage.outputs:
                         _remove(output)
                 for output in stage.outputs:
-                    output.parent.mkdir(parents=True, exist_ok=True)
+                    make_folder(output.parent)
                 state = {"digest": wanted[stage.name], "outputs": [str(p) for p in stage.outputs]}
                 write_json(record, state | {"done": False})
                 began = time.monotonic()
@@ -116,7 +124,7 @@ def _execute(stage: Stage, log: Path) -> None:
 
 def _end_with_parent() -> None:
     """Nothing of a runner that is killed goes on to write beside the next one."""
-    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def _made(output: Path) -> bool:
@@ -125,21 +133,37 @@ def _made(output: Path) -> bool:
 
 
 def _remove(output: Path) -> None:
-    """Remove a file, a folder, or the files of a prefix that ends in a dot."""
-    prefix = output.name.endswith(".")
-    for path in list(output.parent.glob(f"{output.name}*")) if prefix else [output]:
+    """Remove a file, a folder, or the files of a prefix that ends in a dot.
+
+    And what a command that was killed has left beside it: blocks of texts, and what was not whole.
+    """
+    if output.name.endswith("."):
+        paths = [*output.parent.glob(f"{glob.escape(output.name)}*")]
+    else:
+        paths = [output, output.with_name(f"{output.name}.generate"), *asides(output)]
+    for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def _forget_results(plan: list[Stage], folder: Path, records: Path) -> None:
-    """Remove results of stages that the recipe no longer has: a report reads the whole folder."""
-    names = {stage.name for stage in plan}
+def _forget_results(
+    whole: Mapping[str, str], wanted: Mapping[str, str], folder: Path, records: Path
+) -> None:
+    """Remove results of stages that the recipe no longer has: a report reads the whole folder.
+
+    Args:
+        whole: digests of all its stages, of which those that do not run now may be as they were.
+        wanted: of those that run now.
+    """
     for record in records.glob("*.json"):
-        if record.stem not in names and record.is_file():
-            for output in map(Path, json.loads(record.read_text())["outputs"]):
-                if output.parent == folder.absolute() / "results":
-                    _remove(output)
-                    record.unlink(missing_ok=True)
+        if record.stem in wanted or not record.is_file():
+            continue
+        before = json.loads(record.read_text())
+        if whole.get(record.stem) == before["digest"]:
+            continue
+        for output in map(Path, before["outputs"]):
+            if output.parent == folder.absolute() / "results":
+                _remove(output)
+                record.unlink(missing_ok=True)

@@ -1,14 +1,19 @@
 """What a recipe may say, checked before anything runs."""
 
+import argparse
 import difflib
 import os
+import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from megatron_cpo.evaluation.mauve_size import check_records
 from megatron_cpo.negatives.from_records import parse_mix
 from megatron_cpo.objective import OBJECTIVES, PSS
+from megatron_cpo.policies.writer import KIND
+from megatron_cpo.records.source import add_source_arguments, source_from_args
 
 
 class Part(BaseModel):
@@ -55,6 +60,12 @@ class Optimization(Part):
     flags: str = ""
     """More flags of `megatron_cpo.pretrain_gpt`."""
 
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup >= self.steps and "--lr-" not in self.flags:
+            raise ValueError(f"warmup {self.warmup}: needs fewer than the {self.steps} steps")
+        return self
+
 
 class Variant(Optimization):
     """A model to train by CPO, once a seed."""
@@ -69,6 +80,10 @@ class Variant(Optimization):
     rounds: int = Field(default=1, ge=1)
     """Each round after the first takes the model just trained as policy and reference."""
     build_flags: str = ""
+    row_length: int | None = Field(default=None, ge=1)
+    """Of this variant instead of the recipe's."""
+    alphas: list[float] | None = None
+    """Of this variant instead of the recipe's."""
 
     @model_validator(mode="after")
     def _fills(self) -> "Variant":
@@ -80,8 +95,25 @@ class Variant(Optimization):
             raise ValueError(f"objective {self.objective}: unknown; known are {', '.join(known)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds}: one is there twice")
+        if self.alphas is not None:
+            _shares(self.alphas)
         self.k = made
         return self
+
+
+def _shares(alphas: list[float]) -> list[float]:
+    wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
+    if wrong or len(set(alphas)) < len(alphas) or not alphas:
+        raise ValueError(f"alphas {alphas}: needs different numbers, at least 0 and below 1")
+    return alphas
+
+
+def _check_names(named: dict[str, Any]) -> None:
+    for name in named:
+        if not name.replace("-", "").replace("_", "").isalnum() or name == "reference":
+            raise ValueError(f"{name!r}: use letters, digits, - and _; reference is taken")
+    if not named:
+        raise ValueError("names nothing")
 
 
 class Judge(Part):
@@ -89,20 +121,54 @@ class Judge(Part):
 
     url: str
     model: str
+    flags: str = ""
+    """More flags of `evaluate winrate`, such as `--max-unread 0.2`."""
+
+
+class Writer(Part):
+    """OpenAI-compatible servers of an instruct model, for `written` negatives; their key comes from
+    the environment."""
+
+    url: str | list[str]
+    """One server, or several that share the work."""
+    model: str
+    flags: str = ""
+    """More flags of `build`, such as `--writer-tries 8`."""
+
+    @property
+    def urls(self) -> list[str]:
+        """All of them."""
+        return [self.url] if isinstance(self.url, str) else self.url
 
 
 class Evaluation(Part):
     """Texts of every model for the test records, and what is said of them."""
 
-    decode: str = "greedy"
+    decode: str | dict[str, str] = "greedy"
+    """One way to decode, or flags of `evaluate generate` by the name of each of several ways."""
     max_new_tokens: int = Field(default=256, ge=1)
     limit: int | None = Field(default=None, ge=1)
     external: str | None = None
     """`hf:PATH`: a model that says how likely the texts are."""
+    similarity: str | None = None
+    """`minilm`, or another sentence-transformers model, by path or name: how near texts are to the
+    truths."""
     mauve: bool = False
     judge: Judge | None = None
     flags: str = ""
     """More flags of `evaluate generate`."""
+
+    @property
+    def decodings(self) -> dict[str, str]:
+        """Flags by the name of a way to decode; the only one has none."""
+        return {"": f"--decode {self.decode}"} if isinstance(self.decode, str) else self.decode
+
+    @field_validator("decode")
+    @classmethod
+    def _ways(cls, decode: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(decode, dict):
+            _check_names(decode)
+        return decode
 
 
 class Recipe(Part):
@@ -119,25 +185,48 @@ class Recipe(Part):
     variants: dict[str, Variant] = Field(min_length=1)
     alphas: list[float] = [0.0]
     """Shares of the reference in merged models; 0 is the trained model itself."""
+    writer: Writer | None = None
+    """Who writes rejected answers, where a variant has some."""
     evaluate: Evaluation = Evaluation()
     export: Literal["none", "all"] = "none"
     """Whether trained models become Hugging Face folders as well."""
 
     @field_validator("alphas")
     @classmethod
-    def _shares(cls, alphas: list[float]) -> list[float]:
-        wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
-        if wrong or len(set(alphas)) < len(alphas) or not alphas:
-            raise ValueError(f"{alphas}: needs different numbers, at least 0 and below 1")
-        return alphas
+    def _differ(cls, alphas: list[float]) -> list[float]:
+        return _shares(alphas)
 
     @field_validator("variants")
     @classmethod
     def _names(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
-        for name in variants:
-            if not name.replace("-", "").replace("_", "").isalnum() or name == "reference":
-                raise ValueError(f"{name!r}: use letters, digits, - and _; reference is taken")
+        _check_names(variants)
         return variants
+
+    @model_validator(mode="after")
+    def _shares_batches(self) -> Self:
+        split = self.layout
+        replicas = split.ranks // (split.tp * split.pp * split.cp)
+        trained: dict[str, Optimization] = {"mle": self.mle} if self.mle else {}
+        trained |= {f"variants.{name}": variant for name, variant in self.variants.items()}
+        for name, how in trained.items():
+            if how.batch % replicas and "-batch-size" not in how.flags:
+                raise ValueError(
+                    f"{name}: batch {how.batch} is not a multiple of the {replicas} copies of the "
+                    f"model that layout {split.ranks} ranks, tp {split.tp}, pp {split.pp}, cp "
+                    f"{split.cp} makes"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _writes(self) -> "Recipe":
+        names = [name for name, v in self.variants.items() if KIND in parse_mix(v.negatives)]
+        if names and self.writer is None:
+            mix = self.variants[names[0]].negatives
+            raise ValueError(
+                f"variants.{names[0]}: negatives {mix} need a writer; give "
+                "writer: {url: http://localhost:8000/v1, model: NAME}"
+            )
+        return self
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -161,6 +250,19 @@ def read_recipe(path: Path) -> Recipe:
     return _found(recipe, path)
 
 
+def check_plain(path: Path, what: str) -> None:
+    """That bash and Slurm read a path as it is, without quotes.
+
+    Raises:
+        ValueError: a character of it means something there.
+    """
+    wrong = next((c for c in str(path) if not (c.isalnum() or c in "/._-+=:,@~")), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{what}: {wrong!r} in {str(path)!r}: shells read it otherwise; choose another path"
+        )
+
+
 def _first_mistake(error: ValidationError) -> str:
     mistakes = error.errors()
     first: Any = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
@@ -176,7 +278,7 @@ def _first_mistake(error: ValidationError) -> str:
 def _fields(location: tuple[int | str, ...]) -> dict[str, Any]:
     parts: dict[str, type[Part]] = {
         "data": Data, "layout": Layout, "mle": Optimization, "variants": Variant,
-        "evaluate": Evaluation, "judge": Judge,
+        "evaluate": Evaluation, "judge": Judge, "writer": Writer,
     }  # fmt: skip
     names = [name for name in location if name in parts]
     return (parts[str(names[-1])] if names else Recipe).model_fields
@@ -196,9 +298,29 @@ def _found(recipe: Recipe, path: Path) -> Recipe:
         external = _place(folder, recipe.evaluate.external.removeprefix("hf:"))
         recipe.evaluate.external = f"hf:{external}"
         named["evaluate.external"] = external
+    # What is no folder here is a name, of which sentence-transformers knows more.
+    similar = _place(folder, recipe.evaluate.similarity or "minilm")
+    if recipe.evaluate.similarity not in (None, "minilm") and similar.exists():
+        recipe.evaluate.similarity = str(similar)
+        named["evaluate.similarity"] = similar
     for key, place in named.items():
         if not place.exists():
             raise ValueError(f"{path}: {key}: {place} is not there")
-        if any(letter.isspace() for letter in str(place)):
-            raise ValueError(f"{path}: {key}: white space in {str(place)!r}; choose another path")
+        check_plain(place, f"{path}: {key}")
+    if recipe.evaluate.mauve:
+        _check_mauve(recipe, path)
     return recipe
+
+
+def _check_mauve(recipe: Recipe, path: Path) -> None:
+    """Refuse MAUVE of too few texts, which its stage would only find out after all training."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_source_arguments(parser).add_argument("--limit", type=int)
+    data, how = recipe.data, recipe.evaluate
+    words = [f"--max-length={data.max_length}", *shlex.split(f"{data.flags} {how.flags}")]
+    words += [f"--limit={how.limit}"] if how.limit else []
+    try:
+        args, _ = parser.parse_known_args([*words, "--input", str(data.test)])
+        check_records(source_from_args(args), args.limit)
+    except (ValueError, argparse.ArgumentError) as error:
+        raise ValueError(f"{path}: evaluate.mauve: {error}") from error

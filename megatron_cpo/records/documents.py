@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_cpo.groups.store import has_values
 from megatron_cpo.records.lines import Advance
 from megatron_cpo.records.vocabulary import describe_size, vocabulary_size
 from megatron_cpo.tree import Ints
@@ -44,6 +45,11 @@ def read_documents(
 def _open(prefix: str) -> Any:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, _IndexReader
 
+    if has_values(prefix):
+        raise ValueError(
+            f"--input {prefix}: a store of groups, whose documents hold all candidates; give the "
+            "records that it was built from"
+        )
     stored = Path(prefix + ".bin").stat().st_size
     try:
         index = _IndexReader(prefix + ".idx", multimodal=False)

@@ -25,6 +25,7 @@ from megatron_cpo.records.border import (
 from megatron_cpo.records.control_tokens import ControlTokens
 from megatron_cpo.records.dropped import BadRecord
 from megatron_cpo.records.spelling import Spelling, library_name
+from megatron_cpo.records.texts import Texts
 from megatron_cpo.tree import Ints
 
 REWRITTEN = "a text that the tokenizer rewrites, so that it is not decoded exactly"
@@ -41,6 +42,8 @@ class Pair:
     border: Border = field(default_factory=lambda: Border("", ""))
     notes: tuple[str, ...] = ()
     """What is to be said of it, although it is used."""
+    texts: Texts | None = None
+    """None: it was never more than tokens, or control tokens are written in its text."""
 
 
 class Encoder:
@@ -71,6 +74,11 @@ class Encoder:
         shared = [f == p for f, p in zip_longest(frame, probe)]
         self._head = frame[: shared.index(False) if False in shared else len(frame)]
         self._tail = frame[len(self._head) :]
+
+    @property
+    def has_text(self) -> bool:
+        """Whether tokens stand for text; those of a tokenizer that lists none are numbers."""
+        return self._spelling.has_text
 
     def prefix(self, text: str) -> list[int]:
         """Token ids of a text that nothing follows yet, without EOD."""

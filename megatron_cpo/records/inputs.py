@@ -20,10 +20,15 @@ _PATTERNS = [f"{inside}*{ending}" for ending in _ENDINGS for inside in ("", "*/"
 def expand(inputs: Sequence[str]) -> tuple[str, ...]:
     """The inputs, with those that a pattern (`*`, `?`, `[...]`, `**`) matches in its place, sorted.
 
+    Of a dataset whose two files are both named, as where a shell has filled in a pattern, the .idx
+    is left out: it is one input.
+
     Raises:
         ValueError: a pattern matches nothing.
     """
-    return tuple(path for given in inputs for path in _matches(given))
+    found = [path for given in inputs for path in _matches(given)]
+    second = {path.removesuffix(".bin") + ".idx" for path in found if path.endswith(".bin")}
+    return tuple(path for path in found if path not in second or not indexed_prefix(path))
 
 
 def _matches(given: str) -> list[str]:

@@ -29,7 +29,8 @@ def messages_of(value: Any, field: str) -> list[Message]:
 def _message(message: Message, field: str) -> Message:
     if "from" in message and "role" not in message:  # ShareGPT
         role = message["from"]
-        message = {"role": _SPEAKERS.get(role, role), "content": message.get("value")}
+        role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
+        message = {"role": role, "content": message.get("value")}
     known = {name: value for name, value in message.items() if value is not None}
     content = known.get("content", "")
     if not isinstance(known.get("role"), str) or not isinstance(content, str | list):

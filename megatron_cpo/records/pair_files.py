@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.files import aside, sync, write_json
+from megatron_cpo.files import aside, make_folder, sync, write_json
 from megatron_cpo.groups.indexed import IndexedWriter, store_dtype
+from megatron_cpo.groups.store import has_values
 from megatron_cpo.records.border import BORDERS
 from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.encoder import Pair
 from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.source import Source
+from megatron_cpo.records.texts import TextsReader, TextsWriter, reopened, written
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.tree import Ints
 
@@ -44,6 +46,8 @@ class PairReader:
         # A plain view: a memmap makes an object of its own of whatever is taken from it.
         self.borders: NDArray[Any] = np.asarray(np.memmap(path_prefix + ".borders", BORDERS, "r"))
         """[records] rows of `BORDERS`."""
+        self.texts = TextsReader(path_prefix) if written(path_prefix) else None
+        """Of builds that keep them."""
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -76,6 +80,7 @@ def write_pairs_resumed(
     rejected: int,
     folder: Path,
     show: Callable[[int], object],
+    texts: bool = False,
 ) -> PairReader:
     """Write the pairs of a source to `folder`/pairs, and what was left out to dropped.json.
 
@@ -83,14 +88,19 @@ def write_pairs_resumed(
         rejected: see `read_pairs`.
         folder: what a killed call left there is gone on with.
         show: called with bytes that were read, or were before.
+        texts: keep the records' texts as well.
 
     Raises:
         ValueError: as `read_pairs`.
     """
     note, prefix = folder / "note.json", str(folder / "pairs")
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
-    writer, skip = _writer(note, prefix, store_dtype(vocabulary_size(tokenizer)), dropped)
-    borders = _borders(prefix, writer.sizes()[-1] // 4)
+    dtype = store_dtype(vocabulary_size(tokenizer))
+    writer, skip = _writer(note, prefix, dtype, dropped, texts)
+    there = writer.sizes()[-1] // 4
+    borders = reopened(Path(f"{prefix}.borders"), there * BORDERS.itemsize)
+    kept = TextsWriter(prefix, there) if texts else None
+    beside = [borders, *(kept.files if kept else ())]
     lines = 0
 
     def advance(more: int, read: int) -> None:
@@ -98,8 +108,9 @@ def write_pairs_resumed(
         lines += more
         show(read)
         if more and lines > skip and lines % NOTE_LINES == 0 and writer.sizes()[-1]:
-            borders.flush()
-            os.fsync(borders.fileno())
+            for file in beside:
+                file.flush()
+                os.fsync(file.fileno())
             write_json(note, {"lines": lines, "sizes": writer.sizes(), **dropped.content()})
 
     try:
@@ -107,33 +118,34 @@ def write_pairs_resumed(
             sequences = sequences_of(pair)
             writer.add(np.concatenate(sequences), [len(s) for s in sequences])
             borders.write(pair.border.row())
+            if kept:
+                kept.add(pair.texts)
         writer.close()
-        borders.close()
+        for file in beside:
+            file.close()
     except BaseException:
         writer.leave()
-        with contextlib.suppress(OSError):
-            borders.close()
+        for file in beside:
+            with contextlib.suppress(OSError):
+                file.close()
         raise
     note.unlink(missing_ok=True)
     write_json(folder / "dropped.json", dropped.content())
     return PairReader(prefix)
 
 
-def _borders(prefix: str, rows: int) -> Any:
-    """The file of borders, open behind as many rows as there are documents."""
-    file = open(f"{prefix}.borders", "r+b" if rows else "wb")  # noqa: SIM115  # closed by the caller
-    file.truncate(rows * BORDERS.itemsize)
-    file.seek(rows * BORDERS.itemsize)
-    return file
-
-
-def _writer(note: Path, prefix: str, dtype: Any, dropped: Dropped) -> tuple[IndexedWriter, int]:
+def _writer(
+    note: Path, prefix: str, dtype: Any, dropped: Dropped, texts: bool
+) -> tuple[IndexedWriter, int]:
     """A writer, and the lines that it has already; from the beginning if there is no sound note."""
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
         writer = IndexedWriter(prefix, dtype, found["sizes"])
-        if Path(f"{prefix}.borders").stat().st_size < found["sizes"][-1] // 4 * BORDERS.itemsize:
-            raise ValueError(f"{prefix}.borders: has not the rows that were written")
+        there = found["sizes"][-1] // 4
+        if Path(f"{prefix}.borders").stat().st_size < there * BORDERS.itemsize or (
+            texts and written(prefix) < there
+        ):
+            raise ValueError(f"{prefix}: has not the rows that were written")
     except (FileNotFoundError, ValueError):
         note.unlink(missing_ok=True)
         return IndexedWriter(prefix, dtype), 0
@@ -151,18 +163,27 @@ def write_lm_dataset(source: Source, tokenizer: Any, output_prefix: str) -> tupl
         Documents written, and what was left out.
 
     Raises:
-        ValueError: as `read_pairs`.
+        ValueError: as `read_pairs`, or a store of groups is there, or what is read.
     """
+    if has_values(output_prefix):
+        raise ValueError(
+            f"--output-prefix {output_prefix}: a store of groups is there, which this dataset "
+            "would take the place of; give another PREFIX"
+        )
+    source.refuse_output("--output-prefix", output_prefix + ".bin", output_prefix + ".idx")
     dropped = Dropped(refuse=source.on_bad_record == "refuse")
     writing = str(aside(Path(output_prefix)))
-    Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(output_prefix).parent)
     writer, written = IndexedWriter(writing, store_dtype(vocabulary_size(tokenizer))), 0
     try:
         for written, pair in enumerate(read_pairs(source, tokenizer, dropped), 1):  # noqa: B007
             document = np.concatenate([pair.prefix, pair.continuation])
             writer.add(document, [len(document)])
         writer.close()
-        for suffix in (".bin", ".idx"):  # the index last: without it Megatron sees no dataset
+        # The index first away and last there: without it Megatron sees no dataset, and with that
+        # of another .bin it would read other documents.
+        Path(output_prefix + ".idx").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
             os.replace(writing + suffix, output_prefix + suffix)
         sync(Path(output_prefix).parent)
     except BaseException:

@@ -1,6 +1,7 @@
 """Records to pairs of prefix and continuation, as token ids, streaming."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron_cpo.records.chats import Chat
@@ -96,7 +97,9 @@ def _pairs_of_records(
         except BadRecord as error:
             dropped.bad(str(error), record.source)
         else:
-            yield pair, record.source
+            own = (record.prefix, record.continuation)
+            said = None if rendered else record.texts or own
+            yield replace(pair, texts=said), record.source
 
 
 def _pairs_of_datasets(

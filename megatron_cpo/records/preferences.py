@@ -60,15 +60,21 @@ def preference(fields: dict[str, Any], chat: Chat) -> Record:
 
 
 def _parts(fields: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Prompt (None: implicit), chosen and rejected, whatever their fields are called."""
+    """Prompt (None: implicit), chosen and rejected, whatever their fields are called.
+
+    Raises:
+        BadRecord: an answer is missing, as where `--format` says what the record is not.
+    """
     if "chosen" in fields:
         prompt = fields.get("prompt")
         if isinstance(fields["chosen"], dict):  # one message: the conversation is elsewhere
             others = (fields.get(name) for name in ("conversations", "messages"))
             prompt = next((value for value in others if value is not None), prompt)
         return prompt, fields["chosen"], fields.get("rejected")
-    if "chosen_response" in fields:
+    if "chosen_response" in fields and "rejected_response" in fields:
         return fields.get("prompt"), fields["chosen_response"], fields["rejected_response"]
+    if not is_preference(fields):
+        raise BadRecord("no chosen and rejected answers")
     ranked = fields["completions"]
     if not isinstance(ranked, list) or not all(
         isinstance(c, dict) and isinstance(c.get("rank"), int) and "completion" in c for c in ranked

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
-from megatron_cpo.records.messages import Message, has_text
+from megatron_cpo.records.messages import Message, flat, has_text
+from megatron_cpo.records.texts import Texts
 
 EMPTY_ANSWER = "an empty rejected answer, left out"
 
@@ -27,6 +28,8 @@ class Record:
     """What the template ends an answer with, as far as that is known."""
     notes: tuple[str, ...] = ()
     """What is to be said of it, although it is used."""
+    texts: Texts | None = field(default=None, compare=False)
+    """None: prefix and continuation as they are."""
 
     @classmethod
     def of_chat(
@@ -56,8 +59,15 @@ class Record:
         notes = (EMPTY_ANSWER,) * (len(rest) - len(kept))
         return cls(
             found.prefix, truth, tuple(rejected), rendered=found.by_template, end=found.end,
-            notes=notes,
+            notes=notes, texts=(_shown(before), _shown(first)),
         )  # fmt: skip
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    """What messages say; who says it where it is not one of the user or of the model alone."""
+    if len(messages) == 1 and messages[0]["role"] in ("user", "assistant"):
+        return str(flat(messages[0])["content"])
+    return "\n\n".join(f"{m['role']}: {flat(m)['content']}" for m in messages)
 
 
 def without_empty(record: Record) -> Record:

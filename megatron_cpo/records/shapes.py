@@ -11,6 +11,7 @@ Where several fit, the most specific one counts.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from megatron_cpo.records.chats import Chat
@@ -99,13 +100,25 @@ def instruction_prompt(fields: dict[str, Any], template: str) -> str:
     """The prefix of an instruction record."""
     if not string(fields, "instruction").strip():
         raise BadRecord("empty prefix")
+    return fill_template(template, {**fields, "context": _context(fields)})
+
+
+def _context(fields: dict[str, Any]) -> Any:
     context = fields.get("context", fields.get("input"))
-    return fill_template(template, {**fields, "context": "" if context is None else context})
+    return "" if context is None else context
+
+
+def _asked(fields: dict[str, Any]) -> str:
+    """What an instruction record asks, without a template."""
+    context = _context(fields)  # it may be anything where the template does not name it
+    parts = string(fields, "instruction"), context if isinstance(context, str) else ""
+    return "\n\n".join(filter(None, parts))
 
 
 def _instruction(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     prefix = instruction_prompt(fields, template)
-    return Record(prefix, string(fields, "output" if "output" in fields else "response"))
+    answer = string(fields, "output" if "output" in fields else "response")
+    return Record(prefix, answer, texts=(_asked(fields), answer))
 
 
 def _messages(fields: dict[str, Any], template: str, chat: Chat) -> Record:
@@ -118,9 +131,11 @@ def _messages(fields: dict[str, Any], template: str, chat: Chat) -> Record:
 
 
 def _preference(fields: dict[str, Any], template: str, chat: Chat) -> Record:
-    if "instruction" in fields and "prompt" not in fields:  # LLaMA-Factory's pairs
-        fields = {**fields, "prompt": instruction_prompt(fields, template)}
-    return preference(fields, chat)
+    if "instruction" not in fields or "prompt" in fields:
+        return preference(fields, chat)
+    # LLaMA-Factory's pairs
+    record = preference({**fields, "prompt": instruction_prompt(fields, template)}, chat)
+    return replace(record, texts=record.texts or (_asked(fields), record.continuation))
 
 
 def _whole_text(fields: dict[str, Any], template: str, chat: Chat) -> Record:

@@ -80,6 +80,24 @@ class Source:
             for file in _stored(path, (".bin", ".idx"))
         ]
 
+    def refuse_output(self, flag: str, *files: str) -> None:
+        """Refuse to write what would take the place of an input.
+
+        Args:
+            flag: names the output in the message.
+            files: that would be written.
+
+        Raises:
+            ValueError: one of them is read.
+        """
+        read = {Path(f).resolve() for path in self.inputs for f in _stored(path, (".bin", ".idx"))}
+        for file in files:
+            if Path(file).resolve() in read:
+                raise ValueError(
+                    f"{flag}: {file} is among --input and would be written over; give another "
+                    f"{flag}"
+                )
+
     def stored_bytes(self) -> int:
         """Bytes of all records as they lie on disk, packed or not."""
         files = chain.from_iterable(_stored(path, (".bin",)) for path in self.inputs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from megatron_cpo.files import write_whole
+from megatron_cpo.files import make_folder, write_whole
 from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
@@ -38,15 +38,15 @@ class Training:
         return f"records dropped: {self.dropped.describe()}{parts}"
 
 
-def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Training:
+def train_sentencepiece(source: Source, model_path: str | Path, vocab_size: int) -> Training:
     """Train a SentencePiece unigram model on the text of records and write it to `model_path`.
 
     Text is kept as it is (no normalisation, newline is a piece); unknown characters fall back to
     bytes. Ids: 0 unk, 1 BOS, 2 EOS, which is Megatron's EOD, then 256 bytes.
 
     Raises:
-        ValueError: no usable record, the vocabulary is larger than the records can fill or smaller
-            than their characters, or sentencepiece is not installed.
+        ValueError: no usable record, `model_path` is an input, the vocabulary is larger than the
+            records can fill or smaller than their characters, or sentencepiece is not installed.
     """
     try:
         import sentencepiece
@@ -55,6 +55,7 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Tra
             "training a tokenizer needs the package sentencepiece: pip install sentencepiece"
         ) from error
 
+    source.refuse_output("--output", str(model_path))
     training = Training(Dropped(refuse=source.on_bad_record == "refuse"))
     failed: list[ValueError] = []
 
@@ -87,7 +88,7 @@ def train_sentencepiece(source: Source, model_path: str, vocab_size: int) -> Tra
         raise ValueError(_explained(vocab_size, str(error))) from error
     if failed:
         raise failed[0]
-    Path(model_path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(model_path).parent)
     write_whole(Path(model_path), model.getvalue())
     return training
 

@@ -12,8 +12,10 @@ from megatron_cpo.building.flags import (
 )
 from megatron_cpo.building.report import BuildReport
 from megatron_cpo.host.loading import open_tokenizer, score_args
-from megatron_cpo.scoring.under_megatron import score_groups
+from megatron_cpo.records.vocabulary import vocabulary_size
+from megatron_cpo.scoring.under_megatron import check_checkpoint, score_groups
 from megatron_cpo.scoring.under_policy import rescore
+from megatron_cpo.storage.copies import keep_in
 
 
 def build_and_score(add_arguments: Any) -> str | None:
@@ -32,6 +34,7 @@ def build_and_score(add_arguments: Any) -> str | None:
     from megatron.training.arguments import parse_args
 
     args = parse_args(add_arguments)
+    keep_in(args.object_storage_cache_path)
     tokenizer = open_tokenizer(args)
     report: BuildReport | None = None
     model: Any = None
@@ -41,6 +44,8 @@ def build_and_score(add_arguments: Any) -> str | None:
             report = rescore(args.output_prefix, tokenizer, use, run_from_args(args))
     else:
         config = config_from_args(args)
+        if args.load and not args.shard:  # not after hours of building
+            check_checkpoint(score_args(add_arguments), vocabulary_size(tokenizer))
         use = policy_use_from_args(args, tokenizer, config)
         report = build_groups(config, tokenizer, use, run_from_args(args, config))
         if use is not None and uses_megatron(args, config):

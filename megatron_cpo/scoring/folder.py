@@ -156,6 +156,24 @@ def require_tokenizer(path_prefix: str, manifest: dict[str, Any], tokenizer: Any
         )
 
 
+def require_positions(
+    path_prefix: str, manifest: dict[str, Any], positions: int | None, whose: str
+) -> None:
+    """Raise ValueError for a store with longer sequences than a model reads.
+
+    Args:
+        positions: most tokens that it reads; None: no limit known.
+        whose: begins the message, such as `--policy hf:PATH`.
+    """
+    longest = manifest["longest_sequence"] - 1  # the last one is not read
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{whose}: the longest prefix + candidate of {path_prefix} has {longest} tokens to "
+            f"read, the model reads at most {positions}; build the store with --max-length "
+            f"{positions}"
+        )
+
+
 def _stored(reference: dict[str, Any]) -> dict[str, Any]:
     """As a manifest has it: tuples are lists."""
     stored: dict[str, Any] = json.loads(json.dumps(reference))

@@ -14,11 +14,12 @@ from megatron_cpo.checkpoints.identity import require_checkpoint, require_folder
 from megatron_cpo.groups.dataset import GroupDataset, RowConfig
 from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
-from megatron_cpo.host.loading import load_model, on_first_rank, start_megatron
+from megatron_cpo.host.loading import load_model, start_megatron
+from megatron_cpo.host.waiting import on_first_rank
 from megatron_cpo.model.attach import attach_tree_attention
 from megatron_cpo.quiet import say
 from megatron_cpo.records.vocabulary import vocabulary_size
-from megatron_cpo.scoring.folder import STAGE, ScoreFolder
+from megatron_cpo.scoring.folder import STAGE, ScoreFolder, require_positions
 from megatron_cpo.scoring.rows import BLOCK_ROWS, row_blocks, scored_blocks
 from megatron_cpo.work.folder import explained
 
@@ -31,6 +32,20 @@ MODEL_FLAGS = (
     "moe_router_score_function", "moe_router_pre_softmax",
 )  # fmt: skip
 """Arguments of Megatron, by any version's name, with which the same weights are another model."""
+
+
+def check_checkpoint(args: Any, tokens: int) -> None:
+    """Refuse a checkpoint that cannot score under the flags; quick, and before any rank is asked.
+
+    Args:
+        args: Megatron's parsed and validated arguments.
+        tokens: of the run's tokenizer.
+
+    Raises:
+        ValueError: `args.load` has none, or it is of another model than the flags say.
+    """
+    require_folder(args)
+    check_model(args, tokens)
 
 
 def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) -> None:
@@ -47,15 +62,14 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
 
     Raises:
         ValueError: no checkpoint there, or of another model than the flags say; a store of another
-            tokenizer, a group's tree is longer than a row, or another reference or row length has
-            begun to score this store.
+            tokenizer, or of sequences that are longer than the model reads; a group's tree is
+            longer than a row; another reference or row length has begun to score this store.
         OSError: the disk is full; what is finished is kept.
     """
     from megatron.training import get_tokenizer
 
-    require_folder(args)
     if model is None:
-        check_model(args, vocabulary_size(get_tokenizer()))
+        check_checkpoint(args, vocabulary_size(get_tokenizer()))
         start_megatron()
     reference = on_first_rank(lambda: reference_identity(args))
     work = ScoreFolder(path_prefix)
@@ -76,6 +90,9 @@ def score_groups(path_prefix: str, args: Any, model: list[Any] | None = None) ->
             say(f"{path_prefix} is scored under {described} already: it is left as it is")
         return
     reader = GroupReader(path_prefix)
+    require_positions(
+        path_prefix, reader.manifest, args.max_position_embeddings, "--max-position-embeddings"
+    )
     tokens = vocabulary_size(get_tokenizer())
     config = RowConfig(args.seq_length, reader.manifest["k"], vocab_size=tokens)
     rows = GroupDataset(reader, config, rows=None, shuffle=False)

@@ -13,7 +13,7 @@ from megatron_cpo.building.report import BuildReport
 from megatron_cpo.groups.finite import model_name, require_tokens
 from megatron_cpo.groups.store import GroupReader, read_manifest
 from megatron_cpo.records.vocabulary import vocabulary_size
-from megatron_cpo.scoring.folder import STAGE, ScoreFolder
+from megatron_cpo.scoring.folder import STAGE, ScoreFolder, require_positions
 from megatron_cpo.work.executors import run_stage, take_gpu
 from megatron_cpo.work.folder import explained
 from megatron_cpo.work.job import BLOCK_RECORDS, Run, block_records, blocks_of
@@ -26,7 +26,7 @@ class Scorer:
         tokenizer: Megatron's; has to be the store's.
 
     Raises:
-        ValueError: no store there, or it is of another tokenizer.
+        ValueError: no store there, or it is of another tokenizer or longer than the policy reads.
     """
 
     size = BLOCK_RECORDS
@@ -39,6 +39,8 @@ class Scorer:
         self.work.check(tokenizer)
         take_gpu()
         self.policy = use.open()
+        whose = model_name(self.policy.identity)
+        require_positions(path_prefix, read_manifest(path_prefix), self.policy.positions, whose)
 
     @property
     def forks(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from megatron_cpo.groups.store import read_manifest
 from megatron_cpo.objective import NOISE_CONTRASTIVE, OBJECTIVES, PSS
 from megatron_cpo.training.presets import PRESETS
 
@@ -19,7 +20,8 @@ class CPOConfig:
     valid_data_path: str | None = None
     """PREFIX of the store to evaluate on; None: Megatron's --split divides `data_path`."""
     k: int = 12
-    """Candidates of a group, the true continuation included; must be the store's. The paper: 12."""
+    """Candidates of a group, the true continuation included; must be the store's, which the flag
+    need not say. The paper: 12."""
     candidates: int | None = None
     """N: each epoch contrasts y_1 with a random part of N-1 of its K-1 negatives; None: with all.
     The trees are smaller, and so is the cost. Evaluation uses all."""
@@ -81,8 +83,8 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
     "k": (
         int,
         "K",
-        "Candidates per group, the true one included; must match the data "
-        "(default 12, as in the paper).",
+        "Candidates per group, the true one included; another K than the store's is refused "
+        "(default: the store's; the paper has 12).",
     ),
     "candidates": (
         int,
@@ -165,7 +167,15 @@ _HELP: dict[str, tuple[Callable[[str], Any], str | None, str]] = {
         "each takes one more forward and backward (default 0: never).",
     ),
 }
-"""Type (bool: a switch), metavar and help of each field's flag; the default is the field's."""
+"""Type (bool: a switch), metavar and help of each field's flag."""
+_FROM_STORE = "k"
+"""The field whose flag has no default of its own."""
+
+
+def _default(name: str) -> Any:
+    """Of the flag of a field: the field's, if it has one and the store does not say it."""
+    default = CPOConfig.__dataclass_fields__[name].default
+    return None if default is MISSING or name == _FROM_STORE else default
 
 
 def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -180,7 +190,6 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Train with the CPO loss on rows of groups. Without it Megatron is untouched.",
     )
     for name, (kind, metavar, text) in _HELP.items():
-        default = CPOConfig.__dataclass_fields__[name].default
         flag = f"--cpo-{name.replace('_', '-')}"
         if kind is bool:
             group.add_argument(flag, action="store_true", help=text)
@@ -189,7 +198,7 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             flag,
             type=kind,
             metavar=metavar,
-            default=None if default is MISSING else default,
+            default=_default(name),
             choices=_CHOICES.get(name),
             help=text,
         )
@@ -199,8 +208,10 @@ def add_cpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
     """The configuration in parsed arguments; None without `--cpo-aux-loss`.
 
+    `args.cpo_k` becomes the store's if it was not given.
+
     Raises:
-        ValueError: a value out of range, a missing path,
+        ValueError: a value out of range, a missing path or store,
             or a `--cpo-*` flag without `--cpo-aux-loss`.
     """
     values: dict[str, Any] = {f.name: getattr(args, f"cpo_{f.name}") for f in fields(CPOConfig)}
@@ -208,7 +219,7 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
         changed = [
             f"--cpo-{f.name.replace('_', '-')}"
             for f in fields(CPOConfig)
-            if values[f.name] != (None if f.name == "data_path" else f.default)
+            if values[f.name] != _default(f.name)
         ]
         if changed:
             raise ValueError(
@@ -221,6 +232,8 @@ def cpo_config(args: argparse.Namespace) -> CPOConfig | None:
             "--cpo-aux-loss needs --cpo-data-path PREFIX, a group store; build one with "
             "megatron-cpo build --output-prefix PREFIX"
         )
+    if values["k"] is None:
+        values["k"] = args.cpo_k = read_manifest(values["data_path"])["k"]
     _require(values["k"] >= 1, "--cpo-k", values["k"], "at least 1 candidate, the true one")
     if (some := values["candidates"]) is not None:
         wanted = f"2 to --cpo-k {values['k']} candidates, the true one included"

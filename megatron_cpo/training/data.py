@@ -5,15 +5,20 @@ import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_cpo.checkpoints.identity import same_checkpoint, short_digest
 from megatron_cpo.groups.dataset import BatchTotals, GroupDataset, MixedDataset, RowConfig
+from megatron_cpo.groups.finite import model_name
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.host.reading import require_documents
+from megatron_cpo.host.waiting import leave_together
 from megatron_cpo.objective import NOISE_CONTRASTIVE, PSS
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.noise import check_noise
+from megatron_cpo.training.resuming import rows_to_read
 
 
 def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, positions: int) -> None:
@@ -28,10 +33,15 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     from megatron_cpo.records.tokenizing import tokenizer_identity
 
     path, manifest = reader.path_prefix, reader.manifest
+    if manifest["k"] != config.k and path == config.valid_data_path:
+        raise ValueError(
+            f"--cpo-valid-data-path {path} has groups of K={manifest['k']} candidates, "
+            f"{config.data_path} of K={config.k}: evaluate on a store of the same K"
+        )
     if manifest["k"] != config.k:
         raise ValueError(
-            f"--cpo-k {config.k}: {path} has groups of K={manifest['k']} candidates; pass "
-            f"--cpo-k {manifest['k']} or rebuild the store with --k {config.k}"
+            f"--cpo-k {config.k}: {path} has groups of K={manifest['k']} candidates; leave "
+            f"--cpo-k out, or rebuild the store with --k {config.k}"
         )
     ours = tokenizer_identity(tokenizer)
     if manifest.get("tokenizer") != ours:
@@ -87,11 +97,12 @@ class CPODatasets:
         args = get_args()
         train_rows, valid_rows, _ = samples
         reader = GroupReader(self.config.data_path)
-        train_span, valid_span = _split(args.split, len(reader))
+        train_span, valid_span = split_spans(args.split, len(reader))
         valid_reader = reader
         if self.config.valid_data_path:
             valid_reader = GroupReader(self.config.valid_data_path)
             train_span, valid_span = (0, len(reader)), (0, len(valid_reader))
+        train_rows = rows_to_read(args, train_rows)
         train = self._rows(args, reader, train_span, train_rows, training=True)
         batch = args.global_batch_size
         _report("train", train, batch)
@@ -109,6 +120,15 @@ class CPODatasets:
                 " > cpo valid data: batch negatives of these groups are true continuations of "
                 "groups that --split trains on, so held-out metrics look worse than they are; "
                 "build a store of other records for --cpo-valid-data-path"
+            )
+        ours, theirs = reader.manifest["reference"], valid_reader.manifest["reference"]
+        if self.config.objective != PSS and not same_checkpoint(ours, theirs):
+            print_rank_0(
+                f" > cpo valid data: {self.config.valid_data_path} was scored under "
+                f"{model_name(theirs)} ({short_digest(theirs)}), {self.config.data_path} under "
+                f"{model_name(ours)} ({short_digest(ours)}): unless these are the same weights, "
+                "held-out losses and rewards compare with another model; score both under one "
+                "with megatron-cpo build --score-only"
             )
         valid = self._rows(args, valid_reader, valid_span, valid_rows)
         _report("valid", valid, batch)
@@ -156,18 +176,16 @@ def _planned(
     if config.cache is None or not torch.distributed.is_initialized():
         return GroupDataset(reader, config, rows, span)
     first = torch.distributed.get_rank() == 0
-    if not first:
-        torch.distributed.barrier()
-    try:
-        return GroupDataset(reader, config, rows, span)
-    finally:  # an error of this rank's own is not to keep the others waiting
+    with leave_together():
         if first:
-            torch.distributed.barrier()
+            planned = GroupDataset(reader, config, rows, span)
+    return planned if first else GroupDataset(reader, config, rows, span)
 
 
 _PASSED_ON = (
-    *("num_dataset_builder_threads", "mid_level_dataset_surplus"),
-    *("allow_ambiguous_pad_tokens", "object_storage_cache_path"),
+    "num_dataset_builder_threads",
+    "mid_level_dataset_surplus",
+    "object_storage_cache_path",
 )
 """Flags of Megatron that go to its dataset under their own names."""
 
@@ -216,12 +234,28 @@ def gpt_dataset_config(args: argparse.Namespace, tokens: int) -> Any:
     return GPTDatasetConfig(**{name: value for name, value in values.items() if name in known})
 
 
-def _split(split: str | None, groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Spans of the train and valid groups: Megatron's --split, contiguous, test left unused."""
-    weights = [float(w) for w in (split or "969,30,1").replace("/", ",").split(",")]
-    train = round(groups * weights[0] / sum(weights))
-    valid = round(groups * sum(weights[:2]) / sum(weights))
-    return (0, max(train, 1)), (max(train, 1), max(valid, 1))
+def split_spans(split: str | None, groups: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Spans [first, last) of the train and valid groups, contiguous; what is left is for no one.
+
+    Args:
+        split: Megatron's `--split`: weights of train, valid and test, the last ones 0 if not given.
+        groups: of the store, at least 1; training has one of them whatever its weight.
+
+    Raises:
+        ValueError: not one to three numbers of at least 0, one of them above.
+    """
+    try:
+        weights = [float(w) for w in (split or "969,30,1").replace("/", ",").split(",")]
+    except ValueError:
+        weights = []
+    total = sum(weights)
+    if not (1 <= len(weights) <= 3 and min(weights) >= 0 and 0 < total < math.inf):
+        raise ValueError(
+            f"--split {split}: needs the weights of train, valid and test, at least 0 and one of "
+            "them above, such as 969,30,1"
+        )
+    train = max(round(groups * weights[0] / total), 1)
+    return (0, train), (train, max(round(groups * sum(weights[:2]) / total), train))
 
 
 def _report(name: str, rows: Any, batch_rows: int) -> None:
@@ -229,7 +263,8 @@ def _report(name: str, rows: Any, batch_rows: int) -> None:
     from megatron.training import print_rank_0
 
     groups = getattr(rows, "groups", rows)
-    epochs = len(groups) / groups.plan.rows_per_epoch
+    # A plan ends with an epoch; of plain rows mixed in, fewer of its rows are used.
+    epochs = np.count_nonzero(rows.groups_per_row) / groups.plan.rows_per_epoch
     used = int(rows.groups_per_row.sum())
     padding = 1 - rows.tokens_per_row.sum() / (len(rows) * rows.shape.tokens)
     print_rank_0(
@@ -237,6 +272,13 @@ def _report(name: str, rows: Any, batch_rows: int) -> None:
         f"({used / len(rows):.1f} a row, {used / len(rows) * batch_rows:.0f} a global batch), "
         f"{epochs:.2f} epochs of {groups.plan.rows_per_epoch} rows, {padding:.1%} padding"
     )
+    if getattr(rows, "plain_padding", 0):
+        tokens, fits = rows.document_tokens, rows.shape.tokens // rows.document_tokens
+        print_rank_0(
+            f" > cpo {name} data: plain rows hold {fits} samples of {tokens} tokens, as many as "
+            f"--max-position-embeddings allows, and {rows.plain_padding:.1%} padding; a "
+            f"--seq-length of {fits * tokens} or {(fits + 1) * tokens} leaves them none"
+        )
     if groups.too_long:
         print_rank_0(
             f" > cpo {name} data: {groups.too_long} groups have more than "

@@ -18,7 +18,9 @@ import torch
 from megatron_cpo.host import compat
 from megatron_cpo.host.help import readable
 from megatron_cpo.objective import NOISE_CONTRASTIVE, loss_at_reference
+from megatron_cpo.processes import leave_dead_ranks
 from megatron_cpo.quiet import ignore_import_warnings
+from megatron_cpo.storage.copies import keep_in
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.diagnosis import Setting, diagnose_store
 from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
@@ -43,6 +45,7 @@ def install() -> None:
     from megatron_cpo.host import cpu as cpu_host
 
     ignore_import_warnings()
+    leave_dead_ranks()
     compat.check_host()
     if torch.cuda.is_available():
         compat.skip_compiled_helpers()
@@ -94,8 +97,9 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
         from megatron_cpo.groups.damage import check_contents
         from megatron_cpo.groups.store import GroupReader
         from megatron_cpo.records.vocabulary import vocabulary_size
-        from megatron_cpo.training.data import check_store
+        from megatron_cpo.training.data import check_store, split_spans
 
+        split_spans(parsed.split, groups=1)  # refuses what is no split
         tokenizer = get_tokenizer()
         for path in filter(None, (config.data_path, config.valid_data_path)):
             reader = GroupReader(path)
@@ -103,6 +107,18 @@ def _parse_and_validate_args(original: Any, *args: Any, **kwargs: Any) -> Any:
             check_contents(reader, vocabulary_size(tokenizer), parsed.rank, parsed.world_size)
         check_model(parsed, vocabulary_size(tokenizer))
     return parsed
+
+
+def _groups_per_row(config: CPOConfig, args: Any) -> float:
+    """Mean number of groups in a row of groups, as a training step sees them."""
+    from megatron_cpo.groups.draws import some_sizes
+    from megatron_cpo.groups.plan import groups_per_row
+    from megatron_cpo.groups.store import GroupReader
+
+    reader = GroupReader(config.data_path)
+    if config.candidates is None:
+        return groups_per_row(reader.tree_sizes()[0], args.seq_length)
+    return groups_per_row(some_sizes(reader, config.candidates, args.seed), args.seq_length)
 
 
 def _config(args: Any) -> CPOConfig | None:
@@ -120,6 +136,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     from megatron_cpo.host import cpu as cpu_host
     from megatron_cpo.host import without_transformer_engine as plain_torch
 
+    keep_in(getattr(args, "object_storage_cache_path", None))  # --yaml-cfg makes arguments without
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cpu_host.check_args(args)
@@ -137,10 +154,7 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     if positions is not None and args.seq_length is not None:
         args.max_position_embeddings = max(positions, args.seq_length)
     if config is not None and config.preset is not None:
-        from megatron_cpo.groups.store import GroupReader
-
-        sizes, _ = GroupReader(config.data_path).tree_sizes()
-        line = complete_preset(args, float(sizes.mean()))
+        line = complete_preset(args, config.fraction * _groups_per_row(config, args))
         if args.rank == 0:
             print(line, flush=True)
     args = original(args, *rest, **kwargs)
@@ -187,8 +201,8 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     from megatron_cpo.groups.kinds import KINDS
     from megatron_cpo.groups.shortcuts import shortcuts
     from megatron_cpo.groups.store import GroupReader, read_manifest
-    from megatron_cpo.host.loading import on_first_rank
     from megatron_cpo.host.reading import skip_on_every_rank
+    from megatron_cpo.host.waiting import on_first_rank
     from megatron_cpo.model.attach import attach_tree_attention
     from megatron_cpo.records.vocabulary import check_rows, vocabulary_size
     from megatron_cpo.training.data import CPODatasets
@@ -207,7 +221,8 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
         for diagnosis in found:
             print(format_diagnosis(0, diagnosis), flush=True)
     manifest = read_manifest(config.data_path)
-    check_start(args, config, manifest)
+    if (line := check_start(args, config, manifest)) and args.rank == 0:
+        print(line, flush=True)
     args.cpo_store = store_digest(manifest)  # Megatron saves its arguments in each checkpoint
     tolerance = TOLERANCE_16_BIT if args.bf16 or args.fp16 else TOLERANCE
     gate = StepZeroGate(

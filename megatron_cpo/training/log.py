@@ -13,10 +13,9 @@ What `training.diagnosis` finds in these lines and in the evaluations is said on
 import inspect
 from typing import Any
 
-from torch import Tensor
-
 from megatron_cpo.training.diagnosis import Diagnosis, Setting, diagnose
 from megatron_cpo.training.gate import StepZeroGate
+from megatron_cpo.training.metrics import HostMeans, Means
 
 AT_REFERENCE = "cpo loss at reference"
 """What the step reports beside its losses, for the gate: the CPO loss if theta were ref, nats."""
@@ -38,8 +37,7 @@ class MetricLog:
         """Of a CPO run's step; asked when the step reports what it needs."""
         self.setting: Setting | None = None
         """Of a CPO run; without it nothing is diagnosed."""
-        self._sums: dict[str, Tensor] = {}
-        self._iterations = 0
+        self._means, self._host_means = Means(), HostMeans()
         self._norms: dict[str, float] = {}
         """The last ones since the line before; Megatron's own means are over every iteration."""
         self._train: dict[int, dict[str, float]] = {}
@@ -59,25 +57,25 @@ class MetricLog:
             if expected > 0:  # the batch has a group
                 print_rank_last(self.gate.verdict(float(losses["cpo loss"]), expected, spacing))
         norms = {name: losses.pop(name) for name in GRAD_NORMS if name in losses}
-        result = original(*args, **kwargs)
-        if bound["skipped_iter"] == 0 and "cpo loss" in losses:
-            self._iterations += 1
-            for name, value in losses.items():
-                self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._at = bound["iteration"]
+        interval_ends = self._at % get_args().log_interval == 0
+        # Megatron logs a run's first iteration as well.
+        logged = interval_ends or bound.get("is_first_iteration", False)
+        if bound["skipped_iter"] == 0 and "cpo loss" in losses:
+            self._means.add(losses)
+            if get_args().cpo_fraction < 1:  # else every batch has a group
+                self._host_means.correct(losses, bound["total_loss_dict"], logged)
+        result = original(*args, **kwargs)
         if norms:
             self._norms = norms
             _to_tensorboard(norms, self._at)
-        interval_ends = self._at % get_args().log_interval == 0
-        # Megatron logs a run's first iteration as well.
-        if self._sums and (interval_ends or bound.get("is_first_iteration", False)):
-            means = {name: float(total) / self._iterations for name, total in self._sums.items()}
+        if logged and (means := self._means.take()):
             means |= self._norms
             print_rank_last(format_line(self._at, means))
             self._train[self._at] = {_word(name): value for name, value in means.items()}
             self._diagnose()
         if interval_ends:
-            self._sums, self._iterations, self._norms = {}, 0, {}
+            self._means, self._norms = Means(), {}
         return result
 
     def evaluated(self, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,8 @@ Here s_k is the reward beta * log(pi / pi_ref) of candidate k, summed over its t
 in nats times beta.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from megatron_cpo.groups.kinds import KINDS
 
 EMPTY = 1e-9
 """Added to denominators, so that a batch without such a candidate logs 0 and not NaN."""
+PACKING = ("cpo groups per row", "cpo packing")
+"""Those of `packing_metrics`, which a batch without a group has as well."""
+ITERATIONS = "advanced iterations"
+"""What Megatron counts, among its sums of metrics, since its last line."""
 TRUTH = ("cpo truth logp", "cpo truth logratio")
 """Those of `group_metrics` that are of y_1 alone."""
 
@@ -97,10 +102,83 @@ def packing_metrics(padding: Tensor, groups: Tensor) -> dict[str, Tensor]:
         groups: number of groups in the rows.
     """
     rows, size = (torch.full_like(groups, n) for n in padding.shape)
-    return {
-        "cpo groups per row": torch.stack([groups, rows]).float(),
-        "cpo packing": torch.stack([(~padding).sum(), rows * size]).float(),
-    }
+    values = torch.stack([groups, rows]), torch.stack([(~padding).sum(), rows * size])
+    return {name: value.float() for name, value in zip(PACKING, values, strict=True)}
+
+
+class Means:
+    """Means of metrics over iterations, without a look at the device before they are taken.
+
+    Those of groups are over the iterations whose batches have one: in late pretraining some have
+    plain rows alone, and say 0.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor | int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add an iteration's, quotients by name, those of `packing_metrics` among them."""
+        some = _has_group(metrics)
+        for name, value in metrics.items():
+            count = some if _of_groups(name) else 1
+            self._sums[name] = self._sums.get(name, 0) + value.detach() * count
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def take(self) -> dict[str, float]:
+        """The means so far; a metric of groups is left out where no iteration has had one."""
+        counts = {name: float(count) for name, count in self._counts.items()}
+        return {name: float(self._sums[name]) / n for name, n in counts.items() if n}
+
+
+class HostMeans:
+    """Makes the means in Megatron's own line those of `Means`.
+
+    Megatron adds an iteration's metrics up in `total_loss_dict` and divides all sums by the
+    iterations, so a batch of plain rows alone would count as losses of 0. What a step reports does
+    not reach that division: numerators and denominators are quotients by then. So before Megatron
+    adds, its sums of metrics of groups are set to what makes them the mean over the iterations with
+    groups, times all iterations.
+    """
+
+    def __init__(self) -> None:
+        self._counted: Tensor | int = 0
+
+    def correct(
+        self, metrics: dict[str, Tensor], totals: dict[str, Any], logged: bool = False
+    ) -> None:
+        """Correct the sums, in place, before Megatron adds an iteration's.
+
+        Args:
+            metrics, totals: its `loss_dict` and `total_loss_dict`.
+            logged: it prints the means of this iteration; a metric of groups is then taken out of
+                both where no iteration has had one.
+        """
+        iterations = totals.get(ITERATIONS, 0)
+        before = self._counted if iterations else 0  # Megatron begins a new interval with 0
+        some = _has_group(metrics)
+        self._counted = before + some
+        names = [name for name in metrics if _of_groups(name)]
+        if logged and not float(self._counted):
+            for name in names:
+                del metrics[name]
+                totals.pop(name, None)
+            return
+        for name in names:
+            value = metrics[name].detach()
+            known = totals.get(name, 0) / max(iterations, 1) * before + value * some
+            mean = known / self._counted.clamp(min=1)
+            totals[name] = mean * (iterations + 1) - value
+
+
+def _of_groups(name: str) -> bool:
+    """Whether a metric is of groups, and says 0 where there are none."""
+    return name.startswith("cpo ") and name not in PACKING
+
+
+def _has_group(metrics: Mapping[str, Tensor]) -> Tensor:
+    """Whether an iteration's batch has a group, 1 or 0, on the device."""
+    return (metrics[PACKING[0]].detach() > 0).float()
 
 
 def float32_spacing(logps: Tensor, mask: Tensor) -> Tensor:

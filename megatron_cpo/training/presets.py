@@ -5,7 +5,6 @@ its arguments, since a batch is counted in rows there and in groups in a paper.
 """
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,18 +49,18 @@ def set_preset_defaults(parser: argparse.ArgumentParser, words: Sequence[str]) -
         parser.set_defaults(**PRESETS[name].flags)
 
 
-def complete_preset(args: Any, tree_tokens: float) -> str:
+def complete_preset(args: Any, groups_per_row: float) -> str:
     """Set the batch and the warm-up where they were not given; returns the log line.
 
     Args:
         args: Megatron's, parsed and not validated.
-        tree_tokens: mean number of tokens of the store's groups.
+        groups_per_row: mean number of groups in a row of the run, plain rows among them.
     """
     preset = PRESETS[args.cpo_preset]
     chosen = {name: value for name, value in preset.flags.items() if getattr(args, name) == value}
     by_hand = {name: getattr(args, name) for name in preset.flags if name not in chosen}
     if args.global_batch_size is None:
-        args.global_batch_size = chosen["global_batch_size"] = _rows(args, preset, tree_tokens)
+        args.global_batch_size = chosen["global_batch_size"] = _rows(args, preset, groups_per_row)
     else:
         by_hand["global_batch_size"] = args.global_batch_size
     words = ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples")
@@ -75,13 +74,12 @@ def complete_preset(args: Any, tree_tokens: float) -> str:
     return f"{line}; given by hand: {_as_flags(by_hand)}" if by_hand else line
 
 
-def _rows(args: Any, preset: Preset, tree_tokens: float) -> int:
-    """Rows that hold the preset's groups, as many as a step of all ranks has a multiple of."""
+def _rows(args: Any, preset: Preset, groups_per_row: float) -> int:
+    """Rows that hold the preset's groups, to the nearest multiple of what all ranks read."""
     ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     data_parallel = max(args.world_size // (ranks * args.context_parallel_size), 1)
     step = (args.micro_batch_size or 1) * data_parallel
-    rows = preset.groups * tree_tokens / args.seq_length
-    return step * max(math.ceil(rows / step), 1)
+    return step * max(round(preset.groups / groups_per_row / step), 1)
 
 
 def _warmup(args: Any, preset: Preset) -> tuple[str, int]:

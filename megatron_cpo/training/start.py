@@ -4,6 +4,8 @@ A forgotten `--finetune` trains what is left of the other run's iterations, whic
 saves the other run's weights as those of CPO.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from megatron_cpo.checkpoints.arguments import loaded_from, run_differences, said_of
@@ -15,6 +17,7 @@ from megatron_cpo.checkpoints.identity import (
     same_checkpoint,
 )
 from megatron_cpo.training.config import CPOConfig
+from megatron_cpo.training.resuming import check_resumed, other_rows
 
 
 def start_identity(args: Any, like: dict[str, Any]) -> dict[str, Any] | None:
@@ -27,7 +30,7 @@ def start_identity(args: Any, like: dict[str, Any]) -> dict[str, Any] | None:
     return checkpoint_identity(loaded_from(args)[1], args.ckpt_step, like)
 
 
-def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> None:
+def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> str | None:
     """Refuse a run that would go on with the iterations, data and optimizer of another run.
 
     From files alone, so on every rank alike and before the first collective. A run of CPO that is
@@ -37,17 +40,21 @@ def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> None:
         args: Megatron's, validated.
         manifest: of the store that is trained on.
 
+    Returns:
+        A log line of a resumed run that does not go on exactly; None where there is none.
+
     Raises:
         ValueError: says --finetune; or `--load` has no Megatron checkpoint, but another model.
     """
     iteration = _goes_on_at(args)
+    _check_restart(args, store_digest(manifest))
     folder = checkpoint_folder(args.load, args.ckpt_step)
     if folder is None and args.load is not None:
         refuse_other_models(args.load)
     saved = saved_arguments(folder) if folder is not None else {}
     digest = store_digest(manifest)
     if iteration is None or not saved:
-        return
+        return None
     if not saved.get("cpo_aux_loss"):
         raise _without_finetune(args, iteration, "it was saved by a run without --cpo-aux-loss")
     if (theirs := saved.get("cpo_store", digest)) != digest:
@@ -57,6 +64,8 @@ def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> None:
             f"its run trained on another store ({theirs[:12]}) than {config.data_path} "
             f"({digest[:12]})",
         )
+    check_resumed(args, saved)
+    return other_rows(args, saved)
 
 
 def check_reference(
@@ -83,6 +92,28 @@ def check_reference(
     if (iteration := _goes_on_at(args)) is not None:
         what = f"it is the reference of {config.data_path}"
         raise _without_finetune(args, iteration, what)
+
+
+def _check_restart(args: Any, digest: str) -> None:
+    """Refuse a run that torchrun has restarted and that would begin again, over what it has saved.
+
+    A first launch may do so: with the same flags it is told apart by the number of its restart.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    ours = Path(args.save).resolve() if args.save else None
+    begins = args.finetune or args.load is None or Path(args.load).resolve() != ours
+    if not restarted or not begins or ours is None:
+        return
+    folder = checkpoint_folder(args.save)
+    saved = saved_arguments(folder) if folder is not None and folder.exists() else {}
+    if folder is None or not saved.get("cpo_aux_loss") or saved.get("cpo_store") != digest:
+        return
+    source = f" --pretrained-checkpoint {args.load}" if args.load and args.finetune else ""
+    raise ValueError(
+        f"torchrun has restarted a run whose flags begin anew, and --save {args.save} has "
+        f"{folder.name} of it already, which would be written over; start it with --load "
+        f"{args.save}{source} and without --finetune, to go on there"
+    )
 
 
 def store_digest(manifest: dict[str, Any]) -> str:
@@ -117,6 +148,12 @@ def _without_finetune(args: Any, iteration: str, what: str) -> ValueError:
         )
     return ValueError(
         f"--load {args.load} without --finetune: {what}, so this run would not begin but go on at "
-        f"iteration {iteration} of --train-iters {args.train_iters}; pass --finetune to start from "
+        f"iteration {iteration} of {_length(args)}; pass --finetune to start from "
         f"its weights at iteration 0{deliberate}"
     )
+
+
+def _length(args: Any) -> str:
+    if args.train_samples:
+        return f"--train-samples {args.train_samples}"
+    return f"--train-iters {args.train_iters}"

@@ -30,6 +30,7 @@ from megatron_cpo.objective import (
     rewards,
     scheduled_sampling,
 )
+from megatron_cpo.training.bad_loss import BadLoss
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.gate import StepZeroGate
 from megatron_cpo.training.log import AT_REFERENCE, SPACING
@@ -63,8 +64,7 @@ class CPOStep:
         self.config, self.kinds, self.gate = config, kinds, gate
         self.forward = RowForward(vocab_size)
         self._first_iteration: int | None = None
-        self._looked_at = 0
-        """Training micro-batches whose loss was looked at here and not by Megatron."""
+        self._bad_loss = BadLoss()
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[Tensor, Any]:
         """One micro-batch through the model, and the loss function of what comes out."""
@@ -126,7 +126,7 @@ class CPOStep:
                 report[AT_REFERENCE] = torch.stack([at_reference, groups + EMPTY])
                 spacing = float32_spacing(anchor, mask).sum()
                 report[SPACING] = torch.stack([spacing, groups + EMPTY])
-        self._reject_bad_loss(args, loss, policy, batch)
+        self._bad_loss.refuse(args, loss, losses.detach(), policy, batch)
 
         # Megatron divides by the number of micro-batches and averages gradients over data-parallel
         # ranks; the sum above is already over the whole batch, so both are undone here. Gradients
@@ -149,46 +149,3 @@ class CPOStep:
         if self._first_iteration is None:
             self._first_iteration = iteration
         return iteration == self._first_iteration
-
-    def _reject_bad_loss(self, args: Any, loss: Tensor, policy: Tensor, batch: Batch) -> None:
-        """Refuse a loss that is NaN or infinite, by Megatron's check with its re-run machinery.
-
-        Megatron asks once a micro-batch, which waits for the device, and not at all in a run's
-        first iteration, where a model with weights that are not finite shows: that one is ours.
-        """
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-        from megatron.core.rerun_state_machine import get_rerun_state_machine
-
-        if loss.requires_grad and self._looked_at < get_num_microbatches():
-            self._looked_at += 1
-            if not loss.isfinite():
-                raise ValueError(f"the first CPO loss is {float(loss)}: {_why_bad(policy, batch)}")
-        if not args.check_for_nan_in_loss_and_grad:
-            return
-
-        def is_bad(result: Tensor) -> bool:
-            bad = not result.isfinite()
-            if bad:
-                print(f"megatron_cpo: CPO loss {float(result)}: {_why_bad(policy, batch)}")
-            return bad
-
-        get_rerun_state_machine().validate_result(
-            result=loss.detach(),
-            rejection_func=is_bad,
-            message="found NaN or Inf in the CPO loss of this rank",
-            tolerance=0.0,
-            fatal=True,
-        )
-
-
-def _why_bad(policy: Tensor, batch: Batch) -> str:
-    """What of a micro-batch is not finite, its policy's log-probs [groups, K] at hand."""
-    bad = ~policy.isfinite() & batch["candidate_mask"].flatten(0, 1)
-    groups = batch["group_indices"].flatten()[bad.any(dim=1)].tolist()
-    if groups:
-        return (
-            f"the policy's log-probs of group {', '.join(map(str, groups[:5]))} of the store are "
-            "NaN or infinite: its weights are not finite, from the start or by a learning rate "
-            "that is too high, or overflow in 16 bits"
-        )
-    return "the log-probs of the groups are finite; a plain token's, or their sum, is not"

@@ -96,6 +96,10 @@ _TRAINING: tuple[Check, ...] = (
      "its schedule plan has no place for the log-prob head; drop the flag"),
     ("--eod-mask-loss with --cpo-fraction < 1", lambda a: a.eod_mask_loss and a.cpo_fraction < 1,
      "a batch's number of supervised tokens must be known before it is read; drop one of them"),
+    ("--allow-ambiguous-pad-tokens with --cpo-fraction < 1",
+     lambda a: getattr(a, "allow_ambiguous_pad_tokens", False) and a.cpo_fraction < 1,
+     "ends of documents that are padding tokens, too, would count among a batch's supervised "
+     "tokens and have no loss; drop the flag"),
     ("--qk-clip or --log-max-attention-logit",
      lambda a: getattr(a, "qk_clip", False) or getattr(a, "log_max_attention_logit", False),
      "tree attention does not keep its logits; drop the flag"),

@@ -33,12 +33,16 @@ def warmup_iterations(args: Mapping[str, Any]) -> float:
 def check_warmup(args: Any, config: CPOConfig) -> None:
     """Refuse a run without a warm-up, unless its steps shrink with the gradient (SGD).
 
+    And one with a warm-up that does not end before the decay does, for Megatron's scheduler.
+
     Args:
         args: Megatron's, validated.
 
     Raises:
         ValueError: names the flags that give one, and --cpo-no-warmup.
     """
+    if not args.skip_train:
+        _check_end(vars(args))
     starts_whole = warmup_iterations(vars(args)) <= 0 or args.lr_warmup_init >= (args.lr or 0)
     trains = bool(args.lr) and config.weight > 0 and not args.skip_train
     if not trains or not starts_whole or config.no_warmup or args.optimizer == "sgd":
@@ -49,4 +53,20 @@ def check_warmup(args: Any, config: CPOConfig) -> None:
         f"the size of --lr {args.lr} whatever the gradient, and at --cpo-beta {config.beta} they "
         f"can take the CPO loss far above its first value; pass --lr-warmup-iters "
         f"{SUGGESTED_ITERATIONS}, or --cpo-no-warmup to train without one"
+    )
+
+
+def _check_end(args: Mapping[str, Any]) -> None:
+    unit = "iters" if args.get("train_iters") else "samples"
+    whole = args.get(f"lr_decay_{unit}") or args.get(f"train_{unit}") or 0
+    fraction, warmup = args.get("lr_warmup_fraction"), args.get(f"lr_warmup_{unit}") or 0
+    flag = f"--lr-warmup-{unit} {warmup}"
+    if fraction is not None:
+        flag, warmup = f"--lr-warmup-fraction {fraction}", fraction * whole
+    if not warmup or warmup < whole:
+        return
+    given = f"lr_decay_{unit}" if args.get(f"lr_decay_{unit}") else f"train_{unit}"
+    raise ValueError(
+        f"{flag} with --{given.replace('_', '-')} {whole}: the warm-up must end before that, for "
+        "Megatron's scheduler; pass a shorter one, or a longer run"
     )

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.files import aside, flush, sync, write_json, write_whole
+from megatron_cpo.files import aside, flush, make_folder, sync, write_json, write_whole
+from megatron_cpo.storage import copies
 from megatron_cpo.work.locking import LOCKS, only_process
 
 
@@ -41,7 +42,7 @@ class WorkFolder:
         suffix: str = ".npz",
     ) -> None:
         self._earlier, self._flag, self._suffix = earlier or {}, flag, suffix
-        self.path = Path(f"{path_prefix}.{kind}")
+        self.path = Path(f"{copies.beside(path_prefix)}.{kind}")
         self._prefix = path_prefix
         self.is_alone = False
         """In `locked`: whether no other process can be at this work; what it finds aside is left
@@ -93,7 +94,7 @@ class WorkFolder:
 
     def write(self, path: Path, content: bytes) -> None:
         """Put a finished file into the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_whole(path, content)
 
     def damaged(self, path: Path, error: Exception) -> ValueError:

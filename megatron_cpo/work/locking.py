@@ -12,7 +12,6 @@ holder that was only stopped comes back: under a lease, what it protects may be 
 Nothing may be lost then, so everything is published as `files.py` does.
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,13 +19,14 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease
 
+from megatron_cpo.files import NO_FLOCK, make_folder
+
 LOCKS = ("flock", "lease")
 """Files of a folder that are removed last, if at all."""
 LEASE = 60.0
 """Seconds without a sign of life after which a holder on another machine is gone."""
 POLL = 0.2
 """Seconds between two looks of a process that waits."""
-_NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _EACH_BY_ITSELF = {"nolock", "local_lock=all", "local_lock=flock", "localflock"}
 """Options of mounted file systems whose locks other machines do not see."""
 
@@ -45,7 +45,7 @@ def only_process(folder: Path, wait: bool = True) -> Iterator[bool]:
         TimeoutError: not `wait`, and another process is in it.
     """
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with suppress(FileNotFoundError):  # whoever was in here removed the folder
             lock, alone = _acquired(folder, wait)
             break
@@ -62,7 +62,7 @@ def _acquired(folder: Path, wait: bool) -> tuple[BaseFileLock, bool]:
         try:
             lock.acquire(blocking=wait)
         except OSError as error:
-            if error.errno not in _NO_FLOCK:
+            if error.errno not in NO_FLOCK:
                 raise
         else:
             return lock, True

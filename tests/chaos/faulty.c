@@ -1,4 +1,4 @@
-/* Between a process and its disk. Dormant until armed; then it counts what a process does to files
+/* Between a process and its disk, and its clock. Dormant until armed; then it counts what a process does to files
  * below a folder (opens for writing, writes, flushes, renames, removals ...), and from one of these
  * calls on something is wrong. Loaded by LD_PRELOAD, armed after a fork. */
 #define _GNU_SOURCE
@@ -9,11 +9,14 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { NONE, INPUT_OUTPUT, SHORT, READ_ONLY };
+enum { NONE, INPUT_OUTPUT, SHORT, READ_ONLY, CLOCK_BACK };
+enum { HOUR = 3600 };
 static int fault = NONE;
 static long first = -1, calls;
 static char root[4096];
@@ -122,4 +125,26 @@ int unlinkat(int folder, const char *path, int flags) {
 int rmdir(const char *path) {
     REAL(rmdir);
     return fails(below(path), 0) ? -1 : real(path);
+}
+
+/* Of the day, not of the kernel: what files are stamped with goes on. */
+static int back(void) { return fault == CLOCK_BACK && first >= 0 && calls >= first; }
+
+int clock_gettime(clockid_t which, struct timespec *now) {
+    REAL(clock_gettime);
+    int status = real(which, now);
+    if (which == CLOCK_REALTIME && back()) now->tv_sec -= HOUR;
+    return status;
+}
+time_t time(time_t *now) {
+    REAL(time);
+    time_t found = real(NULL) - (back() ? HOUR : 0);
+    if (now) *now = found;
+    return found;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    REAL(gettimeofday);
+    int status = real(now, zone);
+    if (back()) now->tv_sec -= HOUR;
+    return status;
 }

@@ -32,6 +32,7 @@ FAULTS = (
     "EIO",
     "short writes",
     "read-only",
+    "clock back",
 )
 MOMENTS = ("SIGKILL", "SIGTERM", "SIGKILL, no flock")
 """These strike at a moment between the start and the end of an undisturbed run."""
@@ -144,7 +145,11 @@ def _judge(
     done = not any(codes)
     if HANGS in codes:
         return "needed a hand", f"it hangs: {said[-1500:]}"
-    if done and place.shards == 1 and (found := in_fork(place.outcome, folder)) != usual.outcome:
+    if (
+        done
+        and (place.shards == 1 or place.ranks)
+        and (found := in_fork(place.outcome, folder)) != usual.outcome
+    ):
         return "wrong", f"exit 0, and {_difference(found, usual.outcome)}"
     if done and place.done_is_done:
         return "survived", ""

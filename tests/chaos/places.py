@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.ranks import ROOT
-from harness.stores import write_store
+from harness.stores import VOCAB_SIZE, write_store
 from megatron_cpo.building.build import build_groups
 from megatron_cpo.building.config import BuildConfig
 from megatron_cpo.checkpoints import merge
@@ -23,6 +23,7 @@ from megatron_cpo.records import pair_files
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.job import Run
 from tests.checkpoints import read_torch_dist
+from tests.corpora import write_corpus
 from tests.texts import DOLLY, dolly_tokenizer
 from tests.tiny_models import GPT_FLAGS, train_megatron
 
@@ -44,6 +45,8 @@ class Place:
     """Of its result, in a process of its own."""
     shards: int = 1
     """Processes that do it together."""
+    ranks: bool = False
+    """Whether they are ranks of one job: none ends without the others."""
     done_is_done: bool = False
     """A run that ended well is not started again: Megatron has no sample left to train on."""
 
@@ -63,6 +66,7 @@ class Shared:
         write_store(folder / "scored" / "groups", 40, K, seed=1, longest=16)
         (folder / "unscored").mkdir()
         write_store(folder / "unscored" / "groups", 200, K, seed=1, longest=16, scored=False)
+        write_corpus(folder, VOCAB_SIZE, documents=60, tokens=100)
         train_megatron(folder / "reference", GPT_FLAGS)
 
 
@@ -70,7 +74,7 @@ def _nothing(shared: Path, folder: Path) -> None:
     pass
 
 
-def _files(folder: Path, pattern: str = "*") -> Outcome:
+def files_of(folder: Path, pattern: str = "*") -> Outcome:
     """Every file of a result; what a killed process had aside is nobody's."""
     found = {}
     for path in sorted(folder.rglob(pattern)):
@@ -117,18 +121,27 @@ def _score(shared: Path, folder: Path) -> None:
     _script("tools/build_negatives.py", [*GPT_FLAGS, *flags])
 
 
+def training_flags(shared: Path, folder: Path) -> list[str]:
+    """Of a run of STEPS steps that goes on from its own checkpoints, beside those of the model."""
+    return (
+        f"--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --train-iters {STEPS} "
+        "--eval-iters 0 --eval-interval 99 --split 1,0,0 --ckpt-format torch_dist "
+        f"--save-interval 2 --log-interval 1 --save {folder}/run --load {folder}/run "
+        f"--cpo-aux-loss --cpo-no-warmup --cpo-k {K} --cpo-data-path {shared}/scored/groups "
+        f"--data-cache-path {folder}/cache"
+    ).split()
+
+
 def _train(*more: str) -> Callable[[Path, Path], None]:
     def work(shared: Path, folder: Path) -> None:
-        flags = (
-            f"--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --train-iters {STEPS} "
-            "--eval-iters 0 --eval-interval 99 --split 1,0,0 --ckpt-format torch_dist "
-            f"--save-interval 2 --log-interval 1 --save {folder}/run --load {folder}/run "
-            f"--cpo-aux-loss --cpo-k {K} --cpo-data-path {shared}/scored/groups "
-            f"--data-cache-path {folder}/cache"
-        ).split()
-        _script("examples/pretrain_gpt.py", [*GPT_FLAGS, *flags, *more])
+        _script("examples/pretrain_gpt.py", [*GPT_FLAGS, *training_flags(shared, folder), *more])
 
     return work
+
+
+def _train_beside_plain_rows(shared: Path, folder: Path) -> None:
+    plain = ("--cpo-fraction", "0.5", "--data-path", str(shared / "tokens"))
+    _train(*plain)(shared, folder)
 
 
 def _script(name: str, argv: list[str]) -> None:
@@ -136,7 +149,8 @@ def _script(name: str, argv: list[str]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _weights(folder: Path) -> Outcome:
+def weights_of(folder: Path) -> Outcome:
+    """Of the last checkpoint, and which one that is."""
     last = folder / "run" / f"iter_{STEPS:07d}"
     tracker = (folder / "run" / "latest_checkpointed_iteration.txt").read_text()
     found = {
@@ -172,7 +186,7 @@ def _model_files(folder: Path) -> Outcome:
     """A place within the result's own files differs from run to run: it is taken out."""
     return {
         name: digest
-        for name, digest in _files(folder).items()
+        for name, digest in files_of(folder).items()
         if not name.endswith((".metadata", ".distcp", "convert.json", "flags.txt"))
     } | _tensors(folder)
 
@@ -195,22 +209,29 @@ def _tensors(folder: Path) -> Outcome:
     return found
 
 
-def _store(folder: Path) -> Outcome:
-    return _files(folder)
-
-
 PLACES = {
-    "tokenise": Place(_nothing, _tokenise, _store),
-    "build, one process": Place(_nothing, _build(Run(workers=1)), _store),
-    "build, two workers": Place(_nothing, _build(Run(workers=2)), _store),
-    "build, two shards": Place(_nothing, _build_shard, _store, shards=2),
-    "score": Place(_unscored, _score, _store),
-    "merge": Place(_nothing, _merge, _files),
+    "tokenise": Place(_nothing, _tokenise, files_of),
+    "build, one process": Place(_nothing, _build(Run(workers=1)), files_of),
+    "build, two workers": Place(_nothing, _build(Run(workers=2)), files_of),
+    "build, two shards": Place(_nothing, _build_shard, files_of, shards=2),
+    "score": Place(_unscored, _score, files_of),
+    "merge": Place(_nothing, _merge, files_of),
     "convert to Megatron": Place(
         _nothing, _convert("llama", from_format="hf", to_format="megatron"), _model_files
     ),
     "convert to Hugging Face": Place(
         _nothing, _convert("megatron", from_format="megatron", to_format="hf"), _model_files
     ),
-    "train": Place(_nothing, _train(), _weights, done_is_done=True),
+    "train": Place(_nothing, _train(), weights_of, done_is_done=True),
+    "train, half plain rows": Place(
+        _nothing, _train_beside_plain_rows, weights_of, done_is_done=True
+    ),
+    "train, two ranks": Place(
+        _nothing,
+        _train("--tensor-model-parallel-size", "2"),
+        weights_of,
+        shards=2,
+        ranks=True,
+        done_is_done=True,
+    ),
 }

@@ -1,4 +1,4 @@
-"""The library between a process and its disk: compiled when it is wanted, armed in a fork."""
+"""A library between a process, its disk and its clock: compiled when wanted, armed in a fork."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 SOURCE = Path(__file__).with_name("faulty.c")
-FAULTS = {"none": 0, "EIO": 1, "short writes": 2, "read-only": 3}
+FAULTS = {"none": 0, "EIO": 1, "short writes": 2, "read-only": 3, "clock back": 4}
 
 
 def again_with_library(folder: Path) -> NoReturn:

@@ -20,6 +20,8 @@ from tests.chaos.places import Outcome, Place
 REFUSED, CRASHED, HANGS = 1, 3, 999
 TIMEOUT = 100.0
 """Seconds after which a command hangs."""
+GRACE = 5.0
+"""Seconds that the other ranks have to end when one has failed; torchrun gives them 30."""
 FORK = multiprocessing.get_context("fork")
 
 
@@ -37,12 +39,20 @@ class Started:
         self._notes = folder.with_name(folder.name + ".notes")
         self._notes.mkdir(exist_ok=True)
         self._begin = time.monotonic()
-        self._ended: float | None = None
+        self._ranks = place.ranks
         self.processes: list[Any] = []
+        port = _free_port()
         for share in range(place.shards):
+            rank = {"RANK": str(share), "WORLD_SIZE": str(place.shards)} if place.ranks else {}
+            environment = {"CHAOS_SHARD": str(share), "RANK": "0", "WORLD_SIZE": "1", **rank}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port if rank else _free_port(),
+            }
+            environment["LOCAL_RANK"] = environment["RANK"]
+            notes = self._notes / str(share)
             process = FORK.Process(
-                target=_child,
-                args=(place, shared, folder, self._notes / str(share), share, before, library),
+                target=_child, args=(place, shared, folder, notes, environment, before, library)
             )
             process.start()
             self.processes.append(process)
@@ -57,9 +67,14 @@ class Started:
 
     def ended(self) -> list[int]:
         """Exit codes; a command that hangs is killed, and said to."""
-        deadline = time.monotonic() + TIMEOUT
+        deadline, failed = time.monotonic() + TIMEOUT, 0.0
         while self.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)  # and no join: it waits for orphans of the command as well
+            if self._ranks and not failed and any(p.exitcode for p in self.processes):
+                failed = time.monotonic()
+                self.signal(signal.SIGTERM, whole_group=False)
+            elif failed and time.monotonic() > failed + GRACE:
+                self.signal(signal.SIGKILL)
         if hangs := self.is_alive():
             self.signal(signal.SIGUSR1, whole_group=False)  # where? in its output
             time.sleep(1)
@@ -84,7 +99,7 @@ def _child(
     shared: Path,
     folder: Path,
     notes: Path,
-    share: int,
+    environment: dict[str, str],
     before: Callable[[], None],
     library: tuple[str, int],
 ) -> None:
@@ -96,8 +111,7 @@ def _child(
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ |= {"CHAOS_SHARD": str(share), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ |= environment
     multiprocessing.set_start_method("fork", force=True)
     before()
     preload.arm(*library, folder)

@@ -15,13 +15,12 @@ from typing import Any
 
 from megatron_cpo.checkpoints.formats.hugging_face import COPIED
 from megatron_cpo.checkpoints.formats.torch_dist import TorchDistCheckpoint
+from megatron_cpo.checkpoints.tokens import KEPT, kept_files
 
 SIDECAR = "hugging_face"
 """Beside a converted checkpoint: configuration and tokenizer of the model that it came from."""
 FLAGS = "megatron_flags.txt"
 """Beside a converted checkpoint: the flags that belong to it, quoted as a shell reads them."""
-KEPT = "tokenizer"
-"""Within an iteration: the run's tokenizer. Newer Megatron keeps it there, and so does merging."""
 TEMPLATES = "additional_chat_templates"
 """A folder of a tokenizer of transformers."""
 FILES = {
@@ -97,10 +96,9 @@ def run_tokenizers(checkpoint: Path, args: dict[str, Any]) -> Iterator[list[Path
     if not named or len(named) < len(FILES[kind]):
         return
     right = has_tokenizer if kind in FOLDERS else Path.is_file
-    kept = checkpoint / KEPT
-    first = [kept] if kind in FOLDERS else [kept / Path(path).name for path in named]
+    kept = [[checkpoint / KEPT]] if kind in FOLDERS else kept_files(checkpoint, kind, named)
     others = zip(*(found(path, checkpoint) for path in named), strict=False)
-    for paths in chain([first], others):
+    for paths in chain(kept, others):
         if all(map(right, paths)):
             yield list(paths)
 

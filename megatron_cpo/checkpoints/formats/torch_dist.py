@@ -6,6 +6,7 @@ on axis 0.
 """
 
 import dataclasses
+import json
 import math
 import pickle
 import re
@@ -41,8 +42,8 @@ from megatron_cpo.checkpoints.formats.hugging_face import NAMES
 from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
 from megatron_cpo.checkpoints.formats.unpickling import unpickle, unpickle_archive
 from megatron_cpo.checkpoints.formats.usable import refuse_tensors
-from megatron_cpo.checkpoints.meaning import architecture_of_arguments
-from megatron_cpo.checkpoints.tokens import Vocabulary, vocabulary_of_files
+from megatron_cpo.checkpoints.meaning import Architecture, architecture_of_arguments, unusual
+from megatron_cpo.checkpoints.tokens import Vocabulary, kept_files, vocabulary_of_files
 
 _TRAINING_STATE = re.compile(r"(chained_\d+\.)?optimizer\.|(.*\.)?(rng|rerun_state_machine)_state/")
 """Entries that a merged checkpoint leaves out."""
@@ -89,7 +90,7 @@ class TorchDistCheckpoint:
 
     def identity(self) -> dict[str, Any]:
         """What `checkpoint_identity` says of it where it is the latest iteration."""
-        digest = digest_of(_parts(self.folder, self._stored))
+        digest = _digest(self.folder, self._stored, self.architecture)
         return {"name": self.name, "iteration": self.iteration, "digest": digest}
 
     def prepare(self, output: Path, dtypes: dict[str, torch.dtype]) -> dict[str, StoredTensor]:
@@ -197,14 +198,12 @@ class TorchDistCheckpoint:
         named = [Path(self.args[n]) for n in _TOKENIZER_FILES if self.args.get(n)]
         if not named or kind == "NullTokenizer":
             return Vocabulary()
-        found = [self._moved(path) for path in named]
+        kept = kept_files(self.folder, str(kind), named)
+        places = zip(named, (self.folder.parent / path.name for path in named), *kept, strict=True)
+        found = (next((path for path in some if path.exists()), None) for some in places)
         known = vocabulary_of_files(*(path for path in found if path))
         known.source = f"{kind} {' '.join(path.name for path in named)}"
         return known
-
-    def _moved(self, path: Path) -> Path | None:
-        beside = (path, self.folder.parent / path.name, self.folder / "tokenizer" / path.name)
-        return next((place for place in beside if place.exists()), None)
 
 
 def read_arguments(folder: Path) -> dict[str, Any]:
@@ -233,18 +232,37 @@ def _arguments(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> di
         raise ValueError(f"{path}: its common state is damaged: {said}") from error
 
 
-def weight_parts(folder: Path) -> list[Part]:
-    """The bytes of one iteration's weights, and of what it says of them, without training state.
+def weights_digest(folder: Path) -> str:
+    """Of one iteration's weights, and of what its arguments say that they compute.
 
-    Of any format with torch's `.metadata`.
+    Of any format with torch's `.metadata`; without training state.
     """
+    stored = _weights(folder)
+    described = (folder / "common.pt").exists() or _COMMON in stored
+    args = _arguments(folder, stored) if described else {}
+    return _digest(folder, stored, architecture_of_arguments(args))
+
+
+def weight_parts(folder: Path) -> list[Part]:
+    """The bytes of one iteration's weights, without training state and arguments."""
+    return _parts(folder, _weights(folder))
+
+
+def _weights(folder: Path) -> dict[MetadataIndex, _StorageInfo]:
     stored = _unpickled_metadata(folder).storage_data
-    found = {index: info for index, info in stored.items() if not _TRAINING_STATE.match(index.fqn)}
-    return _parts(folder, found)
+    return {index: info for index, info in stored.items() if not _TRAINING_STATE.match(index.fqn)}
+
+
+def _digest(
+    folder: Path, stored: Mapping[MetadataIndex, _StorageInfo], architecture: Architecture
+) -> str:
+    """Of the arguments only what is computed counts, and not where the run's files lay."""
+    said = json.dumps(unusual(architecture), sort_keys=True, default=str)
+    return digest_of(_parts(folder, stored), said)
 
 
 def _parts(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> list[Part]:
-    parts = [
+    return [
         Part(
             f"{i.fqn} {tuple(i.offset or ())}",
             folder / info.relative_path,
@@ -252,10 +270,8 @@ def _parts(folder: Path, stored: Mapping[MetadataIndex, _StorageInfo]) -> list[P
             info.length,
         )
         for i, info in stored.items()
+        if i != _COMMON
     ]
-    common = folder / "common.pt"
-    size = common.stat().st_size if common.exists() else 0
-    return parts + ([Part(common.name, common, 0, size)] if size else [])
 
 
 def _iteration_folder(path: Path, iteration: int | None) -> tuple[Path, str]:

@@ -55,7 +55,7 @@ def merge(
     alphas = _check_alphas(alpha)
     folders = [""]
     if isinstance(alpha, Sequence):
-        folders = [f"alpha-{share:.15g}" for share in alphas]
+        folders = [_folder(share) for share in alphas]
     combinations = {
         folder: Combination(f"alpha {share:g}", (share, 1 - share))
         for folder, share in zip(folders, alphas, strict=True)
@@ -160,9 +160,14 @@ def _check_weights(count: int, weights: Sequence[float] | None, base: bool) -> l
     return [float(weight) for weight in weights]
 
 
+def _folder(alpha: float) -> str:
+    """Of one of several alphas; those that differ in rounding alone have one."""
+    return f"alpha-{alpha:.15g}"
+
+
 def _check_alphas(alpha: float | Sequence[float]) -> list[float]:
     alphas = [float(share) for share in (alpha if isinstance(alpha, Sequence) else [alpha])]
-    if not alphas or len(set(alphas)) < len(alphas):
+    if not alphas or len({_folder(share) for share in alphas}) < len(alphas):
         raise ValueError(f"--alpha {alpha}: give at least one value, and each once")
     for share in alphas:
         if not 0 <= share <= 1:

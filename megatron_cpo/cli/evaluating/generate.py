@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_cpo.building.flags import add_scale_arguments, share_of_work
-from megatron_cpo.cli.parsing import answer_help, beside_megatrons
+from megatron_cpo.cli.parsing import answer_help, beside_megatrons, output_path
 from megatron_cpo.cli.ranks import Turn
 from megatron_cpo.policies.flags import (
     add_decoding_arguments,
@@ -32,6 +32,7 @@ from megatron_cpo.policies.flags import (
 )
 from megatron_cpo.quiet import hidden_chatter, say
 from megatron_cpo.records.source import INPUT_HELP, add_source_arguments, source_from_args
+from megatron_cpo.work.job import BLOCK_RECORDS
 
 if TYPE_CHECKING:
     from megatron_cpo.evaluation.generating import GenerateConfig
@@ -43,7 +44,9 @@ ROW_TOKENS = 2048
 def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this verb's flags to a parser, which may be Megatron's."""
     add = add_source_arguments(parser, also=["--data"]).add_argument_group("texts").add_argument
-    add("--output", required=True, type=Path, metavar="FILE", help="the file of texts, .json")
+    add(
+        "--output", required=True, type=output_path, metavar="FILE", help="the file of texts, .json"
+    )
     add("--decode", default="greedy", metavar="HOW",
         help="greedy, sample or beam (default: %(default)s)")  # fmt: skip
     add("--beams", type=int, default=4, metavar="N", help="of beam (default: %(default)s)")
@@ -54,9 +57,9 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="the model's name in the file (default: that of its folder)")  # fmt: skip
     add_decoding_arguments(parser)
     add = add_scale_arguments(parser)
-    add("--block-records", type=int, default=16, metavar="N",
+    add("--block-records", type=int, default=BLOCK_RECORDS, metavar="N",
         help="records that are finished at a time: what a kill can cost, and the most that a model "
-        "works on together; give more on a GPU (default: %(default)s)")  # fmt: skip
+        "works on together, up to --policy-batch (default: %(default)s)")  # fmt: skip
     return parser
 
 

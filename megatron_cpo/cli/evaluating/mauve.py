@@ -15,7 +15,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.quiet import hidden_chatter, say
 
 
@@ -39,7 +39,12 @@ def main() -> None:
     add("--seeds", type=int, default=5, metavar="N",
         help="clusterings (default: %(default)s)")  # fmt: skip
     add("--few", action="store_true", help="accept fewer than 100 texts")
-    add("--output", type=Path, metavar="FILE", help="(default: mauve.json beside the first file)")
+    add(
+        "--output",
+        type=output_path,
+        metavar="FILE",
+        help="(default: mauve.json beside the first file)",
+    )
     args = parser.parse_args()
     if os.environ.get("RANK", "0") != "0":
         return  # one process does it
@@ -52,9 +57,11 @@ def main() -> None:
             open_features,
             write_mauve,
         )
+        from megatron_cpo.evaluation.scores import check_output
 
+        output = args.output or args.candidate[0].with_name("mauve.json")
+        check_output(output)
         features = partial(open_features, args.features, args.pool, args.batch)
         found, model = mauve_files(args.candidate, features, args.baseline, args.seeds, args.few)
-        output = args.output or args.candidate[0].with_name("mauve.json")
         write_mauve(output, found, model)
         say(f"{describe_mauve(found, model)}\n\nwritten: {output}")

@@ -9,13 +9,14 @@ decodings are kept apart. What is not there is left out, and said.
 A generator's name says what it is: NAME@alpha=0.3, or NAME@negatives=MixN,alpha=0.3, as `sweep`
 writes it. Where a method is there at several alphas, the best is chosen on one half of the prompts
 (by a hash of their ids) and reported on the other; the figures of both halves are shown. The page
-is one file without network: tables, figures, and the models' texts of each prompt side by side.
+is one file without network: tables, figures, and the models' texts of each prompt side by side;
+--log train.log ... adds the curves of training.
 Needs the extra [eval]; --figures also [plot].
 """
 
 from pathlib import Path
 
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.evaluation.reporting.quantities import QUANTITIES
 
 
@@ -24,9 +25,12 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="with the results files")
-    add("--html", type=Path, metavar="FILE", help="write the page")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables")
-    add("--figures", type=Path, metavar="FOLDER", help="draw the figures, as PNG")
+    add("--html", type=output_path, metavar="FILE", help="write the page")
+    add("--markdown", type=output_path, metavar="FILE", help="write the tables")
+    add("--figures", type=output_path, metavar="FOLDER", help="draw the figures, as PNG")
+    add("--title", metavar="WORDS", help="of the report (default: the folder's name)")
+    add("--log", type=Path, nargs="+", default=[], metavar="FILE",
+        help="what training printed: its loss is drawn in the page")  # fmt: skip
     add("--choose-by", choices=list(QUANTITIES),
         help="what the best alpha is chosen by (default: the first of these that is "
         "there)")  # fmt: skip
@@ -50,5 +54,7 @@ def main() -> None:
             choose_by=args.choose_by,
             seed=args.seed,
             most=args.html_prompts,
+            title=args.title,
+            logs=args.log,
         )
     )

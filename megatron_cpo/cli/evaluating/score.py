@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_cpo.cli.parsing import Parser, answer_help, beside_megatrons
+from megatron_cpo.cli.parsing import Parser, answer_help, beside_megatrons, output_path
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 from megatron_cpo.quiet import hidden_chatter, say
 
@@ -58,7 +58,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         help="of the rewards, where the store has reference log-probs (default: "
         "%(default)s)")  # fmt: skip
     add = parser.add_argument_group("both").add_argument
-    add("--output", type=Path, metavar="FILE",
+    add("--output", type=output_path, metavar="FILE",
         help="(default: scores.json beside the first file of texts; of groups "
         "none)")  # fmt: skip
     return parser
@@ -86,8 +86,10 @@ def main() -> None:
 
 
 def _score_texts(args: argparse.Namespace) -> None:
-    from megatron_cpo.evaluation.scores import describe, score_files, write_scores
+    from megatron_cpo.evaluation.scores import check_output, describe, score_files, write_scores
 
+    output = args.output or args.candidate[0].with_name("scores.json")
+    check_output(output)
     external = None
     if args.external:
         from megatron_cpo.evaluation.external import ExternalModel
@@ -95,7 +97,6 @@ def _score_texts(args: argparse.Namespace) -> None:
         external = ExternalModel(
             args.external, batch=args.external_batch, dtype=args.external_dtype
         )
-    output = args.output or args.candidate[0].with_name("scores.json")
     cache = output.with_name("external-nll.jsonl")
     found = score_files(args.candidate, args.baseline, external, args.similarity, cache)
     write_scores(output, found)
@@ -104,7 +105,10 @@ def _score_texts(args: argparse.Namespace) -> None:
 
 def _score_under_folder(args: argparse.Namespace) -> None:
     from megatron_cpo.evaluation.group_scores import under_folder
+    from megatron_cpo.evaluation.scores import check_output
 
+    if args.output is not None:
+        check_output(args.output)
     if not (args.policy or "").startswith("hf:"):
         raise ValueError(
             f"--groups {args.groups}: needs the model: --policy hf:PATH, or --load CHECKPOINT with "
@@ -120,6 +124,7 @@ def _score_under_checkpoint() -> None:
 
     install()
     from megatron_cpo.evaluation.group_scores import under_checkpoint
+    from megatron_cpo.evaluation.scores import check_output
     from megatron_cpo.host.loading import score_args
 
     args = score_args(beside_megatrons(add_score_arguments))
@@ -128,6 +133,8 @@ def _score_under_checkpoint() -> None:
             f"--load {args.load}: a checkpoint ranks --groups PREFIX; give that, and neither "
             "--candidate nor --policy"
         )
+    if args.output is not None:
+        check_output(args.output)
     found = under_checkpoint(args.groups, args, args.policy_batch, args.beta)
     if os.environ.get("RANK", "0") == "0":
         _tell(found, args.output)

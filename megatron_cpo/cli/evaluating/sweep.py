@@ -27,7 +27,7 @@ from megatron_cpo.cli.evaluating.winrate import (
     check_unread,
     judge_from_args,
 )
-from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.cli.parsing import Parser, output_path
 from megatron_cpo.evaluation.reporting.quantities import QUANTITIES
 from megatron_cpo.quiet import hidden_chatter, say
 
@@ -45,7 +45,13 @@ def main() -> None:
     add("--alpha", type=float, nargs="+", default=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], metavar="A",
         help="shares of the MLE checkpoint, in [0, 1] (default: 0 0.1 0.3 0.5 0.7 0.9 "
         "1)")  # fmt: skip
-    add("--output", required=True, type=Path, metavar="FOLDER", help="for all that comes of it")
+    add(
+        "--output",
+        required=True,
+        type=output_path,
+        metavar="FOLDER",
+        help="for all that comes of it",
+    )
     add("--name", default="cpo", help="of the method, in the report (default: %(default)s)")
     add("--negatives", default="", metavar="NAME",
         help="what the negatives of training were, such as MixN, for the report")  # fmt: skip

@@ -62,13 +62,15 @@ def judge_from_args(args: argparse.Namespace) -> "JudgeOptions":
 
 def check_unread(prog: str, found: "Sequence[WinRate]", most: float, where: str) -> None:
     """End with status 3 if more than a share of all pairs have no verdict."""
-    unread = sum(each.unread for each in found)
+    unread, refused = (sum(getattr(each, n) for each in found) for n in ("unread", "refused"))
     pairs = sum(each.wins + each.ties + each.losses + each.unread for each in found)
     if unread > most * pairs:
+        said = next((each.refusal for each in found if each.refusal), "")
+        parts = f" ({refused} of them refused: {said})" if refused else ""
+        remedy = "a judge that takes these texts" if refused else "a --template that it follows"
         print(
-            f"{prog}: {unread} of {pairs} pairs have no clear verdict, more than "
-            f"--max-unread {most}; read the replies in {where}, and give a "
-            "--template that this judge follows",
+            f"{prog}: {unread} of {pairs} pairs have no clear verdict{parts}, more than "
+            f"--max-unread {most}; read the replies in {where}, and give {remedy}",
             file=sys.stderr,
         )
         sys.exit(3)

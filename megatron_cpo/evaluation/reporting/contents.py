@@ -1,6 +1,6 @@
 """What is in a report, whatever it is written as."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_cpo import __version__
 from megatron_cpo.evaluation.reporting import tables
@@ -9,6 +9,7 @@ from megatron_cpo.evaluation.reporting.folder import Folder
 from megatron_cpo.evaluation.reporting.measures import Curve, curves, measured
 from megatron_cpo.evaluation.reporting.quantities import QUANTITIES, Quantity
 from megatron_cpo.evaluation.reporting.tables import Table
+from megatron_cpo.evaluation.reporting.training import Training
 from megatron_cpo.evaluation.statistics import Estimate
 
 
@@ -39,6 +40,8 @@ class Report:
     choices: list[Choice]
     """By the quantity that alpha is chosen by."""
     notes: list[str]
+    training: list[Training] = field(default_factory=list)
+    """Curves of runs whose logs were given; drawn in the page alone."""
 
 
 def chosen_quantity(folder: Folder, name: str | None) -> Quantity:

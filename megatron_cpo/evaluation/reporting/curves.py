@@ -1,6 +1,7 @@
-"""A figure against alpha as a small SVG; colours and fonts are the page's."""
+"""Figures as small SVGs, against alpha and of training; colours and fonts are the page's."""
 
 from megatron_cpo.evaluation.reporting.contents import Plot
+from megatron_cpo.evaluation.reporting.training import Training
 from megatron_cpo.inspection.drawing import Scale, axis, figure, text, ticks
 
 TOP, BOTTOM, LEFT, RIGHT = 18, 200, 46, 366
@@ -14,11 +15,7 @@ def curve_figure(plot: Plot) -> str:
     lower = [f"{x(a):.1f} {y(e.low):.1f}" for a, e in plot.points.items()]
     line = [f"{x(a):.1f} {y(e.value):.1f}" for a, e in plot.points.items()]
     parts = [
-        *(
-            f'<path class="grid" d="M{LEFT} {at:.1f}H{RIGHT}"/>'
-            f"{text(LEFT - 8, at + 4, number, 'value')}"
-            for at, number in ticks(y)
-        ),
+        *_grid(y),
         f'<path class="band" d="M{"L".join([*upper, *reversed(lower)])}Z"/>',
         f'<path class="curve" d="M{"L".join(line)}"/>',
         *(
@@ -42,6 +39,36 @@ def curve_figure(plot: Plot) -> str:
     parts.append(axis(x, BOTTOM))
     said = "; ".join(f"alpha {a:.15g}: {e}" for a, e in plot.points.items())
     return figure(plot.title, caption, BOTTOM + 24, parts, said)
+
+
+def training_figure(training: Training) -> str:
+    """The loss by iteration, and the loss at the reference as a line across."""
+    losses, start = training.losses, training.at_reference
+    first, last = min(losses), max(losses)
+    most = max([*losses.values(), start or 0.0])
+    x = Scale(first, max(last, first + 1), left=LEFT, right=RIGHT)
+    y = Scale(0.0, most * 1.08 or 1.0, left=BOTTOM, right=TOP)
+    line = "L".join(f"{x(at):.1f} {y(loss):.1f}" for at, loss in losses.items())
+    parts = [
+        *_grid(y),
+        f'<path class="curve" d="M{line}"/>',
+    ]
+    caption = "CPO loss of each batch, nats a group, by iteration."
+    if start is not None:
+        parts.append(f'<path class="best dashed" d="M{LEFT} {y(start):.1f}H{RIGHT}"/>')
+        caption += f" Dashed: {start:.3f}, the loss of the reference itself."
+    parts.append(axis(x, BOTTOM, whole=True))
+    ends = f"{losses[first]:.3f} at iteration {first}, {losses[last]:.3f} at {last}"
+    return figure(f"Training: {training.name}", caption, BOTTOM + 24, parts, ends)
+
+
+def _grid(y: Scale) -> list[str]:
+    """Lines across at round values."""
+    return [
+        f'<path class="grid" d="M{LEFT} {at:.1f}H{RIGHT}"/>'
+        f"{text(LEFT - 8, at + 4, number, 'value')}"
+        for at, number in ticks(y)
+    ]
 
 
 def _scales(plot: Plot) -> tuple[Scale, Scale]:

@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.evaluation.command import SUFFIX
 from megatron_cpo.evaluation.reporting.likelihoods import External, read_external
 from megatron_cpo.evaluation.reporting.naming import Model, read_name
 from megatron_cpo.evaluation.reporting.verdicts import (
-    SUFFIX,
     Judged,
     find_pair,
     read_leaderboard,
     read_verdicts,
 )
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
+from megatron_cpo.evaluation.scores import is_ours
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def check_together(results: Iterable[Results]) -> None:
 
 def _take(folder: Folder, file: Path, content: dict[str, Any]) -> None:
     """Put a JSON object where it belongs."""
-    if isinstance(content.get("files"), list):
+    if not is_ours(content):  # other tools know the same words
+        folder.notes.append(f"{file.name}: neither texts nor scores")
+    elif isinstance(content.get("files"), list):
         _take_scores(folder, file, content)
     elif isinstance(content.get("mauve"), list):
         _take_mauve(folder, file, content)

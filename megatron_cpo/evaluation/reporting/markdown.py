@@ -37,6 +37,8 @@ def _table(table: Table) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     parts = [f"## {_plain(table.title)}", *([_plain(table.note)] if table.note else []),
              "\n".join([head, line, *rows])]  # fmt: skip
+    if table.meanings:
+        parts.append("\n".join(f"- {_plain(f'{label}: {said}')}" for label, said in table.meanings))
     return "\n\n".join(parts)
 
 

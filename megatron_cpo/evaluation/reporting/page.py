@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpo.evaluation.reporting.contents import Report
-from megatron_cpo.evaluation.reporting.curves import curve_figure
+from megatron_cpo.evaluation.reporting.curves import curve_figure, training_figure
 from megatron_cpo.evaluation.reporting.folder import Folder
 from megatron_cpo.evaluation.reporting.tables import WORDS, Table, shown
 from megatron_cpo.evaluation.results import Text
@@ -46,7 +46,9 @@ def render_page(report: Report, folder: Folder, most: int) -> str:
     notes = "".join(f"<li>{escape(visible(words))}</li>" for words in report.notes)
     left_out = f'<ul class="note">{notes}</ul>' if notes else ""
     facts = [(label, visible(said)) for label, said in report.facts]
-    plots = "\n".join(curve_figure(plot) for plot in report.plots)
+    plots = "\n".join(
+        [*map(training_figure, report.training), *(curve_figure(plot) for plot in report.plots)]
+    )
     body = f"""\
 {header(visible(report.name), facts)}
 <main>
@@ -176,8 +178,20 @@ def _table(table: Table) -> str:
     return (
         f'<div class="table"><h3>{title}</h3>{note(visible(table.note))}'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></div>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{_meanings(table)}</div>"
     )
+
+
+def _meanings(table: Table) -> str:
+    if not table.meanings:
+        return ""
+    items = "".join(
+        f"<dt>{escape(visible(label))}</dt><dd>{escape(visible(words))}</dd>"
+        for label, words in table.meanings
+    )
+    summary = "<summary>What the figures are</summary>"
+    return f'<details class="note">{summary}<dl>{items}</dl></details>'
 
 
 def _class(column: str) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_cpo.evaluation.reporting.contents import Plot
 from megatron_cpo.extras import needs
-from megatron_cpo.files import whole_file
+from megatron_cpo.files import make_folder, whole_file
 
 
 def draw(plots: list[Plot], folder: Path) -> list[Path]:
@@ -17,7 +17,7 @@ def draw(plots: list[Plot], folder: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f"drawing the figures {needs('matplotlib', 'plot')}") from error
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     paths = []
     for plot in plots:
         alike = [other for other in plots if other.number == plot.number]

@@ -1,6 +1,8 @@
 """A folder of results to Markdown, PNG and a page: what `evaluate report` does."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_cpo.evaluation.reporting.contents import Report, contents
@@ -9,7 +11,8 @@ from megatron_cpo.evaluation.reporting.markdown import render_markdown
 from megatron_cpo.evaluation.reporting.page import render_page
 from megatron_cpo.evaluation.reporting.pictures import draw
 from megatron_cpo.evaluation.reporting.tables import Table, alpha_cell, alphas, shown
-from megatron_cpo.files import write_whole
+from megatron_cpo.evaluation.reporting.training import read_training
+from megatron_cpo.files import make_folder, write_whole
 
 
 def write_report(
@@ -21,6 +24,8 @@ def write_report(
     choose_by: str | None = None,
     seed: int = 0,
     most: int = 1000,
+    title: str | None = None,
+    logs: Sequence[Path] = (),
 ) -> str:
     """Write the report of a folder of results; returns what to tell people.
 
@@ -30,6 +35,8 @@ def write_report(
         choose_by: what the best alpha is chosen by, see `contents`.
         seed: of the halves of the prompts.
         most: prompts whose texts are in the page.
+        title: of the report; None: the folder's name.
+        logs: of training runs, whose losses are drawn in the page.
 
     Raises:
         ValueError: the files do not belong together, or there is nothing to report.
@@ -39,6 +46,8 @@ def write_report(
         raise ValueError(f"--html-prompts {most}: needs at least 1")
     found = read_folder(folder)
     report = contents(found, choose_by, seed)
+    curves = [curve for log in logs if (curve := read_training(log))]
+    report = replace(report, name=title or report.name, training=curves)
     said = [*describe(report)]
     drawn = draw(report.plots, figures) if figures else []
     said += [f"{path}" for path in drawn]
@@ -76,6 +85,6 @@ def aligned(table: Table) -> list[str]:
 
 def _write(path: Path, text: str) -> str:
     content = text.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, content)
     return f"{path}: {len(content) / 1e6:.1f} MB" if len(content) > 10**5 else str(path)

@@ -18,7 +18,7 @@ from megatron_cpo.evaluation.win_rate import win_rate
 Cell = str | int | float | Estimate | None
 SETTINGS = ("decoding", "chosen by", "against", "judge, template", "features")
 """Columns that go into the note where they are the same in all rows."""
-WORDS = ("model", "method", "negatives", "groups", "figure", "definition", *SETTINGS)
+WORDS = ("model", "method", "negatives", "groups", "figure", *SETTINGS)
 """Columns of words; others are of numbers."""
 ALPHA_NOTE = (
     "Chosen on half A of the prompts, so the figure there is too good; half B, which took no part "
@@ -37,6 +37,8 @@ class Table:
     """None: nothing there."""
     marked: int | None = None
     """The row that stands out."""
+    meanings: tuple[tuple[str, str], ...] = ()
+    """Of its figures: label and definition."""
 
     def narrow(self) -> "Table":
         """The same without columns that say nothing or one thing; the note says that instead."""
@@ -89,7 +91,7 @@ def win_rates(folder: Folder) -> Table | None:
             model.title, alpha_cell(model.alpha), each.candidate.made.decoding or None,
             each.against, found.win_rate, found.length_controlled, found.wins, found.ties,
             found.losses, found.unread, found.order_bias, found.words[0],
-            judge_of(found, folder.leaderboard) or None,
+            judge_of(found, each.candidate.made.decoding, folder.leaderboard) or None,
         ])  # fmt: skip
     if not rows:
         return None
@@ -167,12 +169,19 @@ def ranking(folder: Folder) -> Table | None:
         for name, figure in each["figures"].items():
             label = folder.definitions.get(name, {}).get("label", name)
             rows.append([
-                str(each["model"].get("name", "")), each["path"], label, estimate(figure)
+                str(each["model"].get("name", "")), _place(each["path"], folder), label,
+                estimate(figure)
             ])  # fmt: skip
     if not rows:
         return None
     title = "Ranking of held-out groups, by kind of negative"
     return Table(title, "", ("model", "groups", "figure", "value"), rows)
+
+
+def _place(path: str, folder: Folder) -> str:
+    """Where a store lies, as seen from the folder around the results if it is below that."""
+    around = folder.path.resolve().parent
+    return str(Path(path).relative_to(around)) if Path(path).is_relative_to(around) else path
 
 
 def decodings(folder: Folder, quantity: Quantity) -> Table | None:
@@ -232,12 +241,15 @@ def scores(folder: Folder) -> list[Table]:
             continue
         order = list(DEFINITIONS)
         rows: list[list[Cell]] = []
+        meanings = []
         for name in sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n)):
             about = folder.definitions.get(name, {})
-            found = [estimate(figures.get(name)) for figures in sets.values()]
-            rows.append([about.get("label", name), *found, about.get("definition")])
+            label = about.get("label", name)
+            rows.append([label, *(estimate(figures.get(name)) for figures in sets.values())])
+            meanings += [(label, about["definition"])] if "definition" in about else []
         title = f"Without a judge{f': {decoding}' if decoding else ''}"
-        tables.append(Table(title, "", ("figure", *sets, "definition"), rows).narrow())
+        table = Table(title, "", ("figure", *sets), rows, meanings=tuple(meanings))
+        tables.append(table.narrow())
     return tables
 
 

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpo.evaluation.command import REFERENCE
+from megatron_cpo.evaluation.command import REFERENCE, SUFFIX
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.verdicts import Comparison, Verdict
-from megatron_cpo.evaluation.win_rate import Pair, WinRate, comparisons, settled
-
-SUFFIX = ".verdicts.jsonl"
+from megatron_cpo.evaluation.win_rate import (
+    Pair,
+    WinRate,
+    comparisons,
+    settled,
+    texts_digest,
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ def read_verdicts(path: Path, ours: Results, theirs: Results) -> Judged:
         ValueError: a line is none, or the verdicts are of other texts than the files have now.
     """
     judged: dict[tuple[str, int], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # A judge's words may have a line separator of Unicode in them, which ends no line of JSON.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             judged[row["id"], row["sample"]] = row
@@ -64,7 +70,11 @@ def read_verdicts(path: Path, ours: Results, theirs: Results) -> Judged:
         )
     pairs = [_pair(path, judged[id, sample], pair) for id, sample, pair in texts]
     for pair in pairs:
-        if (settled(pair.comparison) or "judged") != pair.why.replace("unread", "judged"):
+        said = judged[pair.id, pair.sample].get("texts")  # earlier releases wrote none
+        if said not in (None, texts_digest(pair.comparison)):
+            raise ValueError(f"{path}: {pair.id[:80]!r} has other texts than were judged; {again}")
+        asked = "judged" if pair.why in ("unread", "refused") else pair.why
+        if (settled(pair.comparison) or "judged") != asked:
             raise ValueError(
                 f"{path}: {pair.id[:80]!r} was {pair.why} when it was judged, its texts are "
                 f"{settled(pair.comparison) or 'neither identical nor empty'} now; {again}"
@@ -91,8 +101,8 @@ def read_leaderboard(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def judge_of(found: WinRate, rows: list[dict[str, str]]) -> str:
-    """Who gave a result, by the leaderboard; empty if it has no such row."""
+def judge_of(found: WinRate, decoding: str, rows: list[dict[str, str]]) -> str:
+    """Who gave a result of texts decoded so, by the leaderboard; empty if it has no such row."""
     counts = {
         "candidate": found.candidate, "baseline": found.baseline, "n_wins": found.wins,
         "n_draws": found.ties, "n_losses": found.losses, "n_unread": found.unread,
@@ -100,6 +110,7 @@ def judge_of(found: WinRate, rows: list[dict[str, str]]) -> str:
     judges = []
     for row in rows:
         values = {k: v if isinstance(v, str) else f"{v:.6g}" for k, v in counts.items()}
-        if all(row.get(name) == value for name, value in values.items()):
+        alike = row.get("decoding") in (None, "", decoding)  # rows of earlier releases do not say
+        if alike and all(row.get(name) == value for name, value in values.items()):
             judges.append(f"{row.get('judge', '')}, {row.get('template', '')}")
     return judges[0] if len(judges) == 1 else ""

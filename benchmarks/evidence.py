@@ -43,6 +43,7 @@ STUDIES = {
     "smollm2-dolly-2": Study("evidence-smollm2-2.yaml", (4, 5, 6), SMOLLM2),
     "smollm2-dolly-3": Study("evidence-smollm2-3.yaml", (7, 8, 9), SMOLLM2),
     "stories260k": Study("evidence-stories260k.yaml", (1, 2, 3)),
+    "stories260k-prefixes": Study("evidence-stories260k-prefixes.yaml", (1, 2, 3)),
     "quickstart": Study("quickstart.yaml", tuple(range(1, 11))),
 }
 ENDED = ("quickstart-1e-4",)

@@ -2,7 +2,9 @@
 
 A line has `variant`, `seed`, `alpha`, `decoding`, `commit`, `command`; `figures`: value, low and
 high by name; `values`: a number for each prompt, or null, of the figures that are compared, in the
-order of the data; and of alpha 0 `training` and `ranking`. The reference is of seed 0.
+order of the data; `mauve`, where the recipe asks for it: the value, the standard deviation over
+seeds of k-means, and how many texts there were; and of alpha 0 `training` and `ranking`. The
+reference is of seed 0.
 """
 
 import json
@@ -67,6 +69,8 @@ def lines_of_run(
         if model_of(texts).method in ("reference", variant):
             by_decoding.setdefault(texts.made.decoding, []).append(path)
     model = ExternalModel(external) if external else None
+    mauve = {row["candidate"]: row for path in results.glob("mauve*.json")
+             for row in json.loads(path.read_text())["mauve"]}  # fmt: skip
     for decoding, paths in by_decoding.items():
         cache_file = results / "external-nll.jsonl"
         for each in score_files(paths, None, model, similarity, cache_file).files:
@@ -74,10 +78,12 @@ def lines_of_run(
             own = named.method != "reference"
             line = {
                 "variant": named.method, "seed": seed if own else 0, "alpha": named.alpha,
-                "decoding": decoding.partition(",")[0],
+                "decoding": name_of(decoding),
                 "figures": {n: [e.value, e.low, e.high] for n, e in each.estimates.items()},
                 "values": {n: _by_prompt(each, n) for n in COMPARED if n in each.figures},
             }  # fmt: skip
+            if row := mauve.get(str(each.results.path)):
+                line["mauve"] = [row["value"], row["sd"], row["texts"]]
             if own and not named.alpha:
                 line |= {
                     "training": _training(folder / "logs" / f"train-{named.method}.log"),
@@ -85,6 +91,12 @@ def lines_of_run(
                 }
             lines.append(line)
     return lines
+
+
+def name_of(decoding: str) -> str:
+    """A decoding without what all of a study's have in common; of samples, top-k alone has none."""
+    how, *settings = decoding.split(", ")
+    return ", ".join([how, *(each for each in settings if each.startswith("top-p"))])
 
 
 def _by_prompt(scored: Any, name: str) -> list[float | None]:

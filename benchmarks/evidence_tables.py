@@ -75,16 +75,24 @@ def _training(found: Lines) -> str:
 
 def _texts(found: Lines, decoding: str) -> str:
     names = _names(found, decoding)
+    first = next(line for key, lines in found.items() for line in lines if key[2] == decoding)
+    mauve = "mauve" in first
     rows = [
         [_title(key), _seeds(lines),
-         *(f"{np.mean([line['figures'][n][0] for line in lines]):.3f}" for n in names)]
+         *(f"{np.mean([line['figures'][n][0] for line in lines]):.3f}" for n in names),
+         *([_mauve(lines)] if mauve else [])]
         for key, lines in found.items() if key[2] == decoding
     ]  # fmt: skip
-    first = next(line for key, lines in found.items() for line in lines if key[2] == decoding)
     truth = first["figures"].get("nll_truth")
     people = f" People's continuations: {truth[0]:.3f} nats a token." if truth else ""
     head = f"**{decoding}**, means over seeds and prompts.{people}"
-    return f"{head}\n\n" + _table(["model", "seeds", *(FIGURES[n] for n in names)], rows)
+    last = ["MAUVE, by seed (± over seeds of k-means)"] if mauve else []
+    return f"{head}\n\n" + _table(["model", "seeds", *(FIGURES[n] for n in names), *last], rows)
+
+
+def _mauve(lines: list[dict[str, Any]]) -> str:
+    """Each seed's: texts of one prompt have no value of their own, so there is no interval."""
+    return ", ".join(f"{value:.3f} ± {sd:.3f}" for value, sd, _ in (x["mauve"] for x in lines))
 
 
 def _differences(found: Lines, decoding: str) -> str:

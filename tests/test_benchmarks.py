@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.__main__ import PARTS, main
 from benchmarks.communication import Counted
+from benchmarks.evidence_lines import name_of
 from benchmarks.evidence_tables import tables
 from benchmarks.head import PeakBytes
 from benchmarks.scaling import _group
@@ -93,3 +94,21 @@ def test_evidence_pairs_prompts_of_the_same_seed():
     assert "| bn | 1, 2 | 1.10, 1.06 | 1.00 | 2.00 | -1.00 | 0.50 |" in page
     assert page.endswith("Commits abc; `run --seeds 1 2`.")
     assert tables([]) == "No run of it has ended yet."
+
+
+def test_evidence_shows_mauve_of_each_seed():
+    lines = [
+        evidence("mle", 1, [0.1, 0.3, 0.2]) | {"mauve": [0.5, 0.0125, 200]},
+        evidence("mle", 2, [0.5, 0.5, 0.5]) | {"mauve": [0.625, 0.0, 200]},
+    ]  # fmt: skip
+    assert "| mle | 1, 2 | 0.350 | 0.500 ± 0.013, 0.625 ± 0.000 |" in tables(lines)
+
+
+def test_evidence_keeps_two_ways_of_sampling_apart():
+    """Decodings as files of texts name them."""
+    named = [
+        name_of("greedy, at most 8 tokens"), name_of("4 beams, at most 8 tokens"),
+        name_of("sampled, top-k 50, temperature 1, seed 1, 1 a prompt, at most 8 tokens"),
+        name_of("sampled, all tokens, top-p 0.95, temperature 1, seed 1, 1 a prompt"),
+    ]  # fmt: skip
+    assert named == ["greedy", "4 beams", "sampled", "sampled, top-p 0.95"]

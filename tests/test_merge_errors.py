@@ -86,7 +86,7 @@ def test_arguments(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert_refused(models, r"--alpha nan: .* \[0, 1\]", tmp_path, alpha=float("nan"))
     assert_refused(models, "--alpha .* each once", tmp_path, alpha=[0.3, 0.3])
     assert_refused(models, "--alpha .* each once", tmp_path, alpha=[0.3, 0.1 + 0.2])
-    assert_refused(models, "--alpha .* at least one value", tmp_path, alpha=[])
+    assert_refused(models, "--alpha .* at least one", tmp_path, alpha=[])
     assert_refused(models, "--dtype fp8: choose one of fp32", tmp_path, dtype="fp8")
     assert_refused(models, "--iteration 3: .* Hugging Face model", tmp_path, iteration=3)
     with pytest.raises(ValueError, match="hf_mle lies within the input"):

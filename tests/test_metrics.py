@@ -234,7 +234,8 @@ def test_means_leave_out_groups_of_batches_that_have_none() -> None:
     }  # fmt: skip
 
 
-def test_megatrons_sums_leave_them_out_as_well() -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_megatrons_sums_leave_them_out_as_well(written: bool) -> None:
     """Megatron adds and divides as it does: no group, a loss of 2, none, 3; later none at all."""
     means, totals = HostMeans(), {}
     plain = {"cpo loss": 0.0, "lm loss": 4.0, "cpo groups per row": 0.0}
@@ -243,7 +244,8 @@ def test_megatrons_sums_leave_them_out_as_well() -> None:
         for number, loss in enumerate(losses, 1):
             both = plain | {"cpo loss": loss, "cpo groups per row": float(loss > 0)}
             added = {name: torch.tensor(value) for name, value in both.items()}
-            means.correct(added, totals, logged=number == len(losses))
+            means.correct(added, totals, logged=number == len(losses), written=written)
+            assert ("cpo loss" in added) == (loss > 0) or not written
             totals[ITERATIONS] = totals.get(ITERATIONS, 0) + 1
             for name, value in added.items():
                 totals[name] = totals.get(name, torch.zeros(1)) + value

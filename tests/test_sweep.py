@@ -166,6 +166,7 @@ def test_what_a_config_refuses(tmp_path):
     for options, match in [
         ({"alphas": ()}, "at least one"),
         ({"alphas": (0.5, 0.5)}, "each once"),
+        ({"alphas": (0.3, 0.1 + 0.2)}, "0.3 0.3: give at least one, and each once"),
         ({"alphas": (1.5,)}, r"must lie in \[0, 1\]"),
         ({"baseline": "mle"}, "add 1 to --alpha"),
         ({"name": "a/b"}, "without / and @"),

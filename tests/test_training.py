@@ -151,14 +151,23 @@ def test_late_pretraining_mixes_plain_rows(store: str, tmp_path: Path) -> None:
 
 
 def test_megatrons_line_leaves_out_batches_without_a_group(store: str, tmp_path: Path) -> None:
-    """Of 6 batches of one row 3 are plain; their losses of 0 halved the mean."""
+    """Of 6 batches of one row 3 are plain; their losses of 0 halved the mean, and were plotted."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     text = write_corpus(tmp_path, 499, documents=100, tokens=200)
     flags = "--global-batch-size 1 --train-iters 6 --log-interval 6 --cpo-fraction 0.5".split()
+    board = tmp_path / "tensorboard"
+    flags += ["--tensorboard-dir", str(board), "--tensorboard-log-interval", "1"]
     output = train(store, *flags, "--eval-iters", "0", *text)
     ours, theirs = cpo_curves(output), parse_losses(output)
     names = {"cpo loss": "cpo_loss", "lm loss": "lm_loss", "cpo groups per row": "groups_per_row"}
     for name, own in names.items():
         assert theirs[name][-1] == pytest.approx(ours[own][-1], rel=1e-5), name
+    events = EventAccumulator(str(board))
+    events.Reload()
+    written = [event.value for event in events.Scalars("cpo loss")]
+    assert len(written) == 3 and min(written) > 0
+    assert len(events.Scalars("lm loss")) == 6
 
 
 def test_without_cpo_flags_megatron_is_unchanged(tmp_path: Path) -> None:

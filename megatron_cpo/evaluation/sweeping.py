@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 from megatron_cpo.checkpoints.identity import same_checkpoint, short_digest
+from megatron_cpo.checkpoints.merging.alphas import alpha_name, check_alphas
 from megatron_cpo.checkpoints.merging.assembling import PROVENANCE
 from megatron_cpo.checkpoints.merging.merge import merge
 from megatron_cpo.checkpoints.merging.ranks import Alone
@@ -63,11 +64,7 @@ class SweepConfig:
     """See `reporting.contents`."""
 
     def __post_init__(self) -> None:
-        if not self.alphas or len(set(self.alphas)) < len(self.alphas):
-            raise ValueError(f"--alpha {list(self.alphas)}: give at least one, and each once")
-        for alpha in self.alphas:
-            if not 0 <= alpha <= 1:
-                raise ValueError(f"--alpha {alpha:g}: the MLE model's share must lie in [0, 1]")
+        check_alphas(self.alphas)
         if self.baseline not in (REFERENCE, MLE):
             raise ValueError(f"--baseline {self.baseline}: give {REFERENCE} or {MLE}")
         if self.baseline == MLE and 1.0 not in self.alphas:
@@ -93,12 +90,12 @@ class SweepConfig:
 
     def model(self, alpha: float) -> Path:
         """Where the merged checkpoint lies."""
-        return self.output / "models" / f"alpha-{alpha:.15g}"
+        return self.output / "models" / f"alpha-{alpha_name(alpha)}"
 
     def texts(self, alpha: float) -> Path:
         """Where its texts lie."""
         label = f"-{self.negatives}" if self.negatives else ""
-        return self.output / f"{self.name}{label}-alpha-{alpha:.15g}-{self.decode}.json"
+        return self.output / f"{self.name}{label}-alpha-{alpha_name(alpha)}-{self.decode}.json"
 
     def generator(self, alpha: float) -> str:
         """Its name."""
@@ -122,7 +119,7 @@ class Commands:
 
 def command(*words: str | Path | float) -> str:
     """Words as a line for a shell."""
-    return shlex.join(f"{w:.15g}" if isinstance(w, float) else str(w) for w in words)
+    return shlex.join(alpha_name(w) if isinstance(w, float) else str(w) for w in words)
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -155,7 +152,7 @@ def merge_models(
         tell("$ " + command("megatron-cpo", "merge", "--mle", config.mle, "--cpo", config.cpo,
                             "--alpha", *missing, "--output", models))  # fmt: skip
     # A later sweep adds alphas to those that are there, so they appear beside and move.
-    beside = config.output / f"models-{'-'.join(f'{alpha:.15g}' for alpha in missing)}"
+    beside = config.output / f"models-{'-'.join(map(alpha_name, missing))}"
     merge(config.mle, config.cpo, missing, beside, progress=True, ranks=ranks)
     if ranks.rank == 0:
         _take_in(beside, models)

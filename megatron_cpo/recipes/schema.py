@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from megatron_cpo.checkpoints.merging.alphas import check_alphas
 from megatron_cpo.evaluation.mauve_size import check_records
 from megatron_cpo.negatives.from_records import parse_mix
 from megatron_cpo.objective import OBJECTIVES, PSS
@@ -102,9 +103,8 @@ class Variant(Optimization):
 
 
 def _shares(alphas: list[float]) -> list[float]:
-    wrong = [alpha for alpha in alphas if not 0 <= alpha < 1]
-    if wrong or len(set(alphas)) < len(alphas) or not alphas:
-        raise ValueError(f"alphas {alphas}: needs different numbers, at least 0 and below 1")
+    if 1 in check_alphas(alphas, "alphas"):
+        raise ValueError("alphas 1: that is the reference, which is compared anyway; leave it out")
     return alphas
 
 

@@ -64,7 +64,8 @@ class MetricLog:
         if bound["skipped_iter"] == 0 and "cpo loss" in losses:
             self._means.add(losses)
             if get_args().cpo_fraction < 1:  # else every batch has a group
-                self._host_means.correct(losses, bound["total_loss_dict"], logged)
+                totals = bound["total_loss_dict"]
+                self._host_means.correct(losses, totals, logged, _is_written(self._at))
         result = original(*args, **kwargs)
         if norms:
             self._norms = norms
@@ -96,6 +97,16 @@ class MetricLog:
             if diagnosis.name not in self._said:
                 self._said.add(diagnosis.name)
                 print_rank_last(format_diagnosis(self._at, diagnosis))
+
+
+def _is_written(iteration: int) -> bool:
+    """Whether Megatron gives this iteration's losses to TensorBoard or Weights & Biases."""
+    from megatron.training import get_args, get_tensorboard_writer
+
+    # Weights & Biases only where there is TensorBoard.
+    return get_tensorboard_writer() is not None and not (
+        iteration % get_args().tensorboard_log_interval
+    )
 
 
 def _to_tensorboard(values: dict[str, float], iteration: int) -> None:

@@ -145,7 +145,11 @@ class HostMeans:
         self._counted: Tensor | int = 0
 
     def correct(
-        self, metrics: dict[str, Tensor], totals: dict[str, Any], logged: bool = False
+        self,
+        metrics: dict[str, Tensor],
+        totals: dict[str, Any],
+        logged: bool = False,
+        written: bool = False,
     ) -> None:
         """Correct the sums, in place, before Megatron adds an iteration's.
 
@@ -153,6 +157,8 @@ class HostMeans:
             metrics, totals: its `loss_dict` and `total_loss_dict`.
             logged: it prints the means of this iteration; a metric of groups is then taken out of
                 both where no iteration has had one.
+            written: it gives this iteration's own metrics to TensorBoard or Weights & Biases; those
+                of groups are then taken out where the batch has none, or curves would fall to 0.
         """
         iterations = totals.get(ITERATIONS, 0)
         before = self._counted if iterations else 0  # Megatron begins a new interval with 0
@@ -164,11 +170,14 @@ class HostMeans:
                 del metrics[name]
                 totals.pop(name, None)
             return
+        absent = written and not float(some)
         for name in names:
             value = metrics[name].detach()
             known = totals.get(name, 0) / max(iterations, 1) * before + value * some
             mean = known / self._counted.clamp(min=1)
             totals[name] = mean * (iterations + 1) - value
+            if absent:  # its value is 0, so Megatron's sum is as if it were added
+                del metrics[name]
 
 
 def _of_groups(name: str) -> bool:

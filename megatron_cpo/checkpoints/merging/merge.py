@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_cpo.checkpoints.merging.alphas import alpha_name, check_alphas
 from megatron_cpo.checkpoints.merging.assembling import MergeOptions, assemble
 from megatron_cpo.checkpoints.merging.streaming import Combination
 
@@ -52,10 +53,10 @@ def merge(
         ValueError: the inputs cannot be read or do not fit each other, or the arguments are wrong.
         OSError: the disk is full.
     """
-    alphas = _check_alphas(alpha)
+    alphas = check_alphas(alpha if isinstance(alpha, Sequence) else [alpha])
     folders = [""]
     if isinstance(alpha, Sequence):
-        folders = [_folder(share) for share in alphas]
+        folders = [f"alpha-{alpha_name(share)}" for share in alphas]
     combinations = {
         folder: Combination(f"alpha {share:g}", (share, 1 - share))
         for folder, share in zip(folders, alphas, strict=True)
@@ -158,18 +159,3 @@ def _check_weights(count: int, weights: Sequence[float] | None, base: bool) -> l
             "task vectors to a model with --base"
         )
     return [float(weight) for weight in weights]
-
-
-def _folder(alpha: float) -> str:
-    """Of one of several alphas; those that differ in rounding alone have one."""
-    return f"alpha-{alpha:.15g}"
-
-
-def _check_alphas(alpha: float | Sequence[float]) -> list[float]:
-    alphas = [float(share) for share in (alpha if isinstance(alpha, Sequence) else [alpha])]
-    if not alphas or len({_folder(share) for share in alphas}) < len(alphas):
-        raise ValueError(f"--alpha {alpha}: give at least one value, and each once")
-    for share in alphas:
-        if not 0 <= share <= 1:
-            raise ValueError(f"--alpha {share:g}: the MLE model's share must lie in [0, 1]")
-    return alphas

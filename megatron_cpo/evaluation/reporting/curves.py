@@ -1,5 +1,6 @@
 """Figures as small SVGs, against alpha and of training; colours and fonts are the page's."""
 
+from megatron_cpo.checkpoints.merging.alphas import alpha_name
 from megatron_cpo.evaluation.reporting.contents import Plot
 from megatron_cpo.evaluation.reporting.training import Training
 from megatron_cpo.inspection.drawing import Scale, axis, figure, text, ticks
@@ -31,13 +32,13 @@ def curve_figure(plot: Plot) -> str:
             f'<circle class="best" cx="{at:.1f}" cy="{y(found.value):.1f}" r="4.5"/>'
         )
         side = "end" if at > (LEFT + RIGHT) / 2 else "start"
-        parts.append(text(at, TOP - 6, f"best alpha {choice.alpha:.15g}", f"chosen {side}"))
+        parts.append(text(at, TOP - 6, f"best alpha {alpha_name(choice.alpha)}", f"chosen {side}"))
         caption += (
-            f" Ring: alpha {choice.alpha:.15g}, chosen on half A "
+            f" Ring: alpha {alpha_name(choice.alpha)}, chosen on half A "
             f"({choice.chosen[choice.alpha]}); its figure on half B is {found}."
         )
     parts.append(axis(x, BOTTOM))
-    said = "; ".join(f"alpha {a:.15g}: {e}" for a, e in plot.points.items())
+    said = "; ".join(f"alpha {alpha_name(a)}: {e}" for a, e in plot.points.items())
     return figure(plot.title, caption, BOTTOM + 24, parts, said)
 
 

@@ -8,6 +8,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from megatron_cpo.checkpoints.merging.alphas import alpha_name
+
 _NAMED = re.compile(
     r"(?P<method>.+?)@(?:negatives=(?P<negatives>[^,@=]+))?,?(?:alpha=(?P<alpha>[^,@=]+))?"
 )
@@ -25,7 +27,7 @@ class Model:
 
     def __str__(self) -> str:
         said = [f"negatives={self.negatives}"] if self.negatives else []
-        said += [f"alpha={self.alpha:.15g}"] if self.alpha is not None else []
+        said += [f"alpha={alpha_name(self.alpha)}"] if self.alpha is not None else []
         return f"{self.method}@{','.join(said)}" if said else self.method
 
     @property

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_cpo.checkpoints.merging.alphas import alpha_name
 from megatron_cpo.evaluation.reporting.contents import Plot
 from megatron_cpo.extras import needs
 from megatron_cpo.files import make_folder, whole_file
@@ -34,7 +35,7 @@ def draw(plots: list[Plot], folder: Path) -> list[Path]:
                 [choice.alpha], [best.value],
                 yerr=[[max(best.value - best.low, 0)], [max(best.high - best.value, 0)]],
                 fmt="o", color="C3", markerfacecolor="white", capsize=3, zorder=3,
-                label=f"best alpha {choice.alpha:.15g}: chosen on half A, half B shown",
+                label=f"best alpha {alpha_name(choice.alpha)}: chosen on half A, half B shown",
             )  # fmt: skip
         axes.set(xlabel="alpha, the MLE model's share", ylabel=plot.curve.quantity.label)
         axes.set_title(plot.title.replace("$", r"\$"), fontsize=9)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_cpo.checkpoints.merging.alphas import alpha_name
 from megatron_cpo.evaluation.command import REFERENCE
 from megatron_cpo.evaluation.reporting.choosing import Choice
 from megatron_cpo.evaluation.reporting.folder import Folder, model_of
@@ -78,7 +79,7 @@ def shown(cell: Cell) -> str:
 
 def alpha_cell(alpha: float | None) -> str | None:
     """An alpha as it was given."""
-    return None if alpha is None else f"{alpha:.15g}"
+    return None if alpha is None else alpha_name(alpha)
 
 
 def win_rates(folder: Folder) -> Table | None:

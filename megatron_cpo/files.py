@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,20 @@ def on_this_machine(path: Path) -> Path:
             "storage; give a path of this machine"
         )
     return path
+
+
+def refuse_inputs(flag: str, output: Path | str, inputs: Iterable[Path | str]) -> None:
+    """Refuse to write what would take the place of what is read.
+
+    Args:
+        flag: names the output in the message.
+
+    Raises:
+        ValueError: one of the inputs is the output.
+    """
+    place = Path(output).resolve()
+    if any(Path(each).resolve() == place for each in inputs):
+        raise ValueError(f"{flag} {output}: it is read, and would be written over; give another")
 
 
 def make_folder(folder: Path) -> None:

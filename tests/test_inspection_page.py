@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -140,6 +141,15 @@ def test_script_finds_what_it_asks_for(hostile, tmp_path):
         keys = re.findall(r"^  (\w+):", table, re.MULTILINE)
         assert len(keys) == used
         assert set(keys) <= {value for name, value in page.attributes if name == "value"}
+
+
+def test_the_page_does_not_take_the_place_of_the_store(hostile, tmp_path):
+    store, args = hostile
+    for suffix in (".json", ".values.bin"):
+        before = Path(store + suffix).read_bytes()
+        with pytest.raises(ValueError, match=f"--html .*{suffix}: it is read, and would be"):
+            write_page(store, store + suffix, 1, [], args)
+        assert Path(store + suffix).read_bytes() == before
 
 
 def test_page_of_a_large_store_is_a_sample(tmp_path):

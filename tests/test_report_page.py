@@ -116,3 +116,6 @@ def test_curves_of_training(tmp_path):
     assert heights[2] - heights[1] == pytest.approx(2 * (heights[1] - heights[0]), abs=0.2)
     with pytest.raises(ValueError, match=r"^--log .*nowhere: no such file; give those"):
         write_report(tmp_path / "results", tmp_path / "r.html", logs=[tmp_path / "nowhere"])
+    for flag, outputs in (("--html", (log, None)), ("--markdown", (None, log))):
+        with pytest.raises(ValueError, match=f"{flag} .*: it is read, and would be written over"):
+            write_report(tmp_path / "results", *outputs, logs=[log])

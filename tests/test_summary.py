@@ -174,7 +174,7 @@ def test_the_log_is_not_written_over(tmp_path: Path) -> None:
     log = tmp_path / "run.png"
     log.write_text(iteration_lines(1, 0.5))
     before = log.read_bytes()
-    with pytest.raises(ValueError, match=r"--png .*run\.png: it is the --log"):
+    with pytest.raises(ValueError, match=r"--png .*run\.png: it is read, and"):
         summarize_run(log, log.with_suffix(".png"))
     assert log.read_bytes() == before
 

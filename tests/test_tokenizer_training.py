@@ -41,11 +41,11 @@ def test_what_is_read_is_not_written_over(tmp_path):
     """By whatever path it is named."""
     path = Path(write_jsonl(tmp_path / "r.jsonl", {"text": "one two three"}))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"--output: .*r\.jsonl is among --input and would be"):
+    with pytest.raises(ValueError, match=r"--output .*r\.jsonl: it is read, and would be"):
         train_sentencepiece(Source((str(path),)), f"{tmp_path}/../{tmp_path.name}/r.jsonl", 300)
     path.rename(tmp_path / "text.bin")
     source = Source((str(tmp_path / "text.bin"),))
-    with pytest.raises(ValueError, match=r"--output-prefix: .*text\.bin is among --input and"):
+    with pytest.raises(ValueError, match=r"--output-prefix .*text\.bin: it is read, and"):
         write_lm_dataset(source, ToyTokenizer(), str(tmp_path / "text"))
     assert (tmp_path / "text.bin").read_bytes() == before
 

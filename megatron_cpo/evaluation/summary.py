@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.extras import needs
-from megatron_cpo.files import make_folder
+from megatron_cpo.files import make_folder, refuse_inputs
 from megatron_cpo.groups.kinds import REGISTRY
 from megatron_cpo.training.diagnosis import Setting, diagnose
 
@@ -126,8 +126,7 @@ def summarize_run(log: str | Path, png: str | Path) -> str:
             f"--log {log}: no such file; give the one that the output of training went to "
             "(torchrun ... 2>&1 | tee train.log)"
         )
-    if Path(png).resolve() == path.resolve():
-        raise ValueError(f"--png {png}: it is the --log, and would be written over; give another")
+    refuse_inputs("--png", png, [path])
     with open(path, encoding="utf-8", errors="replace") as lines:
         run = read_log(lines)
     if not run.train:

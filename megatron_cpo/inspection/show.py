@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from megatron_cpo.files import make_folder, write_whole
+from megatron_cpo.files import make_folder, refuse_inputs, write_whole
 from megatron_cpo.groups.endings import Endings, endings_of
-from megatron_cpo.groups.store import GroupReader, read_manifest
+from megatron_cpo.groups.store import FILES, GroupReader, read_manifest
 from megatron_cpo.inspection.facts import IDS
 from megatron_cpo.inspection.page import render_page
 from megatron_cpo.inspection.statistics import measure
@@ -59,6 +59,7 @@ def write_page(
     """
     if most < 1:
         raise ValueError(f"--html-groups {most}: needs at least 1")
+    refuse_inputs("--html", html, (f"{path_prefix}{each}" for each in (*FILES, ".json")))
     reader, text, endings = _open(path_prefix, groups, args)
     spaced = np.linspace(0, len(reader) - 1, min(most, len(reader))).astype(int).tolist()
     chosen = list(dict.fromkeys([*groups, *spaced]))[: max(most, len(groups))]

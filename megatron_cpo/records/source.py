@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from megatron_cpo.files import refuse_inputs
 from megatron_cpo.records.columns import NAMES, Columns
 from megatron_cpo.records.inputs import expand, files_of, indexed_prefix
 from megatron_cpo.records.opening import WANTED, check_file
@@ -90,13 +91,9 @@ class Source:
         Raises:
             ValueError: one of them is read.
         """
-        read = {Path(f).resolve() for path in self.inputs for f in _stored(path, (".bin", ".idx"))}
+        read = [file for path in self.inputs for file in _stored(path, (".bin", ".idx"))]
         for file in files:
-            if Path(file).resolve() in read:
-                raise ValueError(
-                    f"{flag}: {file} is among --input and would be written over; give another "
-                    f"{flag}"
-                )
+            refuse_inputs(flag, file, read)
 
     def stored_bytes(self) -> int:
         """Bytes of all records as they lie on disk, packed or not."""

@@ -12,7 +12,7 @@ from megatron_cpo.evaluation.reporting.page import render_page
 from megatron_cpo.evaluation.reporting.pictures import draw
 from megatron_cpo.evaluation.reporting.tables import Table, alpha_cell, alphas, shown
 from megatron_cpo.evaluation.reporting.training import read_training
-from megatron_cpo.files import make_folder, write_whole
+from megatron_cpo.files import make_folder, refuse_inputs, write_whole
 
 
 def write_report(
@@ -44,6 +44,9 @@ def write_report(
     """
     if most < 1:
         raise ValueError(f"--html-prompts {most}: needs at least 1")
+    for flag, output in (("--html", html), ("--markdown", markdown)):
+        if output:
+            refuse_inputs(flag, output, [*logs, *folder.glob("*.json*")])
     found = read_folder(folder)
     report = contents(found, choose_by, seed)
     curves = [curve for log in logs if (curve := read_training(log))]

@@ -16,10 +16,10 @@ import pytest
 from harness.ranks import ROOT, run_pretrain, run_ranks
 from megatron_cpo import __version__, cli, quiet
 from megatron_cpo.cli.errors import plain_warnings
-from megatron_cpo.cli.launch import _status
+from megatron_cpo.cli.launch import _split, _status
 from megatron_cpo.cli.ranks import Turn
 from megatron_cpo.host.help import readable
-from tests.commands import run_python
+from tests.commands import run_command, run_python
 
 SHIMS = {
     "build_negatives.py": "build",
@@ -225,6 +225,49 @@ def test_our_launcher_ends_with_the_error(tmp_path) -> None:
     usage, error = done.stderr.rsplit("megatron-cpo merge: error: ", 1)
     assert usage.startswith("usage: megatron-cpo merge ") and "Traceback" not in usage
     assert error == "unrecognized arguments: --foo\n"
+
+
+def test_one_process_does_what_one_can(tmp_path) -> None:
+    """Two ranks wrote one output, or one summary twice, and one of them failed."""
+    log = tmp_path / "train.log"
+    log.write_text("".join(f"[cpo] iteration {at}: cpo_loss=1.0e+00\n" for at in (1, 2)))
+    done = run_python("-m", "megatron_cpo", "--nproc-per-node", 2, "summarize", "--log", log)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("curves       ") == 1
+    assert done.stderr == "megatron-cpo summarize: one process does it, rank 0 of 2\n"
+
+
+def test_ranks_of_nobody_are_one_process(tmp_path, monkeypatch, capsys) -> None:
+    """A job's own RANK, without torchrun, does not leave the work to another."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run_command(monkeypatch, "summarize", "--log", str(tmp_path / "none")) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_recipe_is_not_run_by_ranks(tmp_path, monkeypatch, capsys) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert run_command(monkeypatch, "run", "r.yaml", "--output", str(tmp_path / "out")) == 1
+    assert "2 ranks of torchrun: a recipe's stages start their own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ("--nproc-per-node 2 summarize --log x", 3),
+        ("--nproc_per_node=2 --standalone merge --log x", 3),
+        ("--nproc 2 --stand merge", 4),
+        ("--role build --log-dir merge build --role x", 5),
+        ("--nproc-per-node 2", 2),
+    ],
+)
+def test_a_verbs_flags_are_not_the_launchers(words, ours) -> None:
+    """Up to the verb, the first word that is neither a flag nor its value."""
+    from torch.distributed.run import get_args_parser
+
+    split = words.split()
+    assert _split(get_args_parser(), split) == (split[:ours], split[ours:])
 
 
 def test_torchrun_repeats_the_reason(tmp_path) -> None:

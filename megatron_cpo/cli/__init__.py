@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_cpo import __version__, quiet
 from megatron_cpo.cli.errors import fail, plain_warnings
+from megatron_cpo.cli.ranks import is_left_to_another
 
 COMMAND = "megatron-cpo"
 TRAIN = "(train)"
@@ -28,6 +29,8 @@ STEPS = (
     ("run", "all of this in one command, from a recipe"),
 )
 """The order of work: verbs, and where training comes in, which is torchrun's and not a verb."""
+ALONE = ("train-tokenizer", "tokenize", "convert", "inspect", "publish", "summarize")
+"""What one process does, however many there are. `evaluate` decides it by subject."""
 VERBS = tuple(verb for verb, _ in STEPS if verb != TRAIN)
 
 
@@ -90,6 +93,8 @@ def run_verb(verb: str, command: str | None = None) -> None:
     sys.argv = [command, *flags]
     plain_warnings(command)
     quiet.ignore_library_warnings()
+    if verb in ALONE and is_left_to_another(command):
+        return
     try:
         importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main()
     except (ValueError, OSError, ImportError) as error:

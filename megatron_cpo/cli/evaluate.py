@@ -11,6 +11,7 @@ import sys
 
 from megatron_cpo.cli import evaluating
 from megatron_cpo.cli.errors import fail
+from megatron_cpo.cli.ranks import is_left_to_another
 
 SUBJECTS = {
     "generate": "the texts of a model for the records of a file",
@@ -21,6 +22,8 @@ SUBJECTS = {
     "report": "tables, figures and one page of a folder of results, best alpha chosen and checked",
 }
 """In the order of work; a new one is a line here and a module in `cli/evaluating`."""
+ALONE = ("mauve", "winrate", "report")
+"""What one process does; `score` too, but for groups under a checkpoint."""
 
 
 def help_text(command: str) -> str:
@@ -50,5 +53,7 @@ def main() -> None:
         near = difflib.get_close_matches(subject, SUBJECTS, n=1, cutoff=0.4)
         meant = f"did you mean {near[0]}? " if near else ""
         fail(f"{command}: {subject}: no such subject; {meant}{command} --help lists them", status=2)
+    if subject in ALONE and is_left_to_another(f"{command} {subject}"):
+        return
     sys.argv = [f"{command} {subject}", *words[1:]]
     importlib.import_module(f"{evaluating.__name__}.{subject}").main()

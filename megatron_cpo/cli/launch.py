@@ -4,6 +4,7 @@ The launcher is torch's own, with all of its flags. It differs in what a person 
 that a rank has printed stays the last line, and the exit status is that rank's.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -25,8 +26,9 @@ def launch(argv: list[str]) -> None:
 
     parser = get_args_parser()
     parser.prog, parser.usage = "megatron-cpo", "%(prog)s [torchrun's flags] VERB [flags]"
-    args = parser.parse_args(argv)
-    args.training_script_args = [args.training_script, *args.training_script_args]
+    ours, words = _split(parser, argv)
+    args = parser.parse_args(ours)
+    args.training_script_args = [args.training_script, *words]
     args.training_script, args.module = "megatron_cpo", True
     # One machine, and no rendezvous named: one that takes a free port.
     rendezvous = ("nnodes", "rdzv_endpoint", "rdzv_backend", "master_addr", "master_port")
@@ -38,6 +40,22 @@ def launch(argv: list[str]) -> None:
         run(args)
     except ChildFailedError as error:
         sys.exit(_status(error.failures))
+
+
+def _split(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Torchrun's words up to the verb or script, and those of the verb.
+
+    The parser looks at them all: a verb's `--log` would be one of its own, shortened and ambiguous.
+    """
+    options = parser._option_string_actions  # there is no public way to ask
+    for at, word in enumerate(argv):
+        before = argv[at - 1] if at else ""
+        value = before.startswith("-") and any(
+            action.nargs != 0 for option, action in options.items() if option.startswith(before)
+        )
+        if not (word.startswith("-") or value):
+            return argv[: at + 1], argv[at + 1 :]
+    return argv, []
 
 
 def _status(failures: dict[int, Any]) -> int:

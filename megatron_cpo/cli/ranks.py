@@ -1,6 +1,8 @@
-"""Who of several ranks speaks: the first that has something to say, whichever it is."""
+"""Of several ranks, which one speaks, and which one does what a single process does."""
 
 import datetime
+import os
+import sys
 from types import TracebackType
 
 from megatron_cpo.host.node import agent_key, agent_store
@@ -41,3 +43,20 @@ class Turn:
     ) -> None:
         if self._store is not None:
             self._store.set(f"{self._key}/said", "")
+
+
+def torchruns_ranks() -> int:
+    """How many ranks torchrun has started; 1 without it, whatever else has set its variables."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def is_left_to_another(command: str) -> bool:
+    """Whether this rank has nothing to do, for what one process does; that is said once."""
+    ranks = torchruns_ranks()
+    if ranks == 1 or os.environ["RANK"] == "0":
+        return False
+    with Turn("one process") as first:
+        if first:
+            said = f"{command}: one process does it, rank 0 of {ranks}"
+            print(said, file=sys.stderr, flush=True)
+    return True

@@ -23,6 +23,7 @@ A stage runs again when its command, its inputs, a stage before it or our code f
 from pathlib import Path
 
 from megatron_cpo.cli.parsing import Parser, output_path
+from megatron_cpo.cli.ranks import torchruns_ranks
 
 
 def main() -> None:
@@ -39,6 +40,11 @@ def main() -> None:
     only.add_argument("--slurm", action="store_true",
                       help="write jobs of Slurm into FOLDER/slurm, run nothing")  # fmt: skip
     args = parser.parse_args()
+    if (ranks := torchruns_ranks()) > 1:
+        raise ValueError(
+            f"{ranks} ranks of torchrun: a recipe's stages start their own, as many as its "
+            "layout says; run it without a launcher"
+        )
 
     from megatron_cpo.files import make_folder, write_whole
     from megatron_cpo.quiet import say

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpo.cli.parsing import Parser, answer_help, beside_megatrons, output_path
+from megatron_cpo.cli.ranks import is_left_to_another
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 from megatron_cpo.quiet import hidden_chatter, say
 
@@ -76,8 +77,8 @@ def main() -> None:
     args = add_tokenizer_arguments(parser, "those of --policy").parse_args()
     if bool(args.candidate) == bool(args.groups):
         parser.error("give --candidate FILE ... to score texts, or --groups PREFIX to rank them")
-    if os.environ.get("RANK", "0") != "0":
-        return  # one process does it
+    if is_left_to_another(parser.prog):
+        return
     with hidden_chatter():
         if args.candidate:
             _score_texts(args)

@@ -86,6 +86,21 @@ FORMS = {
     "conversational prompt and completion": (
         {"prompt": [u("q")], "completion": [a("good")]}, Record("user: q\nassistant: ", "good"),
     ),
+    "prompt and completion of messages": (
+        {"prompt": [u("q")], "completion": [a("good")], "rejected": [[a("bad")], "worse"]},
+        Record("user: q\nassistant: ", "good", ("bad", "worse")),
+    ),
+    "a chat": (
+        {"messages": [u("q"), a("good")], "rejected": [u("q"), a("bad")]}, PLAIN,
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}],
+         "rejected": "bad"}, PLAIN,
+    ),
+    "an instruction with its answer": (
+        {"instruction": "q", "output": "good", "rejected": ["bad", "worse"]},
+        Record("Instruction: q\nResponse:\n", "good", ("bad", "worse")),
+    ),
     "labelled true": ({"prompt": "q", "completion": "good", "label": True}, Record("q", "good")),
     "nothing rejected": ({"prompt": "q", "chosen": "good", "rejected": None}, Record("q", "good")),
 }  # fmt: skip

@@ -69,6 +69,28 @@ def test_what_is_named_wins(names, expected):
 
 
 @pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        ({"context": "notes"}, {"instruction": "q", "notes": "n", "output": "a"}),
+        ({"instruction": "ask"}, {"ask": "q", "input": "n", "output": "a"}),
+        ({"rejected": "bad"}, {"instruction": "q", "input": "n", "output": "a", "bad": "b"}),
+    ],
+)
+def test_the_other_fields_may_have_their_usual_names(names, fields):
+    found = Columns(tuple(names.items())).of({**fields, "text": "whole"})
+    record = parse_record(found, "auto", DEFAULT_TEMPLATE, Chat())
+    assert (record.prefix, record.continuation) == (
+        "Instruction: q\nContext: n\nResponse:\n", "a",
+    )  # fmt: skip
+    assert record.rejected == (("b",) if "bad" in fields else ())
+
+
+def test_tools_may_be_named_beside_sharegpt_conversations():
+    fields = {"conversations": [{"from": "gpt", "value": "a"}], "functions": "[]"}
+    assert Columns((("tools", "functions"),)).of(fields) == {**fields, "tools": "[]"}
+
+
+@pytest.mark.parametrize(
     "path", ["questio", "meta.answers.2", "meta.answers.x", "question.x", "nothing"]
 )
 def test_a_field_that_is_not_there(path):

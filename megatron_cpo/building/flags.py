@@ -183,6 +183,13 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
                 "--executor ray: a Megatron policy runs on ranks; start them with megatron-cpo "
                 "--nproc-per-node N VERB, and give each machine a --shard"
             )
+        parts = math.prod(_parts(args).values())
+        if args.workers is not None and args.workers > 1 and parts > 1:
+            raise ValueError(
+                f"--workers {args.workers}: {parts} ranks hold the policy of --load together, and "
+                "none of them can go on in processes of its own; leave --workers out, and start "
+                "more ranks: megatron-cpo --nproc-per-node N VERB"
+            )
         place, ranks = _place(args, rank, ranks)
         writer = place["tp"] == place["cp"] == place["pp"] == 0
         rank = place["dp"]
@@ -196,15 +203,20 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
     )
 
 
-def _place(args: argparse.Namespace, rank: int, ranks: int) -> tuple[dict[str, int], int]:
-    """A rank's number in each of its groups, as Megatron forms them, and how many replicas are."""
-    from megatron.core.parallel_state import RankGenerator
-
-    sizes = {
+def _parts(args: argparse.Namespace) -> dict[str, int]:
+    """Over how many ranks a Megatron policy is spread, each way."""
+    return {
         "tp": args.tensor_model_parallel_size,
         "cp": args.context_parallel_size,
         "pp": args.pipeline_model_parallel_size,
     }
+
+
+def _place(args: argparse.Namespace, rank: int, ranks: int) -> tuple[dict[str, int], int]:
+    """A rank's number in each of its groups, as Megatron forms them, and how many replicas are."""
+    from megatron.core.parallel_state import RankGenerator
+
+    sizes = _parts(args)
     replicas = ranks // math.prod(sizes.values())
     order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
     generator = RankGenerator(ep=1, dp=replicas, order=order, **sizes)

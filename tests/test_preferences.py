@@ -167,3 +167,26 @@ def test_what_is_no_preference_is_said(tmp_path, fields, reason):
     assert found == []
     [counted] = dropped.counts
     assert counted.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"question": "q", "chosen": "1", "rejected": "2"}, "name that field with --prompt-field"),
+        ({"chosen": "One.", "rejected": "Two."}, "give the prompt in a field of its own"),
+        ({"chosen": [u("q"), a("1")], "rejected": [u("r"), a("2")]}, "give the prompt in a field"),
+        (
+            {"chosen": [u("q"), a("1"), u("r"), a("2")],
+             "rejected": [u("q"), a("3"), u("r"), a("4")]},
+            "give pairs of which nothing but the last answer differs",
+        ),
+        ({"prompt": "q", "chosen": "1", "rejected": 2}, "give text there, .* --rejected-field"),
+        ({"messages": [u("q"), a("1")], "tools": [{}]}, "use a tokenizer that has one, or give it"),
+        ({"messages": [u([{"type": "image_url"}]), a("1")]}, "leave such messages out: .* read$"),
+    ],
+)  # fmt: skip
+def test_what_helps_is_advised(tmp_path, fields, remedy):
+    """Not to give rejected answers, where they are there, nor to write a chat as a chat."""
+    path = write_jsonl(tmp_path / "r.jsonl", fields)
+    with pytest.raises(ValueError, match=rf"no usable record \(dropped: 1 .*\); {remedy}"):
+        list(read_records([path], Dropped()))

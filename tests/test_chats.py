@@ -181,6 +181,23 @@ def test_tools_reach_the_template_and_null_is_empty(tmp_path, tokenizer, content
     assert not dropped.counts
 
 
+@pytest.mark.parametrize("tools", [None, [], "[]", "", " "])
+def test_no_tools_and_no_calls_are_none(tmp_path, tokenizer, tools):
+    """Tables have a list for every message; Llama 3.1's template refuses calls that are not one."""
+    counts = (
+        "{% for m in messages %}{% if 'tool_calls' in m and m.tool_calls | length != 1 %}"
+        "{{ raise_exception('one call at a time') }}{% endif %}{% endfor %}"
+    )
+    messages = [{**message, "tool_calls": []} for message in CHAT[1:3]]
+    for template in (None, counts + TOOL_TEMPLATE):
+        with_template(tokenizer, template)
+        expected, _ = pairs_of(tmp_path, tokenizer, {"messages": CHAT[1:3]})
+        found, dropped = pairs_of(tmp_path, tokenizer, {"messages": messages, "tools": tools})
+        assert not dropped.counts
+        [prefixes] = {tuple(pair.prefix.tolist()) for pair in (*expected, *found)}
+        assert len(prefixes) and len(expected) == len(found) == 1
+
+
 def test_arguments_in_a_string_of_json_are_what_they_say(tmp_path, tokenizer):
     """As OpenAI's API writes them, and as vLLM hands them to a template."""
     function = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}

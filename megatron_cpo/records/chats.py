@@ -72,7 +72,7 @@ class Chat:
         """
         if isinstance(tools, str):
             try:
-                tools = json.loads(tools)
+                tools = json.loads(tools) if tools.strip() else None
             except ValueError:
                 raise BadRecord("field 'tools' is not JSON") from None
         if not any(map(has_text, before)):

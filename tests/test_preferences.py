@@ -79,6 +79,20 @@ FORMS = {
          "chosen": {"from": "gpt", "value": "good"},
          "rejected": {"from": "gpt", "value": "bad"}}, PLAIN,
     ),
+    "LLaMA-Factory, conversations with a system's": (
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}],
+         "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+        Record("system: s\nuser: q\nassistant: ", "good", ("bad",)),
+    ),
+    "Anthropic's parts of a system's message": (
+        {"system": [{"type": "text", "text": "s"}], "messages": [u("q"), a("good")]},
+        Record("system: s\nuser: q\nassistant: ", "good"),
+    ),
+    "a system's message that is there": (
+        {"system": "t", "messages": [{"role": "system", "content": "s"}, u("q"), a("good")]},
+        Record("system: s\nuser: q\nassistant: ", "good"),
+    ),
+    "an empty one": ({"system": " ", "messages": [u("q"), a("good")], "rejected": "bad"}, PLAIN),
     "LLaMA-Factory, instructions": (
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
         Record("Instruction: q\nResponse:\n", "good", ("bad",)),

@@ -174,6 +174,8 @@ def test_an_empty_rejected_answer_costs_that_answer(tmp_path, rejected, kept):
         ({"context": [u("q")], "completions": [{"rank": 0, "completion": "1"}]}, "field 'completi"),
         ({"context": [u("q")], "completions": ["1", "2"]}, "field 'completions' is not a list of"),
         ({"prompt": "q", "completion": "bad", "label": False}, "a completion labelled false is no"),
+        ({"messages": [u("q"), a("bad")], "label": False}, "a completion labelled false is no"),
+        ({"instruction": "q", "output": "bad", "kto_tag": False}, "a completion labelled false is"),
     ],
 )  # fmt: skip
 def test_what_is_no_preference_is_said(tmp_path, fields, reason):

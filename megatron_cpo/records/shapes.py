@@ -78,8 +78,7 @@ def check_template(template: str) -> None:
 def _prompt(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     if "chosen" in fields:
         return preference(fields, chat)
-    if fields.get("label") is False:
-        raise BadRecord("a completion labelled false is no right answer")
+    _check_label(fields)
     if isinstance(fields.get("prompt"), list):
         before, answer = messages_of(fields["prompt"], "prompt"), fields.get("completion")
         messages = (
@@ -95,6 +94,12 @@ def _prompt(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     return without_empty(
         Record(string(fields, "prompt"), string(fields, "completion"), tuple(rejected))
     )
+
+
+def _check_label(fields: dict[str, Any]) -> None:
+    """BadRecord for an unpaired answer that is a wrong one, as TRL and LLaMA-Factory label it."""
+    if any(fields.get(name) is False for name in ("label", "kto_tag")):
+        raise BadRecord("a completion labelled false is no right answer")
 
 
 def instruction_prompt(fields: dict[str, Any], template: str) -> str:
@@ -117,11 +122,13 @@ def _asked(fields: dict[str, Any]) -> str:
 
 
 def _instruction(fields: dict[str, Any], template: str, chat: Chat) -> Record:
+    _check_label(fields)
     answer = string(fields, "output" if "output" in fields else "response")
     return _answered_instruction({**fields, "chosen": answer}, template, chat)
 
 
 def _messages(fields: dict[str, Any], template: str, chat: Chat) -> Record:
+    _check_label(fields)
     field = "messages" if "messages" in fields else "conversations"
     messages = messages_of(fields.get(field), field)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

@@ -28,6 +28,7 @@ _REMEDIES = (
     (r"not UTF-8", "write the file anew as UTF-8, by iconv -t UTF-8"),
     (r"^no field", "name the fields that the data has"),
     (r"^not JSON|^not a JSON|MiB$", f"each line must be a JSON object with {SETS}"),
+    (r"^earlier turns", "give chats as messages"),
     (r"needs? a chat template", "use a tokenizer that has one, or give it one by --chat-template"),
     (
         r"^the chat template",

@@ -106,6 +106,8 @@ def instruction_prompt(fields: dict[str, Any], template: str) -> str:
     """The prefix of an instruction record."""
     if not string(fields, "instruction").strip():
         raise BadRecord("empty prefix")
+    if fields.get("history") and isinstance(fields["history"], list):
+        raise BadRecord("earlier turns in 'history', of which the prompt would have nothing")
     return fill_template(template, {**fields, "context": _context(fields)})
 
 

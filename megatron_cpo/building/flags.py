@@ -27,10 +27,10 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "is s3://BUCKET/NAME")  # fmt: skip
     add("--negatives", default="bn=3,tn=8", metavar="MIX",
         help="how many of each kind, such as bn=3,mn=5,tn=3, or a mix of the paper: MixN (that "
-        "one), AN (an=11), BN4 (bn=4). bn = continuation of another record, tn = y_1 cut short, "
-        "given = the record's own rejected ones; an = sampled after the prefix, mn = some tokens "
-        "of y_1 drawn anew, pss = half of them: these need a policy; written = by an instruct "
-        "model, see --writer (default: %(default)s)")  # fmt: skip
+        "one), AN (an=11), BN4 (bn=4), or both: MixN,written=1. bn = continuation of another "
+        "record, tn = y_1 cut short, given = the record's own rejected ones; an = sampled after "
+        "the prefix, mn = some tokens of y_1 drawn anew, pss = half of them: these need a "
+        "policy; written = by an instruct model, see --writer (default: %(default)s)")  # fmt: skip
     add("--k", type=int, metavar="K", help="check that the mix makes this K, y_1 included")
     add("--rank", dest="ranker", default="lexical", metavar="HOW",
         help="similarity to y_1, for the ranked loss: lexical = cosine of TF-IDF vectors of token "

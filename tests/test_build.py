@@ -238,6 +238,48 @@ def test_a_store_and_a_dataset_of_documents_do_not_take_each_others_place(tmp_pa
     write_lm_dataset(config.source, tokenizer, str(documents))  # once more, as ever
 
 
+def change(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda p: os.truncate(f"{p}.bin", 4), r"store\.bin: 4 bytes, .* or rebuild .*"),
+        (lambda p: os.remove(f"{p}.values.bin"), r"store\.values\.bin: missing, .* or rebuild .*"),
+        (lambda p: os.truncate(f"{p}.json", 99), r"store\.json: not the manifest .* rebuild it"),
+        (
+            lambda p: change(Path(f"{p}.json"), b'"format_version": 1', b'"format_version": 0'),
+            r"store\.json: format version 0, .* rebuild the store",
+        ),
+        (lambda p: change(Path(f"{p}.json"), b'"seed": 1234', b'"seed": 7'), "with seed 7, .*"),
+    ],
+)
+def test_a_store_that_cannot_stay_is_rebuilt_once_its_manifest_is_removed(tmp_path, damage, why):
+    """That alone, since PREFIX.* may be the records as well: PREFIX.jsonl."""
+    config, tokenizer = toy_config(tmp_path, negatives="bn=2"), ToyTokenizer()
+    build_groups(config, tokenizer)
+    prefix = Path(config.output_prefix)
+    expected = {p: p.read_bytes() for p in prefix.parent.iterdir()}
+    damage(prefix)
+    with pytest.raises(ValueError, match=rf"{why}[:;] remove \S+/out/store\.json (first|to build)"):
+        build_groups(config, tokenizer)
+    assert not Path(f"{prefix}.build").exists()
+    Path(f"{prefix}.json").unlink()
+    build_groups(config, tokenizer)
+    assert {p: p.read_bytes() for p in prefix.parent.iterdir()} == expected
+
+
+def test_a_build_does_not_write_over_its_records(tmp_path):
+    config = toy_config(tmp_path, negatives="bn=2")
+    [path] = map(Path, config.source.inputs)
+    records = path.rename(tmp_path / "data.json")
+    over = replace(config, source=Source((str(records),)), output_prefix=str(tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"--output-prefix \S+data\.json: it is read"):
+        build_groups(over, ToyTokenizer())
+    assert os.listdir(tmp_path) == ["data.json"]
+
+
 def test_documents_that_are_half_in_place_are_no_dataset(tmp_path, monkeypatch):
     """Cut short between the two files of a dataset that takes the place of another."""
     config, documents = toy_config(tmp_path, negatives="bn=2"), str(tmp_path / "text")

@@ -119,6 +119,23 @@ def test_shares_of_ranks(monkeypatch, world, tp, cp, pp, stages_first):
             assert mine == [rank + inner for rank in first for inner in range(tp * cp)]
 
 
+@pytest.mark.parametrize("flag", ["tensor_model", "context", "pipeline_model"])
+def test_ranks_that_hold_a_policy_together_have_no_workers(monkeypatch, flag):
+    """One of them would ask the others from a forked process, which waits for ever."""
+    from argparse import Namespace
+
+    sizes = {f"{name}_parallel_size": 1 for name in ("tensor_model", "context", "pipeline_model")}
+    args = Namespace(
+        shard=None, executor="local", workers=2, use_tp_pp_dp_mapping=False,
+        **sizes | {f"{flag}_parallel_size": 2},
+    )  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--workers 2: 2 ranks hold .* leave --workers out"):
+        arguments.share_of_work(args, by_megatron=True)
+    args.workers = 1
+    assert arguments.share_of_work(args, by_megatron=True).workers == 1
+
+
 @pytest.fixture
 def store(tmp_path):
     path = write_jsonl(

@@ -181,6 +181,23 @@ def test_tools_reach_the_template_and_null_is_empty(tmp_path, tokenizer, content
     assert not dropped.counts
 
 
+@pytest.mark.parametrize("tools", [None, [], "[]", "", " "])
+def test_no_tools_and_no_calls_are_none(tmp_path, tokenizer, tools):
+    """Tables have a list for every message; Llama 3.1's template refuses calls that are not one."""
+    counts = (
+        "{% for m in messages %}{% if 'tool_calls' in m and m.tool_calls | length != 1 %}"
+        "{{ raise_exception('one call at a time') }}{% endif %}{% endfor %}"
+    )
+    messages = [{**message, "tool_calls": []} for message in CHAT[1:3]]
+    for template in (None, counts + TOOL_TEMPLATE):
+        with_template(tokenizer, template)
+        expected, _ = pairs_of(tmp_path, tokenizer, {"messages": CHAT[1:3]})
+        found, dropped = pairs_of(tmp_path, tokenizer, {"messages": messages, "tools": tools})
+        assert not dropped.counts
+        [prefixes] = {tuple(pair.prefix.tolist()) for pair in (*expected, *found)}
+        assert len(prefixes) and len(expected) == len(found) == 1
+
+
 def test_arguments_in_a_string_of_json_are_what_they_say(tmp_path, tokenizer):
     """As OpenAI's API writes them, and as vLLM hands them to a template."""
     function = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"])}
@@ -401,3 +418,28 @@ def test_negatives_of_chats_end_as_y_1_does(tmp_path, tokenizer):
         for truncated in group.candidates[3:6]:
             kept = truncated.tolist()[: -len(ending)]
             assert 0 < len(kept) < len(body) and body[: len(kept)] == kept
+
+
+def test_a_build_is_not_gone_on_with_under_another_template(tmp_path, tokenizer):
+    """Tokens and their ids are the same ones, and everything else of the command as well."""
+    from megatron_cpo.building.build import build_groups
+    from megatron_cpo.building.config import BuildConfig
+    from megatron_cpo.work.job import Run
+
+    records = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "A"}]}
+        for i in range(4)
+    ]
+    source = Source((write_jsonl(tmp_path / "r.jsonl", *records),), max_length=40)
+    config = BuildConfig(source, str(tmp_path / "g"), negatives="tn=1", block_records=2)
+    brief = "<|im_start|>system\nBe brief.<|im_end|>\n" + CHATML
+    build_groups(config, with_template(tokenizer, CHATML), run=Run(share=0, shares=2))
+    with pytest.raises(ValueError, match=r"holds unfinished work with chat_template \"\w+\", this"):
+        build_groups(config, with_template(tokenizer, brief), run=Run(share=1, shares=2))
+    build_groups(config, with_template(tokenizer, CHATML))
+    with pytest.raises(ValueError, match="there is a store built with chat_template"):
+        build_groups(config, with_template(tokenizer, brief))
+    manifest = json.loads((tmp_path / "g.json").read_text())
+    del manifest["chat_template"]  # an earlier release is believed
+    (tmp_path / "g.json").write_text(json.dumps(manifest))
+    build_groups(config, with_template(tokenizer, brief))

@@ -50,11 +50,11 @@ RECORD = {
         ({"rejected": "meta.bad.one"}, ("p", "ch", ("b",))),
         ({"completion": "prompt", "prompt": "completion"}, ("c", "p", ("r",))),
         ({"text": "question"}, (None, "q", ())),
-        ({"messages": "meta.chat"}, ("user: u\nassistant: ", "m", ())),
+        ({"messages": "meta.chat"}, ("user: u\nassistant: ", "m", ("r",))),
         ({"instruction": "question", "response": "text"},
-         ("Instruction: q\nContext: con\nResponse:\n", "whole", ())),
+         ("Instruction: q\nContext: con\nResponse:\n", "whole", ("r",))),
         ({"instruction": "question", "context": "a.b", "response": "chosen"},
-         ("Instruction: q\nContext: dotted\nResponse:\n", "ch", ())),
+         ("Instruction: q\nContext: dotted\nResponse:\n", "ch", ("r",))),
         ({"instruction": "question", "chosen": "text"},
          ("Instruction: q\nContext: con\nResponse:\n", "whole", ("r",))),
     ],
@@ -66,6 +66,28 @@ def test_what_is_named_wins(names, expected):
     assert (record.prefix, record.continuation, record.rejected) == expected
     assert "nothing" not in fields
     assert fields["question"] == "q"  # a template may name it
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        ({"context": "notes"}, {"instruction": "q", "notes": "n", "output": "a"}),
+        ({"instruction": "ask"}, {"ask": "q", "input": "n", "output": "a"}),
+        ({"rejected": "bad"}, {"instruction": "q", "input": "n", "output": "a", "bad": "b"}),
+    ],
+)
+def test_the_other_fields_may_have_their_usual_names(names, fields):
+    found = Columns(tuple(names.items())).of({**fields, "text": "whole"})
+    record = parse_record(found, "auto", DEFAULT_TEMPLATE, Chat())
+    assert (record.prefix, record.continuation) == (
+        "Instruction: q\nContext: n\nResponse:\n", "a",
+    )  # fmt: skip
+    assert record.rejected == (("b",) if "bad" in fields else ())
+
+
+def test_tools_may_be_named_beside_sharegpt_conversations():
+    fields = {"conversations": [{"from": "gpt", "value": "a"}], "functions": "[]"}
+    assert Columns((("tools", "functions"),)).of(fields) == {**fields, "tools": "[]"}
 
 
 @pytest.mark.parametrize(

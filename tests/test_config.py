@@ -57,6 +57,15 @@ def test_a_store_to_evaluate_on_has_the_same_k(tmp_path) -> None:
         check_store(GroupReader(valid), config, null_tokenizer(), 64)
 
 
+def test_another_k_than_the_stores_is_refused_with_what_helps(tmp_path) -> None:
+    """--cpo-preset says one as well, which cannot be left out; build's --k makes no negatives."""
+    store = write_store(tmp_path / "groups", 2, 4)
+    message = r"^--cpo-k 12: .* of K=4 candidates; pass --cpo-k 4, or build .* --negatives that"
+    for valid in (None, store):  # evaluated on itself
+        with pytest.raises(ValueError, match=message):
+            check_store(GroupReader(store), CPOConfig(store, valid), null_tokenizer(), 64)
+
+
 GIVEN = {
     "data_path": "a",
     "valid_data_path": "b",

@@ -165,6 +165,13 @@ def test_the_file(llama, data, tmp_path):
     shorter = replace(config, source=replace(config.source, max_length=30))
     with pytest.raises(ValueError, match=r"at most 64 tokens.* at most 30 tokens.*remove it"):
         made(llama, shorter)  # some records are left out
+    tokenizer = folder_tokenizer("the model", llama)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match=r"chat template none.* chat template [0-9a-f]{16}"):
+        generate(config, tokenizer, lambda: HuggingFacePolicy(llama, tokenizer))
+    content = config.output.read_text().replace(", chat template none", "")
+    config.output.write_text(content)  # by an earlier release, which is believed
+    assert generate(config, tokenizer, lambda: HuggingFacePolicy(llama, tokenizer)).seconds == 0
 
 
 def test_any_split_and_any_kill_give_the_same_bytes(llama, data, tmp_path):

@@ -264,7 +264,7 @@ def refusals(argv: list[str], world_size: int = 1) -> list[str]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--cpo-k 4", r"--cpo-k 4: .*groups has groups of K=5 candidates; leave --cpo-k out"),
+        ("--cpo-k 4", r"--cpo-k 4: .*groups has groups of K=5 candidates; pass --cpo-k 5, or"),
         ("--split 0,0,0", r"--split 0,0,0: needs the weights of train, valid and test"),
         ("--vocab-size 600", r"groups was tokenised by .*'vocab_size': 500.*, this run has .*600"),
         (

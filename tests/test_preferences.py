@@ -79,12 +79,41 @@ FORMS = {
          "chosen": {"from": "gpt", "value": "good"},
          "rejected": {"from": "gpt", "value": "bad"}}, PLAIN,
     ),
+    "LLaMA-Factory, conversations with a system's": (
+        {"system": "s", "conversations": [{"from": "human", "value": "q"}],
+         "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"}},
+        Record("system: s\nuser: q\nassistant: ", "good", ("bad",)),
+    ),
+    "Anthropic's parts of a system's message": (
+        {"system": [{"type": "text", "text": "s"}], "messages": [u("q"), a("good")]},
+        Record("system: s\nuser: q\nassistant: ", "good"),
+    ),
+    "a system's message that is there": (
+        {"system": "t", "messages": [{"role": "system", "content": "s"}, u("q"), a("good")]},
+        Record("system: s\nuser: q\nassistant: ", "good"),
+    ),
+    "an empty one": ({"system": " ", "messages": [u("q"), a("good")], "rejected": "bad"}, PLAIN),
     "LLaMA-Factory, instructions": (
         {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
         Record("Instruction: q\nResponse:\n", "good", ("bad",)),
     ),
     "conversational prompt and completion": (
         {"prompt": [u("q")], "completion": [a("good")]}, Record("user: q\nassistant: ", "good"),
+    ),
+    "prompt and completion of messages": (
+        {"prompt": [u("q")], "completion": [a("good")], "rejected": [[a("bad")], "worse"]},
+        Record("user: q\nassistant: ", "good", ("bad", "worse")),
+    ),
+    "a chat": (
+        {"messages": [u("q"), a("good")], "rejected": [u("q"), a("bad")]}, PLAIN,
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}],
+         "rejected": "bad"}, PLAIN,
+    ),
+    "an instruction with its answer": (
+        {"instruction": "q", "output": "good", "rejected": ["bad", "worse"]},
+        Record("Instruction: q\nResponse:\n", "good", ("bad", "worse")),
     ),
     "labelled true": ({"prompt": "q", "completion": "good", "label": True}, Record("q", "good")),
     "nothing rejected": ({"prompt": "q", "chosen": "good", "rejected": None}, Record("q", "good")),
@@ -145,6 +174,8 @@ def test_an_empty_rejected_answer_costs_that_answer(tmp_path, rejected, kept):
         ({"context": [u("q")], "completions": [{"rank": 0, "completion": "1"}]}, "field 'completi"),
         ({"context": [u("q")], "completions": ["1", "2"]}, "field 'completions' is not a list of"),
         ({"prompt": "q", "completion": "bad", "label": False}, "a completion labelled false is no"),
+        ({"messages": [u("q"), a("bad")], "label": False}, "a completion labelled false is no"),
+        ({"instruction": "q", "output": "bad", "kto_tag": False}, "a completion labelled false is"),
     ],
 )  # fmt: skip
 def test_what_is_no_preference_is_said(tmp_path, fields, reason):
@@ -152,3 +183,26 @@ def test_what_is_no_preference_is_said(tmp_path, fields, reason):
     assert found == []
     [counted] = dropped.counts
     assert counted.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("fields", "remedy"),
+    [
+        ({"question": "q", "chosen": "1", "rejected": "2"}, "name that field with --prompt-field"),
+        ({"chosen": "One.", "rejected": "Two."}, "give the prompt in a field of its own"),
+        ({"chosen": [u("q"), a("1")], "rejected": [u("r"), a("2")]}, "give the prompt in a field"),
+        (
+            {"chosen": [u("q"), a("1"), u("r"), a("2")],
+             "rejected": [u("q"), a("3"), u("r"), a("4")]},
+            "give pairs of which nothing but the last answer differs",
+        ),
+        ({"prompt": "q", "chosen": "1", "rejected": 2}, "give text there, .* --rejected-field"),
+        ({"messages": [u("q"), a("1")], "tools": [{}]}, "use a tokenizer that has one, or give it"),
+        ({"messages": [u([{"type": "image_url"}]), a("1")]}, "leave such messages out: .* read$"),
+    ],
+)  # fmt: skip
+def test_what_helps_is_advised(tmp_path, fields, remedy):
+    """Not to give rejected answers, where they are there, nor to write a chat as a chat."""
+    path = write_jsonl(tmp_path / "r.jsonl", fields)
+    with pytest.raises(ValueError, match=rf"no usable record \(dropped: 1 .*\); {remedy}"):
+        list(read_records([path], Dropped()))

@@ -238,3 +238,14 @@ def test_a_line_may_be_as_long_as_the_limit(tmp_path, monkeypatch):
     dropped = Dropped()
     assert len(list(read_records([str(path)], dropped))) == 2
     assert sum(dropped.counts.values()) == 1
+
+
+def test_earlier_turns_of_an_instruction_are_not_left_off(tmp_path):
+    """A list without any is of no matter, and so is a text of that name."""
+    fields = {"instruction": "And 2?", "output": "2"}
+    kept = [{**fields, "history": value} for value in ([], None, "of Rome")]
+    path = write_jsonl(tmp_path / "r.jsonl", *kept, {**fields, "history": [["1?", "1"]]})
+    dropped = Dropped()
+    assert len(list(read_records([path], dropped))) == 3
+    [reason] = dropped.counts
+    assert reason.startswith("earlier turns in 'history'")

@@ -260,7 +260,7 @@ def test_another_command_over_the_same_output_is_refused(tokenizer, expected, tm
     with pytest.raises(ValueError, match=message):
         build_groups(other, tokenizer)
     build_groups(config_in(tmp_path), tokenizer)
-    message = r"there is a store built with seed 7, this command has 8; remove .*groups\.\* to"
+    message = r"there is a store built with seed 7, this command has 8; remove .*groups\.json to"
     with pytest.raises(ValueError, match=message):
         build_groups(other, tokenizer)
     with pytest.raises(ValueError, match=r'with negatives \{"bn": 3, "tn": 8\}, .* \{"tn": 2\};'):

@@ -173,6 +173,7 @@ def test_samplers_are_named_as_kinds():
         ("pss=3", {"pss": 3}),
         ("given=1", {"given": 1}),
         ("written=1", {"written": 1}),
+        ("BN4, written=1", {"bn": 4, "written": 1}),  # as a writer without the kind is advised
     ],
 )
 def test_mixes(text, mix):
@@ -195,6 +196,7 @@ def test_mixes(text, mix):
         ("bn=-1", r"got 'bn=-1'"),
         ("bn=1.5", r"got 'bn=1.5'"),
         ("bn=1,bn=2", r"got 'bn=2'"),
+        ("MixN,bn=2", r"got 'bn=2'"),
     ],
 )
 def test_mixes_that_are_none(text, match):

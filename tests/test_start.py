@@ -114,8 +114,15 @@ def test_a_resumed_run_of_other_rows_says_so(tmp_path: Path) -> None:
     said = start(load, seq_length=32, cpo_candidates=3, split="2,1,0")
     assert said is not None
     assert "--seq-length 32 (its run had 64), --cpo-candidates 3 (its run had None), --spl" in said
-    assert start(load, split="2,1,0", cpo_valid_data_path="valid") is None
+    said = start(load, cpo_valid_data_path="valid")  # then --split leaves nothing out
+    assert said is not None
+    assert "with --cpo-valid-data-path valid (its run had --split 1,0,0): its rows are" in said
     assert start(load, seed=8, finetune=True) is None
+    whole = write_checkpoint(tmp_path / "whole", {**CPO, **rows, "cpo_valid_data_path": "v"}, "3")
+    assert start(whole, split="2,1,0", cpo_valid_data_path="valid") is None
+    said = start(whole)
+    assert said is not None
+    assert "with --split 1,0,0 (its run had --cpo-valid-data-path v): its rows are" in said
 
 
 def test_a_first_launch_that_may_be_resumed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from megatron_cpo.building.config import BuildConfig, PolicyUse
 from megatron_cpo.building.report import BuildReport
 from megatron_cpo.groups.packed import Totals
 from megatron_cpo.groups.store import (
+    FILES,
     check_sizes,
     is_there,
     read_manifest,
@@ -80,6 +81,8 @@ def build_groups(
 def _prepare(builder: Builder) -> BuildReport | None:
     """Tokenise the records, unless that is done; the report if the whole store is there."""
     config, work = builder.config, builder.work
+    written = (config.output_prefix + suffix for suffix in (*FILES, ".json"))
+    config.source.refuse_output("--output-prefix", *written)
     if not work.path.exists():  # what a store that is being put there has
         refuse_documents(config.output_prefix)
         if remote.is_remote(config.output_prefix) and not is_there(config.output_prefix):
@@ -87,14 +90,17 @@ def _prepare(builder: Builder) -> BuildReport | None:
     with work.locked():
         finish_publishing(config.output_prefix, work.is_alone)
         if is_there(config.output_prefix):
-            manifest = read_manifest(config.output_prefix)
-            check_sizes(config.output_prefix, manifest)
+            # Alone it makes a store, and what else begins with PREFIX may be anybody's.
+            first = f"remove {config.output_prefix}.json"
             try:
-                work.refuse_other(
-                    manifest,
-                    "there is a store built",
-                    f"remove {config.output_prefix}.* to build anew",
-                )
+                manifest = read_manifest(config.output_prefix)
+                check_sizes(config.output_prefix, manifest)
+            except ValueError as error:  # "rebuild it", which this is
+                if not (work.path / "command.json").exists():
+                    work.remove()
+                raise ValueError(f"{error}: {first} first, or give another PREFIX") from error
+            try:
+                work.refuse_other(manifest, "there is a store built", f"{first} to build anew")
             finally:
                 work.remove()
             return BuildReport(manifest)

@@ -32,6 +32,7 @@ from megatron_cpo.negatives.from_records import NEGATIVES, check_kinds
 from megatron_cpo.negatives.ranking import BlockSimilarity, lexical, lexical_weights, unranked
 from megatron_cpo.policies.writer import KIND
 from megatron_cpo.records.border import CONTRACT, EACH_SIDE
+from megatron_cpo.records.chats import template_digest
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader
 from megatron_cpo.records.tokenizing import tokenizer_identity
@@ -87,8 +88,10 @@ class Builder:
         drawn = {k: n for k, n in config.mix.items() if not (merge_only and k == KIND)}
         check_kinds(drawn, self._samplers)
         self.embedder = self._open_embedder()
-        earlier = {**EARLIER, "order": list(config.mix)}  # they did not say; believed
-        self.work = WorkFolder(config.output_prefix, "build", self._command(), earlier)
+        command = self._command()
+        believed = {name: command[name] for name in ("order", "chat_template")}
+        earlier = {**EARLIER, **believed}  # they did not say
+        self.work = WorkFolder(config.output_prefix, "build", command, earlier)
 
     @property
     def has_model(self) -> bool:
@@ -259,6 +262,7 @@ class Builder:
         command = {
             "tokenizer": tokenizer_identity(self.tokenizer),
             "eod": self.eod,
+            "chat_template": template_digest(self.tokenizer),
             "source": source.describe(),
             "format": source.shape,
             "fields": dict(source.names) or None,

@@ -27,10 +27,10 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "is s3://BUCKET/NAME")  # fmt: skip
     add("--negatives", default="bn=3,tn=8", metavar="MIX",
         help="how many of each kind, such as bn=3,mn=5,tn=3, or a mix of the paper: MixN (that "
-        "one), AN (an=11), BN4 (bn=4). bn = continuation of another record, tn = y_1 cut short, "
-        "given = the record's own rejected ones; an = sampled after the prefix, mn = some tokens "
-        "of y_1 drawn anew, pss = half of them: these need a policy; written = by an instruct "
-        "model, see --writer (default: %(default)s)")  # fmt: skip
+        "one), AN (an=11), BN4 (bn=4), or both: MixN,written=1. bn = continuation of another "
+        "record, tn = y_1 cut short, given = the record's own rejected ones; an = sampled after "
+        "the prefix, mn = some tokens of y_1 drawn anew, pss = half of them: these need a "
+        "policy; written = by an instruct model, see --writer (default: %(default)s)")  # fmt: skip
     add("--k", type=int, metavar="K", help="check that the mix makes this K, y_1 included")
     add("--rank", dest="ranker", default="lexical", metavar="HOW",
         help="similarity to y_1, for the ranked loss: lexical = cosine of TF-IDF vectors of token "
@@ -183,6 +183,13 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
                 "--executor ray: a Megatron policy runs on ranks; start them with megatron-cpo "
                 "--nproc-per-node N VERB, and give each machine a --shard"
             )
+        parts = math.prod(_parts(args).values())
+        if args.workers is not None and args.workers > 1 and parts > 1:
+            raise ValueError(
+                f"--workers {args.workers}: {parts} ranks hold the policy of --load together, and "
+                "none of them can go on in processes of its own; leave --workers out, and start "
+                "more ranks: megatron-cpo --nproc-per-node N VERB"
+            )
         place, ranks = _place(args, rank, ranks)
         writer = place["tp"] == place["cp"] == place["pp"] == 0
         rank = place["dp"]
@@ -196,15 +203,20 @@ def share_of_work(args: argparse.Namespace, by_megatron: bool) -> Run:
     )
 
 
-def _place(args: argparse.Namespace, rank: int, ranks: int) -> tuple[dict[str, int], int]:
-    """A rank's number in each of its groups, as Megatron forms them, and how many replicas are."""
-    from megatron.core.parallel_state import RankGenerator
-
-    sizes = {
+def _parts(args: argparse.Namespace) -> dict[str, int]:
+    """Over how many ranks a Megatron policy is spread, each way."""
+    return {
         "tp": args.tensor_model_parallel_size,
         "cp": args.context_parallel_size,
         "pp": args.pipeline_model_parallel_size,
     }
+
+
+def _place(args: argparse.Namespace, rank: int, ranks: int) -> tuple[dict[str, int], int]:
+    """A rank's number in each of its groups, as Megatron forms them, and how many replicas are."""
+    from megatron.core.parallel_state import RankGenerator
+
+    sizes = _parts(args)
     replicas = ranks // math.prod(sizes.values())
     order = "tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp"
     generator = RankGenerator(ep=1, dp=replicas, order=order, **sizes)

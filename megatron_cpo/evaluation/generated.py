@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpo.evaluation.results import Text
+from megatron_cpo.records.chats import template_digest
 from megatron_cpo.records.tokenizing import tokenizer_identity
 
 
@@ -60,8 +61,11 @@ class Speed:
 
 def reading(max_length: int | None, ends: Collection[int], tokenizer: Any) -> str:
     """How records are read, and where texts end."""
-    digest = tokenizer_identity(tokenizer)["sha256"][:16]
-    return f"records of at most {max_length} tokens, ends {sorted(ends)}, tokenizer {digest}"
+    digest, template = tokenizer_identity(tokenizer)["sha256"][:16], template_digest(tokenizer)
+    return (
+        f"records of at most {max_length} tokens, ends {sorted(ends)}, tokenizer {digest}, "
+        f"chat template {template[:16] if template else 'none'}"
+    )
 
 
 def describe_model(identity: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from megatron_cpo.negatives.answers import Answers
 from megatron_cpo.negatives.from_records import context_of
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.progress import progress
+from megatron_cpo.records.chats import template_digest
 from megatron_cpo.records.encoder import Encoder
 from megatron_cpo.records.pair_files import PairReader, write_pairs_resumed
 from megatron_cpo.records.source import Source
@@ -117,11 +118,13 @@ class Generator:
             "decoding": asdict(config.decoding),
             "data": self.made.data,
             "tokenizer": tokenizer_identity(tokenizer),
+            "chat_template": (template := template_digest(tokenizer)),
             "max_length": config.source.max_length,
             "block_records": config.block,
         }
+        earlier = {"chat_template": template}  # they did not say; believed
         self.work = WorkFolder(
-            str(config.output), "generate", command, flag="--output", suffix=".json"
+            str(config.output), "generate", command, earlier, flag="--output", suffix=".json"
         )
 
     @property
@@ -215,7 +218,9 @@ def _prepare(job: Generator) -> Generated | None:
         if job.config.output.exists():
             found = read_results(job.config.output)
             job.work.remove()
-            earlier = found.made.reading or job.made.reading  # which files did not say once
+            earlier = found.made.reading
+            if job.made.reading.startswith(earlier):  # files did not say it all once, or nothing
+                earlier = job.made.reading
             ours = replace(job.made, tool=found.made.tool)
             if replace(found.made, reading=earlier) != ours or found.generator != job.generator:
                 raise ValueError(

@@ -35,7 +35,8 @@ class Made:
     tool: str = ""
     """This package and its version."""
     reading: str = ""
-    """What else decides the texts: the longest record, the end tokens and the tokenizer."""
+    """What else decides the texts: the longest record, the end tokens, the tokenizer and its chat
+    template."""
 
 
 @dataclass(frozen=True)

@@ -171,14 +171,18 @@ def group_rng(seed: int, group: int, kind: str, epoch: int = 0) -> np.random.Gen
 def parse_mix(text: str) -> dict[str, int]:
     """`bn=3,tn=8`, or the name of a preset in any case, to counts by kind, in the order given.
 
+    A preset may have kinds beside it: `MixN,written=1`.
+
     Raises:
         ValueError: not of that form, an unknown or repeated kind, or a count below 1.
     """
-    presets = {name.lower(): mix for name, mix in PRESETS.items()}
-    if text.lower() in presets:
-        return dict(presets[text.lower()])
+    presets = {
+        name.lower(): [f"{kind}={count}" for kind, count in mix.items()]
+        for name, mix in PRESETS.items()
+    }
+    parts = [part for each in text.split(",") for part in presets.get(each.strip().lower(), [each])]
     mix: dict[str, int] = {}
-    for part in text.split(","):
+    for part in parts:
         kind, _, count = (piece.strip() for piece in part.partition("="))
         if kind not in (known := (*NEGATIVES, *NEEDS_POLICY, *NEEDS_WRITER)):
             raise ValueError(

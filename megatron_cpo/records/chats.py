@@ -11,6 +11,7 @@ record is refused by that name. So is one whose messages spell a control token, 
 marks a turn with: such a message would close its own turn.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ class Chat:
         """
         if isinstance(tools, str):
             try:
-                tools = json.loads(tools)
+                tools = json.loads(tools) if tools.strip() else None
             except ValueError:
                 raise BadRecord("field 'tools' is not JSON") from None
         if not any(map(has_text, before)):
@@ -159,14 +160,26 @@ class Chat:
         return Rendered(f"{prefix}assistant: ", texts, False)
 
 
+def template_digest(tokenizer: Any) -> str | None:
+    """What tells chat templates apart, which no digest of tokens does; None if there is none."""
+    template = _template_of(tokenizer)
+    return hashlib.sha256(json.dumps(template).encode()).hexdigest() if template else None
+
+
+def _template_of(tokenizer: Any) -> Any:
+    """A tokenizer's chat template, or several by their names; None if it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:  # Megatron's SFTTokenizer keeps it elsewhere
+        config = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "_prompt_config", None)
+        template = getattr(config, "custom_chat_template", None)
+    return template or None
+
+
 def _template(tokenizer: Any) -> Callable[..., str] | None:
     """(messages, **variables) to text, by the tokenizer's chat template; None if it has none."""
     inner, library = getattr(tokenizer, "_tokenizer", tokenizer), library_of(tokenizer)
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:  # Megatron's SFTTokenizer keeps it elsewhere
-        config = getattr(inner, "_prompt_config", None)
-        template = getattr(config, "custom_chat_template", None)
-    if not template:
+    template = _template_of(tokenizer)
+    if template is None:
         return None
     if hasattr(library, "get_chat_template"):  # transformers', which knows tools and its tokens
         one = template if isinstance(template, str) else None  # of several it chooses itself

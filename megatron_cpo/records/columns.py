@@ -25,6 +25,14 @@ _OTHER_NAMES = {
     "response": ("output", "chosen"),
 }
 """What some data call the same, or have beside it and would be taken instead."""
+_SAME = {
+    "chosen": "chosen_response",
+    "rejected": "rejected_response",
+    "messages": "conversations",
+    "context": "input",
+    "response": "output",
+}
+"""Those of them that are read as the field itself, also beside fields that are named."""
 _OPTIONAL = ("rejected", "context", "tools")
 _ANSWERS = ("completion", "chosen", "messages", "response", "text")
 """Names that decide what the shape of a record is."""
@@ -68,7 +76,9 @@ class Columns:
             return present
         own = {ours for ours, _ in self.names}
         beside = set().union(*self._families())
-        hidden = _with_other_names(_ANSWERS) - beside | _with_other_names(own)
+        taken = _with_other_names(own)
+        beside |= {_SAME[name] for name in beside - taken if name in _SAME}
+        hidden = _with_other_names(_ANSWERS) - beside | taken
         kept = {name: value for name, value in present.items() if name not in hidden}
         return kept | renamed
 

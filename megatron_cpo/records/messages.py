@@ -14,9 +14,9 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}
 def messages_of(value: Any, field: str) -> list[Message]:
     """The messages in a field, in the form that chat templates take.
 
-    Null content is empty, other empty fields are left out, and so is nothing else: tool calls, tool
-    ids and reasoning are for the template to read. Arguments of a tool call that are JSON in a
-    string become what they say, as vLLM hands them to a template.
+    Null content is empty; other null fields and lists of no tool calls are left out, and so is
+    nothing else: tool calls, tool ids and reasoning are for the template to read. Arguments of a
+    tool call that are JSON in a string become what they say, as vLLM hands them to a template.
 
     Raises:
         BadRecord: it is not a list of messages.
@@ -40,8 +40,11 @@ def _message(message: Message, field: str) -> Message:
     if isinstance(content, list):
         content = [_part(part, field) for part in content]
     known["content"] = content
-    if calls := known.get("tool_calls"):
-        known["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else calls
+    calls = known.get("tool_calls")
+    if isinstance(calls, list):
+        known["tool_calls"] = [_call(call) for call in calls]
+    if not calls:  # tables have a list for every message, and some templates count what is in it
+        known.pop("tool_calls", None)
     return known
 
 

@@ -9,7 +9,8 @@ write them.
     context, completions                 NeMo RL: answers with a rank, 0 the best
     conversations, chosen, rejected      LLaMA-Factory: one message each
 
-`rejected` may hold several answers. An empty one costs that answer and not the record.
+Other shapes may have `rejected` beside their answer, chats among them (`answered_chat`). It may
+hold several answers. An empty one costs that answer and not the record.
 """
 
 import re
@@ -53,10 +54,22 @@ def preference(fields: dict[str, Any], chat: Chat) -> Record:
         return without_empty(Record(prompt, chosen, tuple(worse)))
     answers = [_turns(chosen, "chosen"), *(_turns(answer, "rejected") for answer in worse)]
     before, answers = _split(prompt, answers)
-    for answer in answers:
-        if answer[0]["role"] != "assistant" or any(m["role"] in ("user", "system") for m in answer):
-            raise BadRecord("chosen and rejected differ in more than the last answer")
+    _check_answers(answers)
     return Record.of_chat(chat, before, answers, fields)
+
+
+def answered_chat(
+    before: list[Message], truth: list[Message], fields: dict[str, Any], chat: Chat
+) -> Record:
+    """The record of messages with their right answer, and of what `rejected` has beside it.
+
+    Raises:
+        BadRecord: a rejected answer is none to these messages.
+    """
+    worse = [_turns(answer, "rejected") for answer in _answers(fields.get("rejected"))]
+    worse = _behind(before, worse)
+    _check_answers(worse)
+    return Record.of_chat(chat, before, [truth, *worse], fields)
 
 
 def _parts(fields: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -118,11 +131,22 @@ def _split(
             before = [{"role": "user", "content": prompt}]
     if not before:
         raise BadRecord("conversations of chosen and rejected have no message in common: no prompt")
+    return before, _behind(before, conversations)
+
+
+def _behind(before: list[Message], conversations: Sequence[list[Message]]) -> list[list[Message]]:
+    """The messages of each answer, which may be a whole conversation."""
     n = len(before)
     answers = [c[n:] if c[:n] == before else c for c in conversations]
     if not all(answers):
         raise BadRecord("no answer behind the messages of the prompt")
-    return before, answers
+    return answers
+
+
+def _check_answers(answers: Sequence[list[Message]]) -> None:
+    for answer in answers:
+        if answer[0]["role"] != "assistant" or any(m["role"] in ("user", "system") for m in answer):
+            raise BadRecord("chosen and rejected differ in more than the last answer")
 
 
 def _implicit(fields: dict[str, Any], chosen: str, rejected: Sequence[str]) -> Record:

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
-from megatron_cpo.records.messages import Message, flat, has_text
+from megatron_cpo.records.messages import Message, flat, has_text, messages_of
 from megatron_cpo.records.texts import Texts
 
 EMPTY_ANSWER = "an empty rejected answer, left out"
@@ -42,11 +42,13 @@ class Record:
         """A conversation with its answers, y_1 first.
 
         Args:
-            fields: of the record: `tools` and `chat_template_kwargs` are the template's.
+            fields: of the record: `tools` and `chat_template_kwargs` are the template's, and
+                `system` is what is said before messages that do not begin with it.
 
         Raises:
             BadRecord: as `Chat.conversation`, or y_1 is empty.
         """
+        before = [*_system(before, fields.get("system")), *before]
         first, *rest = answers
         if not any(map(has_text, first)):
             raise BadRecord("empty continuation")
@@ -61,6 +63,14 @@ class Record:
             found.prefix, truth, tuple(rejected), rendered=found.by_template, end=found.end,
             notes=notes, texts=(_shown(before), _shown(first)),
         )  # fmt: skip
+
+
+def _system(before: Sequence[Message], said: Any) -> list[Message]:
+    """The message of a field `system`, as Anthropic and LLaMA-Factory have one beside a chat."""
+    there = any(message["role"] == "system" for message in before[:1])
+    if there or not said or not isinstance(said, str | list):
+        return []
+    return [*filter(has_text, messages_of([{"role": "system", "content": said}], "system"))]
 
 
 def _shown(messages: Sequence[Message]) -> str:

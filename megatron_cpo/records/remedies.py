@@ -6,22 +6,36 @@ from typing import Any
 
 SETS = "prompt+completion, prompt+chosen, chosen+rejected, instruction+response, messages or text"
 _REMEDIES = (
+    (r"name it prompt$", "name that field with --prompt-field"),
+    (
+        r"without a prompt|no prompt$|^no answer behind",
+        "give the prompt in a field of its own, and what follows it in chosen and rejected",
+    ),
+    (r"^chosen and rejected differ", "give pairs of which nothing but the last answer differs"),
     (
         r"^no .*prompt|^missing field",
-        f"a record needs {SETS}; name other fields with --prompt-field, --completion-field and "
-        "their like",
+        f"a record needs {SETS}, and what --prompt-template names; name other fields with "
+        "--prompt-field, --completion-field and their like",
     ),
     (r"longer than \d+ tokens", "raise --max-length, or give shorter records"),
     (
-        r"rejected",
+        r"^fewer than \d+ rejected|^no chosen and rejected",
         "give each record its rejected answers, name their field with --rejected-field, or ask for "
         "other --negatives than given",
     ),
+    (r"^field 'rejected'", "give text there, or name another field with --rejected-field"),
     (r"tokens to split", "give texts of at least two tokens"),
     (r"not UTF-8", "write the file anew as UTF-8, by iconv -t UTF-8"),
     (r"^no field", "name the fields that the data has"),
     (r"^not JSON|^not a JSON|MiB$", f"each line must be a JSON object with {SETS}"),
-    (r"messages|assistant|chat", "a chat is a list of {role, content} with an assistant's turn"),
+    (r"^earlier turns", "give chats as messages"),
+    (r"needs? a chat template", "use a tokenizer that has one, or give it one by --chat-template"),
+    (
+        r"^the chat template",
+        "give messages that this one takes, or another one by --chat-template",
+    ),
+    (r"part that is no text", "leave such messages out: nothing but text is read"),
+    (r"messages|assistant", "a chat is a list of {role, content} with an assistant's turn"),
     (r"is not a string", "give text there, or name another field with --prompt-field and its like"),
 )
 """What a reason has in it, and what to do; the first that fits."""
@@ -48,6 +62,6 @@ def remedy(counts: Mapping[str, int], names: Sequence[str]) -> str:
         return "give data: there is no record in it"
     reason = max(counts, key=lambda why: counts[why])
     found = next((what for sign, what in _REMEDIES if re.search(sign, reason)), "see the first")
-    about_fields = re.match(r"no field|missing|no .*prompt|field", reason)
+    about_fields = re.match(r"no field|missing|no prompt|field .* is (not|neither)", reason)
     has = f" (the first has {', '.join(names) or 'none'})" if about_fields else ""
     return found + has

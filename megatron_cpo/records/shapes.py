@@ -1,12 +1,13 @@
 """The shapes of records: which keys a JSON object has, and what is prompt and answer in it.
 
-    prompt + completion     prefix and true continuation; `rejected` (string or list) is optional
+    prompt + completion     prefix and true continuation
     chosen + rejected       preference data, with or without a prompt; see `preferences.py`
     instruction + response  Dolly; `context` may be empty. Alpaca's `input` and `output` work too
     messages                a chat: the last assistant turn is the continuation
     text                    split at token level, once it is tokenised
 
-Where several fit, the most specific one counts.
+All but `text` may have `rejected` answers beside theirs. Where several fit, the most specific one
+counts.
 """
 
 import re
@@ -17,7 +18,7 @@ from typing import Any
 from megatron_cpo.records.chats import Chat
 from megatron_cpo.records.dropped import BadRecord
 from megatron_cpo.records.messages import messages_of
-from megatron_cpo.records.preferences import is_preference, preference
+from megatron_cpo.records.preferences import answered_chat, is_preference, preference
 from megatron_cpo.records.record import Record, string, without_empty
 from megatron_cpo.records.remedies import SETS
 
@@ -77,8 +78,7 @@ def check_template(template: str) -> None:
 def _prompt(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     if "chosen" in fields:
         return preference(fields, chat)
-    if fields.get("label") is False:
-        raise BadRecord("a completion labelled false is no right answer")
+    _check_label(fields)
     if isinstance(fields.get("prompt"), list):
         before, answer = messages_of(fields["prompt"], "prompt"), fields.get("completion")
         messages = (
@@ -86,7 +86,7 @@ def _prompt(fields: dict[str, Any], template: str, chat: Chat) -> Record:
             if isinstance(answer, list)
             else [{"role": "assistant", "content": string(fields, "completion")}]
         )
-        return Record.of_chat(chat, before, [messages], fields)
+        return answered_chat(before, messages, fields, chat)
     rejected = fields.get("rejected") or []
     rejected = [rejected] if isinstance(rejected, str) else rejected
     if not isinstance(rejected, list) or not all(isinstance(r, str) for r in rejected):
@@ -96,10 +96,18 @@ def _prompt(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     )
 
 
+def _check_label(fields: dict[str, Any]) -> None:
+    """BadRecord for an unpaired answer that is a wrong one, as TRL and LLaMA-Factory label it."""
+    if any(fields.get(name) is False for name in ("label", "kto_tag")):
+        raise BadRecord("a completion labelled false is no right answer")
+
+
 def instruction_prompt(fields: dict[str, Any], template: str) -> str:
     """The prefix of an instruction record."""
     if not string(fields, "instruction").strip():
         raise BadRecord("empty prefix")
+    if fields.get("history") and isinstance(fields["history"], list):
+        raise BadRecord("earlier turns in 'history', of which the prompt would have nothing")
     return fill_template(template, {**fields, "context": _context(fields)})
 
 
@@ -116,24 +124,29 @@ def _asked(fields: dict[str, Any]) -> str:
 
 
 def _instruction(fields: dict[str, Any], template: str, chat: Chat) -> Record:
-    prefix = instruction_prompt(fields, template)
+    _check_label(fields)
     answer = string(fields, "output" if "output" in fields else "response")
-    return Record(prefix, answer, texts=(_asked(fields), answer))
+    return _answered_instruction({**fields, "chosen": answer}, template, chat)
 
 
 def _messages(fields: dict[str, Any], template: str, chat: Chat) -> Record:
+    _check_label(fields)
     field = "messages" if "messages" in fields else "conversations"
     messages = messages_of(fields.get(field), field)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise BadRecord(f"no assistant turn in {field!r}")
-    return Record.of_chat(chat, messages[: turns[-1]], [[messages[turns[-1]]]], fields)
+    return answered_chat(messages[: turns[-1]], [messages[turns[-1]]], fields, chat)
 
 
 def _preference(fields: dict[str, Any], template: str, chat: Chat) -> Record:
     if "instruction" not in fields or "prompt" in fields:
         return preference(fields, chat)
-    # LLaMA-Factory's pairs
+    return _answered_instruction(fields, template, chat)  # LLaMA-Factory's pairs
+
+
+def _answered_instruction(fields: dict[str, Any], template: str, chat: Chat) -> Record:
+    """The record of an instruction with `chosen`, and perhaps `rejected`."""
     record = preference({**fields, "prompt": instruction_prompt(fields, template)}, chat)
     return replace(record, texts=record.texts or (_asked(fields), record.continuation))
 

@@ -116,15 +116,16 @@ def _sha256(path: str) -> str:
 INPUT_HELP = """\
 --input takes JSON Lines or a JSON array, plain or packed (.gz .bz2 .xz .zst), Parquet and Arrow
 files, folders of datasets' save_to_disk, and patterns of these, with one of these sets of fields:
-  prompt + completion      optionally rejected, a string or a list
+  prompt + completion      strings, or lists of messages
   chosen + rejected        strings or lists of messages, with or without prompt (TRL, UltraFeedback)
                            or NeMo's chosen_response + rejected_response, context + completions
   instruction + response   and context (Dolly), or input and output (Alpaca); see --prompt-template
   messages                 [{role, content} ...] and perhaps tools; the last assistant turn is the
                            continuation, as the tokenizer's chat template writes it
   text                     the first --prefix-fraction of its tokens is the prefix
-or the prefix of a Megatron indexed dataset (late pretraining), split like text. Fields of other
-names: --prompt-field and its like. Tables and .zst need the extra [data].
+All but text may have rejected answers beside: a string, a list of messages, or a list of these.
+--input also takes the prefix of a Megatron indexed dataset (late pretraining), split like text.
+Fields of other names: --prompt-field and its like. Tables and .zst need the extra [data].
 """
 
 

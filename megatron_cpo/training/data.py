@@ -33,15 +33,15 @@ def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, position
     from megatron_cpo.records.tokenizing import tokenizer_identity
 
     path, manifest = reader.path_prefix, reader.manifest
-    if manifest["k"] != config.k and path == config.valid_data_path:
+    if manifest["k"] != config.k and path != config.data_path:
         raise ValueError(
             f"--cpo-valid-data-path {path} has groups of K={manifest['k']} candidates, "
             f"{config.data_path} of K={config.k}: evaluate on a store of the same K"
         )
     if manifest["k"] != config.k:
         raise ValueError(
-            f"--cpo-k {config.k}: {path} has groups of K={manifest['k']} candidates; leave "
-            f"--cpo-k out, or rebuild the store with --k {config.k}"
+            f"--cpo-k {config.k}: {path} has groups of K={manifest['k']} candidates; pass --cpo-k "
+            f"{manifest['k']}, or build a store with --negatives that make K={config.k}"
         )
     ours = tokenizer_identity(tokenizer)
     if manifest.get("tokenizer") != ours:

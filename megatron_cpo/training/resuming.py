@@ -56,14 +56,16 @@ def other_rows(args: Any, saved: Mapping[str, Any]) -> str | None:
         args: Megatron's, validated.
         saved: those of the run that wrote the checkpoint.
     """
-    names = ["seed", "seq_length", "cpo_candidates", "cpo_fraction"]
-    if not args.cpo_valid_data_path:
-        names.append("split")
+    names = "seed", "seq_length", "cpo_candidates", "cpo_fraction"
     changed = [
         f"--{name.replace('_', '-')} {getattr(args, name)} (its run had {saved[name]})"
         for name in names
         if name in saved and saved[name] != getattr(args, name)
     ]
+    ours, theirs = _evaluated(vars(args)), _evaluated(saved)
+    # Whatever store is evaluated on, all of the other one is trained on.
+    if "split" in saved and ours != theirs and "--split" in (ours[0], theirs[0]):
+        changed.append(f"{' '.join(map(str, ours))} (its run had {' '.join(map(str, theirs))})")
     if not changed:
         return None
     return (
@@ -71,6 +73,13 @@ def other_rows(args: Any, saved: Mapping[str, Any]) -> str | None:
         "ones, so that groups of this epoch come twice or not at all; pass what its run had to go "
         "on exactly"
     )
+
+
+def _evaluated(args: Mapping[str, Any]) -> tuple[str, Any]:
+    """The flag that says which groups are evaluated on, and so which are not trained on."""
+    if path := args.get("cpo_valid_data_path"):
+        return "--cpo-valid-data-path", path
+    return "--split", args.get("split")
 
 
 def rows_to_read(args: Any, wanted: int) -> int:

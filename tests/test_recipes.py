@@ -164,6 +164,22 @@ def test_several_ways_to_decode_are_compared_each_by_itself(recipe, tmp_path):
         assert all(f"--baseline {tmp_path}/results/reference-{way}.json" in s.line for s in judged)
 
 
+def test_words_of_flags_are_those_that_were_written(recipe, tmp_path):
+    """White space in quotes is the word's own; flags over several lines are one command."""
+    flags = """--prompt-template 'Q:  {instruction}
+    it"s\t' --x \\
+      a\\ b
+    "c  \\"d" 'e  f'
+    """
+    data = {"train": "train.jsonl", "test": "test.jsonl", "max_length": 64, "flags": flags}
+    built = next(s for s in stages(read_recipe(recipe(data=data)), tmp_path) if "build" in s.name)
+    show = 'megatron-cpo() { printf "%s\\0" "$@"; }; ' + built.line
+    said = subprocess.run(["bash", "-c", show], check=True, capture_output=True, text=True).stdout
+    template = 'Q:  {instruction}\n    it"s\t'
+    words = ["--prompt-template", template, "--x", "a b", 'c  "d', "e  f", "--load"]
+    assert "\0".join(words) in said
+
+
 def test_a_variants_own_alphas_and_rows_and_seeds_in_turn(recipe, tmp_path):
     variants = yaml.safe_load(recipe().read_text())["variants"]
     variants["b"] |= {"alphas": [0], "row_length": 512, "seeds": [1, 2], "rounds": 1}

@@ -1,5 +1,6 @@
 """A recipe's stages: each is one command, what it reads and what it makes."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from megatron_cpo.policies.writer import KIND
 from megatron_cpo.recipes.schema import Judge, Optimization, Recipe, Variant
 
 FLAGS = "megatron_flags.txt"
+_QUOTED_OR_SPACE = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\[^\n])|(?:\s|\\\n)+""", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class _Plan:
 
     def _add(self, name: str, line: str, *outputs: Path, inputs: tuple[Path, ...] = (),
              needs: tuple[str, ...] = (), resumes: bool = False) -> str:  # fmt: skip
-        stage = Stage(name, " ".join(line.split()), inputs, needs, outputs, resumes)
+        stage = Stage(name, _one_space(line), inputs, needs, outputs, resumes)
         if self.found.setdefault(name, stage) != stage:
             raise ValueError(
                 f"variants: two of them have a stage {name}: a variant's seeds and rounds are "
@@ -153,7 +155,7 @@ class _Plan:
         )
         for stage in (*self.found.values(), *self.known):
             prefix = str(next(iter(stage.outputs))).removesuffix(".")
-            if stage.line == " ".join(f"{line} --output-prefix {prefix}".split()):
+            if stage.line == _one_space(f"{line} --output-prefix {prefix}"):
                 self.found.setdefault(stage.name, stage)
                 return stage.name, Path(prefix)
         output = self.folder / "groups" / f"{tag}-{part}"
@@ -268,6 +270,14 @@ class _Plan:
         table = self.folder / "report.md"
         self._add("report", f"{line} --markdown {table}", page, table,
                   needs=(*texts, *self.rankings, *made))  # fmt: skip
+
+
+def _one_space(line: str) -> str:
+    """A line with one space between words, whose flags may have been written on several lines.
+
+    White space in quotes is a word's own, such as a template's.
+    """
+    return _QUOTED_OR_SPACE.sub(lambda found: found[1] or " ", line).strip()
 
 
 def _check_apart(plan: Sequence[Stage], folder: Path) -> None:

@@ -3,8 +3,10 @@
 The commands here are bash's own: the runner runs whatever line a stage has.
 """
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -162,6 +164,20 @@ def test_several_ways_to_decode_are_compared_each_by_itself(recipe, tmp_path):
         judged = [s for n, s in found.items() if n.startswith("judge") and n.endswith(f"-{way}")]
         assert len(judged) == 6
         assert all(f"--baseline {tmp_path}/results/reference-{way}.json" in s.line for s in judged)
+
+
+def test_flags_win_over_keys_and_those_of_a_way_over_those_of_all(recipe, tmp_path):
+    """Of a flag that is there twice, argparse takes the last."""
+    ways = {"short": "--decode greedy --max-new-tokens 8", "long": "--decode sample --seed 2"}
+    flags = "--max-new-tokens 64 --seed 1 --limit 7"
+    evaluate = {"decode": ways, "flags": flags, "max_new_tokens": 32, "limit": 9}
+    found = {s.name: s for s in stages(read_recipe(recipe(evaluate=evaluate)), tmp_path)}
+    parser = argparse.ArgumentParser()
+    for flag in ("--max-new-tokens", "--seed", "--limit"):
+        parser.add_argument(flag, type=int)
+    for way, expected in (("short", (8, 1, 7)), ("long", (64, 2, 7))):
+        args, _ = parser.parse_known_args(shlex.split(found[f"generate-reference-{way}"].line))
+        assert (args.max_new_tokens, args.seed, args.limit) == expected
 
 
 def test_words_of_flags_are_those_that_were_written(recipe, tmp_path):

@@ -317,8 +317,8 @@ def _check_mauve(recipe: Recipe, path: Path) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_source_arguments(parser).add_argument("--limit", type=int)
     data, how = recipe.data, recipe.evaluate
-    words = [f"--max-length={data.max_length}", *shlex.split(f"{data.flags} {how.flags}")]
-    words += [f"--limit={how.limit}"] if how.limit else []
+    words = [f"--max-length={data.max_length}", *([f"--limit={how.limit}"] if how.limit else [])]
+    words += shlex.split(f"{data.flags} {how.flags}")
     try:
         args, _ = parser.parse_known_args([*words, "--input", str(data.test)])
         check_records(source_from_args(args), args.limit)

@@ -226,7 +226,7 @@ class _Plan:
             line = (
                 f"{self.verb} evaluate generate --data {self.recipe.data.test} --load {model} "
                 f"{self.flags} {self.split} --seq-length {self.recipe.data.max_length} "
-                f"{self.records} {flags} {how.flags} --max-new-tokens {how.max_new_tokens} {limit} "
+                f"{self.records} --max-new-tokens {how.max_new_tokens} {limit} {how.flags} {flags} "
                 f"--generator {shlex.quote(generator)} --output {output}"
             )
             made = self._add(f"generate-{name}", line, output,

@@ -84,6 +84,26 @@ def test_mistakes_are_one_line_before_anything_runs(recipe, changes, said):
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_there_twice_is_refused(recipe):
+    """YAML takes the last: of two variants of one name the first was left out without a word."""
+    path = recipe()
+    good = path.read_text()
+    path.write_text(good + "row_length: 512\n")
+    lines = good.splitlines()
+    twice = f"line {lines.index('row_length: 256') + 1} and in line {len(lines) + 1}; remove one"
+    with pytest.raises(ValueError, match=f"'row_length' is there twice, in {twice}"):
+        read_recipe(path)
+    a = "{negatives: bn=3, lr: 1.0e-4, steps: 20, batch: 1}"
+    head = good.partition("variants:")[0]
+    path.write_text(f"{head}variants:\n  a: {a}\n  a: {a}\n")
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_recipe(path)
+    path.write_text(
+        f"{head}variants:\n  a: &a {a}\n  b: &b {{<<: *a, lr: 2}}\n  c: {{<<: *b, lr: 3}}\n"
+    )
+    assert [v.lr for v in read_recipe(path).variants.values()] == [1e-4, 2, 3]
+
+
 def test_mauve_of_too_few_texts_is_refused_before_anything_runs(recipe, tmp_path):
     """A long text is cut into pieces, each of them a record: one of 65 bytes counts as two."""
     test = tmp_path / "test.jsonl"

@@ -238,9 +238,13 @@ def read_recipe(path: Path) -> Recipe:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_keys(path, yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not YAML in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe is a mapping that begins with model:, not {content!r}")
     try:
@@ -248,6 +252,37 @@ def read_recipe(path: Path) -> Recipe:
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_mistake(error)}") from error
     return _found(recipe, path)
+
+
+def _check_keys(path: Path, root: Any) -> None:
+    """Refuse a key that a mapping has twice, of which YAML takes the last without a word.
+
+    Args:
+        root: node of a YAML document. Nodes say what is written, before `<<` brings keys along
+            that may be written over.
+    """
+    import yaml
+
+    left: list[Any] = [root]
+    seen: set[int] = set()
+    while left:
+        node = left.pop()
+        if id(node) in seen:  # an alias is the node that it names
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            left += node.value
+        elif isinstance(node, yaml.MappingNode):
+            left += [value for _, value in node.value]
+            lines: dict[Any, int] = {}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                line = key.start_mark.line + 1
+                if key.value in lines and key.value != "<<":
+                    raise ValueError(
+                        f"{path}: {key.value!r} is there twice, in line {lines[key.value]} and in "
+                        f"line {line}; remove one, or give it another name"
+                    )
+                lines[key.value] = line
 
 
 def check_plain(path: Path, what: str) -> None:

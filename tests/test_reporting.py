@@ -56,7 +56,8 @@ def random_scores(alphas=(0.0, 0.3, 1.0), seed=0):
 
 def test_names():
     for model in (Model("cpo", "MixN", 0.3), Model("cpo", "", 1.0), Model("a@b", "BN4"),
-                  Model("org/Llama-3.1"), Model("x@y", "", 0.05)):  # fmt: skip
+                  Model("org/Llama-3.1"), Model("x@y", "", 0.05),
+                  Model("cpo", "bn=3,mn=5,tn=3", 0.3), Model("cpo", "bn=4")):  # fmt: skip
         assert read_name(str(model)) == model
     for plain in ("m@alpha", "@alpha=0.3", "m@", "m@alpha=0.3,negatives=x"):
         assert read_name(plain) == Model(plain)

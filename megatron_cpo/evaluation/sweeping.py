@@ -69,7 +69,7 @@ class SweepConfig:
             raise ValueError(f"--baseline {self.baseline}: give {REFERENCE} or {MLE}")
         if self.baseline == MLE and 1.0 not in self.alphas:
             raise ValueError("--baseline mle: it is the model at alpha 1; add 1 to --alpha")
-        if "/" in self.name or "@" in f"{self.name}{self.negatives}":
+        if {"/", "@"} & {*self.name, *self.negatives}:
             raise ValueError(
                 f"--name {self.name}, --negatives {self.negatives}: they become parts of file and "
                 "generator names, so without / and @"

@@ -3,8 +3,9 @@
 It writes `scores.json`, an object with
 
     files         a list, in the order given: {"path", "generator", "made": {"checkpoint",
-                  "decoding", "data", "tool"}, "counts": {"texts", "empty", "unread", "cut"},
-                  "figures": {NAME: {"value", "low", "high", "prompts", "method"}}}
+                  "decoding", "data", "tool"}, "digest": of the texts, "counts": {"texts", "empty",
+                  "unread", "cut"}, "figures": {NAME: {"value", "low", "high", "prompts",
+                  "method"}}}
     truth         the same of the records' own continuations, or null: what is to be reached
     differences   of each file to the baseline on the same prompts: {"candidate", "baseline",
                   "figure", "value", "low", "high", "p", "prompts", "method"}; value is the
@@ -238,6 +239,7 @@ def _file(each: Scored) -> dict[str, Any]:
         "path": str(each.results.path),
         "generator": each.results.generator,
         "made": asdict(each.results.made),
+        "digest": each.results.digest,
         "counts": each.counts,
         "figures": figure_rows(each.estimates),
     }

@@ -244,10 +244,8 @@ def _scored(output: Path, paths: list[Path], external: ExternalModel | None) -> 
         return False
     content = json.loads(output.read_text(encoding="utf-8"))
     results = [read_results(path) for path in paths]
-    ours = [(str(r.path), r.generator, asdict(r.made), len(r.texts)) for r in results]
-    theirs = [
-        (f["path"], f["generator"], f["made"], f["counts"]["texts"]) for f in content["files"]
-    ]
+    ours = [(str(r.path), r.generator, asdict(r.made), r.digest) for r in results]
+    theirs = [(f["path"], f["generator"], f["made"], f.get("digest")) for f in content["files"]]
     identity = external.identity if external else None
     return ours == theirs and content["external"] == identity and content["tool"] == TOOL
 

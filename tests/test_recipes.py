@@ -186,6 +186,28 @@ def test_several_ways_to_decode_are_compared_each_by_itself(recipe, tmp_path):
         assert all(f"--baseline {tmp_path}/results/reference-{way}.json" in s.line for s in judged)
 
 
+def test_beam_search_is_asked_of_a_hugging_face_folder(recipe, tmp_path):
+    """A Megatron checkpoint cannot do it: the run ended at its first texts."""
+    ways = {"greedy": "--decode greedy", "beam": "--decode beam --beams 4"}
+    said = read_recipe(recipe(evaluate={"decode": ways}))
+    found = {s.name: s for s in stages(said, tmp_path)}
+    first = found["generate-reference-beam"]
+    assert f" --policy hf:{tmp_path}/hf " in first.line and "--load" not in first.line
+    assert first.needs == () and tmp_path / "hf" in first.inputs
+    for tag, model, trained in (("a-s2-0.0", "cpo/a-s2", "train-a-s2"),
+                                ("b-0.5", "merged/b-0.5", "merge-b-0.5")):  # fmt: skip
+        made, text = found[f"beam-{tag}"], found[f"generate-{tag}-beam"]
+        assert f" --policy hf:{tmp_path}/beam/{tag} " in text.line and text.needs == (made.name,)
+        assert made.line.endswith(f" --input {tmp_path}/{model} --output {tmp_path}/beam/{tag}")
+        assert trained in made.needs and made.outputs == (tmp_path / "beam" / tag,)
+        assert "--load" in found[f"generate-{tag}-greedy"].line
+    mle = {"steps": 20, "batch": 1, "lr": 1e-4}
+    path = recipe(mle=mle, evaluate={"decode": "beam"})
+    found = {s.name: s for s in stages(read_recipe(path), tmp_path)}
+    assert found["generate-reference"].needs == ("beam-reference",)
+    assert f" --input {tmp_path}/mle " in found["beam-reference"].line
+
+
 def test_flags_win_over_keys_and_those_of_a_way_over_those_of_all(recipe, tmp_path):
     """Of a flag that is there twice, argparse takes the last."""
     ways = {"short": "--decode greedy --max-new-tokens 8", "long": "--decode sample --seed 2"}

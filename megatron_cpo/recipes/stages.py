@@ -12,6 +12,7 @@ from megatron_cpo.policies.writer import KIND
 from megatron_cpo.recipes.schema import Judge, Optimization, Recipe, Variant
 
 FLAGS = "megatron_flags.txt"
+_DECODE = re.compile(r"--decode[ =](\S+)")
 _QUOTED_OR_SPACE = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\[^\n])|(?:\s|\\\n)+""", re.DOTALL)
 
 
@@ -223,16 +224,33 @@ class _Plan:
             name = f"{tag}-{way}" if way else tag
             output = self.folder / "results" / f"{name}.json"
             limit = f"--limit {how.limit}" if how.limit else ""
+            which = (
+                f"--load {model} {self.flags} {self.split} "
+                f"--seq-length {self.recipe.data.max_length}"
+            )
+            needs, inputs = need, self.inputs
+            if _DECODE.findall(f"{how.flags} {flags}")[-1:] == ["beam"]:
+                folder, needs, inputs = self._in_transformers(tag, model, need)
+                which = f"--policy hf:{folder}"
             line = (
-                f"{self.verb} evaluate generate --data {self.recipe.data.test} --load {model} "
-                f"{self.flags} {self.split} --seq-length {self.recipe.data.max_length} "
+                f"{self.verb} evaluate generate --data {self.recipe.data.test} {which} "
                 f"{self.records} --max-new-tokens {how.max_new_tokens} {limit} {how.flags} {flags} "
                 f"--generator {shlex.quote(generator)} --output {output}"
             )
             made = self._add(f"generate-{name}", line, output,
-                             inputs=(self.recipe.data.test, *self.inputs), needs=need,
+                             inputs=(self.recipe.data.test, *inputs), needs=needs,
                              resumes=True)  # fmt: skip
             self.texts.setdefault(way, {})[output] = made
+
+    def _in_transformers(
+        self, tag: str, model: Path, need: tuple[str, ...]
+    ) -> tuple[Path, tuple[str, ...], tuple[Path, ...]]:
+        """A model as beam search needs it, which is transformers': folder, stages, inputs."""
+        if tag == "reference" and self.recipe.mle is None and need:
+            return self.recipe.model, (), (self.recipe.model,)  # what was converted
+        output = self.folder / "beam" / tag
+        line = f"megatron-cpo convert --from megatron --to hf --input {model} --output {output}"
+        return output, (self._add(f"beam-{tag}", line, output, inputs=self.inputs, needs=need),), ()
 
     def _judge(self, judge: Judge, texts: dict[Path, str]) -> list[str]:
         """Each model's texts against the reference's, which are the first."""

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from harness.ranks import ROOT
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.runner import digests, run_stages
-from megatron_cpo.recipes.schema import read_recipe
 from megatron_cpo.recipes.shell import script, slurm
 from megatron_cpo.recipes.stages import Stage, stages
 from tests.commands import run_python
@@ -146,6 +146,41 @@ def test_models_of_an_evaluation_lie_beside_the_recipe(recipe, tmp_path):
         assert f" {words} " in score.line and score.inputs == inputs
     plan = stages(read_recipe(recipe(evaluate={"external": "hf:hf"})), tmp_path / "out")
     assert next(s for s in plan if s.name == "score").inputs == (tmp_path / "hf",)
+
+
+def test_files_in_flags_lie_beside_the_recipe_and_count(recipe, tmp_path):
+    """A judge's template that was edited left its verdicts as they were; a relative path was that
+    of the folder in which the run was started."""
+    template = tmp_path / "judge.txt"
+    template.write_text("{prompt} {a} {b}")
+    (tmp_path / "text").write_text("not the word of --format")
+    judge = {"url": "http://localhost:1", "model": "m", "flags": "--one-order --template judge.txt"}
+    evaluate = {"judge": judge, "decode": {"way": "--decode sample --x=./judge.txt"}}
+    data = {
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "max_length": 64,
+        "flags": "--format text",
+    }
+    variants = variant(build_flags="--policy hf:hf --rank 'judge.txt'", flags="--y nowhere.txt")
+    path = recipe(evaluate=evaluate, data=data, variants=variants)
+
+    def now():
+        plan = stages(read_recipe(path), tmp_path / "out")
+        return {stage.name: stage for stage in plan}, digests(plan)
+
+    found, before = now()
+    judged = found["judge-v-0.0-way"]
+    assert f"--one-order --template {template} " in judged.line and template in judged.inputs
+    assert f"--x={template} " in found["generate-reference-way"].line
+    built = found["build-v-train"]
+    assert f"--policy hf:{tmp_path}/hf --rank 'judge.txt' " in built.line
+    assert built.inputs.count(tmp_path / "hf") == 1 and template not in built.inputs
+    assert " --format text " in built.line and " --y nowhere.txt" in found["train-v"].line
+    template.write_text("{prompt}: {a} {b}")
+    changed = {name for name, digest in now()[1].items() if digest != before[name]}
+    assert {"judge-v-0.5-way", "generate-reference-way"} <= changed
+    assert not any(name.startswith(("build", "train", "merge")) for name in changed)
 
 
 def test_only_what_depends_on_a_setting_changes(recipe, tmp_path):

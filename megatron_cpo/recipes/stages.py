@@ -96,7 +96,11 @@ class _Plan:
 
     def _add(self, name: str, line: str, *outputs: Path, inputs: tuple[Path, ...] = (),
              needs: tuple[str, ...] = (), resumes: bool = False) -> str:  # fmt: skip
-        stage = Stage(name, _one_space(line), inputs, needs, outputs, resumes)
+        line = _one_space(line)
+        words = {word.rpartition("=")[2].removeprefix("hf:") for word in line.split()}
+        named = sorted(path for path in self.recipe.named if shlex.quote(str(path)) in words)
+        inputs += tuple(path for path in named if path not in inputs)
+        stage = Stage(name, line, inputs, needs, outputs, resumes)
         if self.found.setdefault(name, stage) != stage:
             raise ValueError(
                 f"variants: two of them have a stage {name}: a variant's seeds and rounds are "

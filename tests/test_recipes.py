@@ -460,25 +460,58 @@ bash "${@: -1}" > /dev/null && echo "$(wc -l < "$(dirname "$0")/given");cluster"
 """
 
 
+def submit(folder, plan):
+    """Write jobs, and submit them."""
+    (folder / "slurm").mkdir(exist_ok=True)
+    for name, content in slurm(plan, folder).items():
+        (folder / "slurm" / name).write_text(content)
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", folder / "slurm" / "submit.sh", "--gpus=8"], check=False,
+                          env=os.environ | path, capture_output=True, text=True)  # fmt: skip
+
+
 def test_slurms_jobs_make_the_same_files_and_wait_for_what_they_need(folder):
     plan = copies(folder)
     run_stages(plan, folder)
     made = {path.name: path.read_bytes() for path in folder.glob("*.txt")}
     for name in made:
         (folder / name).unlink()
-    (folder / "slurm").mkdir()
-    for name, content in slurm(plan, folder).items():
-        (folder / "slurm" / name).write_text(content)
-    (folder / "sbatch").write_text(SBATCH)
-    (folder / "sbatch").chmod(0o755)
-    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", folder / "slurm" / "submit.sh", "--gpus=8"], check=True,
-                          env=os.environ | path, capture_output=True, text=True)  # fmt: skip
+    done = submit(folder, plan)
     assert done.stdout == "submitted 3 jobs\n"
     assert {path.name: path.read_bytes() for path in folder.glob("*.txt")} == made
     first, second, third = (folder / "given").read_text().splitlines()
     assert "--dependency=afterok:1 " in second and "--gpus=8" in second
     assert "--dependency" not in first + third
+
+
+def test_slurms_jobs_go_on_where_they_were(folder):
+    """Most of our commands refuse an output that is there, so the first job of a second submission
+    failed and Slurm cancelled the others."""
+
+    def plan(word, fails="true"):
+        once = (
+            f"bash -c 'test ! -e {folder}/x && echo x >> {folder}/ran && echo {word} > {folder}/x'"
+        )
+        more = f"bash -c 'echo y >> {folder}/ran; echo {word} >> {folder}/y.0; {fails}'"
+        return [Stage("x", once, outputs=(folder / "x",)),
+                Stage("y", more, needs=("x",), outputs=(folder / "y.",), resumes=True)]  # fmt: skip
+
+    def ran(*words):
+        (folder / "ran").write_text("")
+        done = submit(folder, plan(*words))
+        return done.returncode == 0, "".join((folder / "ran").read_text().split())
+
+    assert ran("one", f"test -e {folder}/in2") == (False, "xy")
+    (folder / "in2").touch()
+    assert ran("one", f"test -e {folder}/in2") == (True, "y")
+    assert (folder / "y.0").read_text() == "one\none\n", "it goes on with what was begun"
+    assert ran("one", f"test -e {folder}/in2") == (True, "")
+    assert ran("two") == (True, "xy")
+    assert (folder / "y.0").read_text() == "two\n", "another command begins anew"
+    (folder / "y.0").unlink()
+    assert ran("two") == (True, "y")
 
 
 RUN = """

@@ -439,6 +439,21 @@ def test_a_failure_names_its_log_and_is_not_taken_for_done(folder):
     assert run_stages(copies(folder), folder) == ["first", "second", "third"]
 
 
+def test_a_failed_training_says_why_and_not_how_torchrun_ends(folder):
+    """Its report ends in a rule of `=`, which was all that a run said."""
+    script = folder / "train.py"
+    script.write_text(
+        "import sys, time\n"
+        "sys.stderr.write('ValueError: --cpo-k 7: groups of 5\\n')\n"
+        "print('a warning', flush=True)\n"
+        "time.sleep(0.2)\n"
+        "sys.exit(3)\n"
+    )
+    line = f"torchrun --standalone --nproc-per-node 2 {script}"
+    with pytest.raises(ValueError, match=r"status 1: ValueError: --cpo-k 7: groups of 5; all of"):
+        run_stages([Stage("train", line)], folder)
+
+
 def test_a_stage_that_makes_nothing_is_a_failure(folder):
     with pytest.raises(ValueError, match=r"ended well but did not make .*x"):
         run_stages([Stage("idle", "true", outputs=(folder / "x",))], folder)

@@ -87,6 +87,8 @@ def check_template(template: str) -> None:
         )
 
 
+# The first <think> may be the end of the prompt, as chat templates have it.
+_THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.DOTALL)
 _PUNCTUATION = re.compile(r"[*_`#>\"'.:!\s]+")
 _HEADING = re.compile(r"^\s*#|:[*_\s]*$")
 _NAME = r"(?:the\s+)?(?:(?:response|answer|continuation|output|option|assistant|text)\s*)?"
@@ -110,11 +112,13 @@ def read_verdict(reply: str) -> Verdict | None:
     A reply that is a choice and nothing else, else its last line if it is one, else the lines that
     are one if all of them agree, else a choice in double brackets, else the one that is stated
     ("better: B") if all that are stated agree. A sentence that merely mentions A and B says
-    nothing, and neither does a heading over what is said of an answer ("Response A:").
+    nothing, and neither does a heading over what is said of an answer ("Response A:") or what a
+    model thinks before it answers, between `<think>` and `</think>`; without the latter it was cut.
 
     >>> [read_verdict(r) for r in ("A.", "Response B", "**A**", "I like A, and B too.")]
     [<Verdict.A: 'A'>, <Verdict.B: 'B'>, <Verdict.A: 'A'>, None]
     """
+    reply = _THOUGHTS.sub("", reply)
     lines = [line for line in reply.splitlines() if _PUNCTUATION.sub("", line)]
     if lines and (last := _choice(lines[-1])):
         return last

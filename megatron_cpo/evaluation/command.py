@@ -70,9 +70,17 @@ def open_pair(candidate: Path, baseline: str) -> tuple[Results, Results]:
     """A candidate's texts and the baseline's, which can be compared.
 
     Raises:
-        ValueError: a file cannot be read, or they are of other records or decoded otherwise.
+        ValueError: a file cannot be read, or they are of other records or decoded otherwise; or
+            the records' own answers would be called as a file beside the candidate is.
     """
     ours = read_results(candidate)
+    beside = candidate.with_name(f"{REFERENCE}.json")
+    if baseline == REFERENCE and beside.exists():
+        raise ValueError(
+            f"--baseline {REFERENCE}: the records' own answers, but {beside} is called so, and "
+            f"verdicts of both would be one file; give --baseline {beside} for its texts, or copy "
+            f"{candidate} into another folder for the records' own"
+        )
     theirs = ours.truths() if baseline == REFERENCE else read_results(Path(baseline))
     check_comparable([ours, theirs])
     return ours, theirs

@@ -92,8 +92,11 @@ def score_files(
     results = [read_results(path) for path in paths if path not in left_out]
     if not results:
         raise ValueError(f"{', '.join(map(str, paths))}: no file of texts among them")
-    if baseline not in (None, REFERENCE) and Path(baseline) not in {r.path for r in results}:
-        results.append(read_results(Path(baseline)))
+    if baseline is not None and baseline != REFERENCE:
+        there = {each.path.resolve(): str(each.path) for each in results}
+        if (named := there.get(Path(baseline).resolve())) is None:
+            results.append(read_results(Path(baseline)))
+        baseline = named or baseline  # one file, however its path is written
     check_comparable(results)
     kept = None
     if external is not None:

@@ -328,6 +328,19 @@ def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):
     assert stages(read_recipe(path), tmp_path / "out")
 
 
+def test_quoted_flags_of_a_model_are_refused(recipe, tmp_path):
+    """Their quotes would have been parts of the words, in the first stage that reads them."""
+    path = recipe(model="ck")
+    (tmp_path / "ck").mkdir()
+    flags = tmp_path / "ck" / "megatron_flags.txt"
+    for bad in ("--tokenizer-model '/a b/x'", "--num-layers 2 \\\n--x", '--x "y"'):
+        flags.write_text(bad)
+        with pytest.raises(ValueError, match=rf"model: {flags}: bash takes each word of it as it"):
+            stages(read_recipe(path), tmp_path / "out")
+    flags.write_text("--num-layers 2\n--x\n")
+    assert stages(read_recipe(path), tmp_path / "out")
+
+
 def test_a_variant_that_is_called_as_the_seed_of_another_is_refused(recipe, tmp_path):
     variants = yaml.safe_load(recipe().read_text())["variants"]
     variants["a-s1"] = variants["b"] | {"rounds": 1}

@@ -122,6 +122,8 @@ class _Plan:
                 f"model: {model} is no Hugging Face folder, and a Megatron checkpoint needs its "
                 f"model and tokenizer flags beside it, in {model / FLAGS}"
             )
+        else:
+            _check_flags(model / FLAGS)
         self.flags = f"$(cat {model / FLAGS})"
         if recipe.mle is None:
             return model, need
@@ -292,6 +294,20 @@ class _Plan:
         table = self.folder / "report.md"
         self._add("report", f"{line} --markdown {table}", page, table,
                   needs=(*texts, *self.rankings, *made))  # fmt: skip
+
+
+def _check_flags(file: Path) -> None:
+    """Refuse flags of a model that `$(cat ...)` would not read as they are meant.
+
+    Raises:
+        ValueError: something is quoted, such as a path with a space.
+    """
+    text = file.read_text()
+    if any(sign in text for sign in "'\"\\"):
+        raise ValueError(
+            f"model: {file}: bash takes each word of it as it is, quotes and backslashes too, so a "
+            "recipe needs it without them; give what is quoted a path without white space"
+        )
 
 
 def _one_space(line: str) -> str:

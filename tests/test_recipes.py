@@ -69,6 +69,7 @@ def variant(**changes):
         ),
         ({"evaluate": {"decode": {"a b": "--decode greedy"}}}, "'a b': use letters, digits"),
         ({"evaluate": {"decode": {}}}, "names nothing"),
+        ({"evaluate": {"limit": 1}}, "evaluate.limit: Input should be greater than or equal to 2"),
         ({"layout": {"ranks": 3, "tp": 2}}, "ranks 3 is not a multiple of tp 2 x pp 1 x cp 1"),
         ({"variants": variant(negatives="written=1")}, "variants.v: negatives written=1 need a"),
         ({"writer": {"url": "http://a", "modle": "m"}}, "writer.modle: no such key; did you mean"),

@@ -213,10 +213,12 @@ def judge_files(candidate: Path, baseline: str, judge: JudgeOptions) -> tuple[Wi
         candidate, baseline: see `open_pair`.
 
     Raises:
-        ValueError: as `open_pair` and `judge_pairs`, or fewer than two prompts have a verdict; the
-            file of verdicts is there then.
+        ValueError: as `open_pair` and `judge_pairs`; there is one prompt alone; or fewer than two
+            have a verdict: the file of verdicts is there then.
     """
     ours, theirs = open_pair(candidate, baseline)
+    if len({text.id for text in ours.texts}) < 2:
+        raise ValueError(f"{candidate}: texts of one prompt; a win rate needs at least 2")
     pairs = judge_pairs(ours, theirs, judge, candidate.parent / "judge-replies.jsonl")
     verdicts = verdicts_of(candidate, baseline)
     write_verdicts(verdicts, pairs)

@@ -148,7 +148,8 @@ class Evaluation(Part):
     decode: str | dict[str, str] = "greedy"
     """One way to decode, or flags of `evaluate generate` by the name of each of several ways."""
     max_new_tokens: int = Field(default=256, ge=1)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=2)
+    """Of the test records; of one alone nothing has an interval."""
     external: str | None = None
     """`hf:PATH`: a model that says how likely the texts are."""
     similarity: str | None = None

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from megatron_cpo.recipes import runner
-from megatron_cpo.recipes.schema import read_recipe
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.stages import Stage, stages
 from tests.paper_recipes import tiny
 from tests.warm_stages import Execute, warm

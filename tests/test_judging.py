@@ -284,6 +284,25 @@ def test_no_request_at_a_time_is_refused():
         command.JudgeOptions("http://a", "m", in_flight=0)
 
 
+def test_a_judge_is_not_paid_for_one_prompt(files):
+    """No server is there, and none is asked."""
+    path = files / "cpo.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:1]))
+    with pytest.raises(ValueError, match=r"cpo.json: texts of one prompt; a win rate needs"):
+        command.judge_files(path, "reference", command.JudgeOptions("http://127.0.0.1:9", "m"))
+
+
+def test_two_baselines_of_one_name_are_not_one_file_of_verdicts(files):
+    """A recipe's reference is called as the records' own answers are: each took the other's place
+    in the verdicts and the leaderboard, and the report refused what was left."""
+    assert command.open_pair(files / "cpo.json", "reference")[1].generator == "reference"
+    (files / "mle.json").rename(files / "reference.json")
+    with pytest.raises(ValueError, match=r"--baseline reference: the records' own .* --baseline "
+                                         r"\S*/reference.json for its texts, or copy"):  # fmt: skip
+        command.open_pair(files / "cpo.json", "reference")
+    assert command.open_pair(files / "cpo.json", str(files / "reference.json"))
+
+
 def test_a_key_is_sent_and_nowhere_shown(files):
     process, address = served("s3cret-key")
     try:

@@ -1,15 +1,17 @@
 """What a run says at its end: a gain only where the paired interval has one."""
 
+import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
-from megatron_cpo.evaluation.results import Text
+from megatron_cpo.evaluation.results import Text, read_results
 from megatron_cpo.evaluation.summary import describe, read_log
 from megatron_cpo.recipes.outcome import NO_GAIN, loss_line, outcome
 from megatron_cpo.recipes.stages import Stage
-from tests.results_folders import write_model
+from tests.results_folders import MADE, write_model
 
 IDS = [f"prompt {number}" for number in range(60)]
 
@@ -66,6 +68,28 @@ def test_a_gain_only_where_the_interval_has_one(said, reference, trained, truth,
     assert len(lines) == 1 and word in lines[0]
     assert found.count("Prompt: ") == 3 and "report.html" in found
     assert "cpo: CPO loss 1.609 at iteration 1, 0.900 at 3" in found
+
+
+def test_every_variant_and_way_to_decode_is_told_apart(said, tmp_path):
+    """One with a sweep of its own alphas does not hide the others; tables name their decoding."""
+    said(0.5, 0.5, 0.2)
+    figure = {"value": 0.25, "low": 0.2, "high": 0.3, "prompts": 60, "method": "x"}
+    results = tmp_path / "results"
+    (results / "reference.json").unlink()
+    for decoding in (MADE.decoding, "sampled"):
+        made = replace(MADE, decoding=decoding)
+        files = [write_model(results, f"{name}-{decoding[:4]}", name, made=made, ids=IDS)
+                 for name in ("reference", "other@alpha=0.0")]  # fmt: skip
+        if made == MADE:
+            files += [read_results(path) for path in results.glob("cpo*.json")]
+        rows = [{"path": str(each.path), "generator": each.generator, "made": vars(made),
+                 "figures": {"words": figure}} for each in files]  # fmt: skip
+        content = {"files": rows, "tool": MADE.tool}
+        (results / f"scores-{decoding[:4]}.json").write_text(json.dumps(content))
+    found = outcome([Stage("train-cpo", "true")], tmp_path)
+    first, second = found.partition("before (reference) and after")[2].split("Without a judge")[1:]
+    assert first.startswith(f": {MADE.decoding}\n") and second.startswith(": sampled\n")
+    assert re.search(r"figure +reference +cpo@alpha=0\.\d +other@alpha=0.0\n", first)
 
 
 def test_a_loss_above_that_of_the_reference_is_said():

@@ -8,8 +8,8 @@ import pytest
 from megatron_cpo.recipes import runner
 from megatron_cpo.recipes.code import our_code
 from megatron_cpo.recipes.outcome import outcome
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.runner import run_stages
-from megatron_cpo.recipes.schema import read_recipe
 from megatron_cpo.recipes.stages import stages
 from tests.paper_recipes import judge, tiny
 from tests.warm_stages import warm

@@ -3,8 +3,10 @@
 The commands here are bash's own: the runner runs whatever line a stage has.
 """
 
+import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,8 +17,8 @@ import pytest
 import yaml
 
 from harness.ranks import ROOT
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.runner import digests, run_stages
-from megatron_cpo.recipes.schema import read_recipe
 from megatron_cpo.recipes.shell import script, slurm
 from megatron_cpo.recipes.stages import Stage, stages
 from tests.commands import run_python
@@ -67,6 +69,7 @@ def variant(**changes):
         ),
         ({"evaluate": {"decode": {"a b": "--decode greedy"}}}, "'a b': use letters, digits"),
         ({"evaluate": {"decode": {}}}, "names nothing"),
+        ({"evaluate": {"limit": 1}}, "evaluate.limit: Input should be greater than or equal to 2"),
         ({"layout": {"ranks": 3, "tp": 2}}, "ranks 3 is not a multiple of tp 2 x pp 1 x cp 1"),
         ({"variants": variant(negatives="written=1")}, "variants.v: negatives written=1 need a"),
         ({"writer": {"url": "http://a", "modle": "m"}}, "writer.modle: no such key; did you mean"),
@@ -80,6 +83,26 @@ def test_mistakes_are_one_line_before_anything_runs(recipe, changes, said):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the line is compared below
         read_recipe(recipe(**changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_there_twice_is_refused(recipe):
+    """YAML takes the last: of two variants of one name the first was left out without a word."""
+    path = recipe()
+    good = path.read_text()
+    path.write_text(good + "row_length: 512\n")
+    lines = good.splitlines()
+    twice = f"line {lines.index('row_length: 256') + 1} and in line {len(lines) + 1}; remove one"
+    with pytest.raises(ValueError, match=f"'row_length' is there twice, in {twice}"):
+        read_recipe(path)
+    a = "{negatives: bn=3, lr: 1.0e-4, steps: 20, batch: 1}"
+    head = good.partition("variants:")[0]
+    path.write_text(f"{head}variants:\n  a: {a}\n  a: {a}\n")
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        read_recipe(path)
+    path.write_text(
+        f"{head}variants:\n  a: &a {a}\n  b: &b {{<<: *a, lr: 2}}\n  c: {{<<: *b, lr: 3}}\n"
+    )
+    assert [v.lr for v in read_recipe(path).variants.values()] == [1e-4, 2, 3]
 
 
 def test_mauve_of_too_few_texts_is_refused_before_anything_runs(recipe, tmp_path):
@@ -126,6 +149,41 @@ def test_models_of_an_evaluation_lie_beside_the_recipe(recipe, tmp_path):
     assert next(s for s in plan if s.name == "score").inputs == (tmp_path / "hf",)
 
 
+def test_files_in_flags_lie_beside_the_recipe_and_count(recipe, tmp_path):
+    """A judge's template that was edited left its verdicts as they were; a relative path was that
+    of the folder in which the run was started."""
+    template = tmp_path / "judge.txt"
+    template.write_text("{prompt} {a} {b}")
+    (tmp_path / "text").write_text("not the word of --format")
+    judge = {"url": "http://localhost:1", "model": "m", "flags": "--one-order --template judge.txt"}
+    evaluate = {"judge": judge, "decode": {"way": "--decode sample --x=./judge.txt"}}
+    data = {
+        "train": "train.jsonl",
+        "test": "test.jsonl",
+        "max_length": 64,
+        "flags": "--format text",
+    }
+    variants = variant(build_flags="--policy hf:hf --rank 'judge.txt'", flags="--y nowhere.txt")
+    path = recipe(evaluate=evaluate, data=data, variants=variants)
+
+    def now():
+        plan = stages(read_recipe(path), tmp_path / "out")
+        return {stage.name: stage for stage in plan}, digests(plan)
+
+    found, before = now()
+    judged = found["judge-v-0.0-way"]
+    assert f"--one-order --template {template} " in judged.line and template in judged.inputs
+    assert f"--x={template} " in found["generate-reference-way"].line
+    built = found["build-v-train"]
+    assert f"--policy hf:{tmp_path}/hf --rank 'judge.txt' " in built.line
+    assert built.inputs.count(tmp_path / "hf") == 1 and template not in built.inputs
+    assert " --format text " in built.line and " --y nowhere.txt" in found["train-v"].line
+    template.write_text("{prompt}: {a} {b}")
+    changed = {name for name, digest in now()[1].items() if digest != before[name]}
+    assert {"judge-v-0.5-way", "generate-reference-way"} <= changed
+    assert not any(name.startswith(("build", "train", "merge")) for name in changed)
+
+
 def test_only_what_depends_on_a_setting_changes(recipe, tmp_path):
     def now(**changes):
         return digests(stages(read_recipe(recipe(**changes)), tmp_path / "out"))
@@ -162,6 +220,58 @@ def test_several_ways_to_decode_are_compared_each_by_itself(recipe, tmp_path):
         judged = [s for n, s in found.items() if n.startswith("judge") and n.endswith(f"-{way}")]
         assert len(judged) == 6
         assert all(f"--baseline {tmp_path}/results/reference-{way}.json" in s.line for s in judged)
+
+
+def test_beam_search_is_asked_of_a_hugging_face_folder(recipe, tmp_path):
+    """A Megatron checkpoint cannot do it: the run ended at its first texts."""
+    ways = {"greedy": "--decode greedy", "beam": "--decode beam --beams 4"}
+    said = read_recipe(recipe(evaluate={"decode": ways}))
+    found = {s.name: s for s in stages(said, tmp_path)}
+    first = found["generate-reference-beam"]
+    assert f" --policy hf:{tmp_path}/hf " in first.line and "--load" not in first.line
+    assert first.needs == () and tmp_path / "hf" in first.inputs
+    for tag, model, trained in (("a-s2-0.0", "cpo/a-s2", "train-a-s2"),
+                                ("b-0.5", "merged/b-0.5", "merge-b-0.5")):  # fmt: skip
+        made, text = found[f"beam-{tag}"], found[f"generate-{tag}-beam"]
+        assert f" --policy hf:{tmp_path}/beam/{tag} " in text.line and text.needs == (made.name,)
+        assert made.line.endswith(f" --input {tmp_path}/{model} --output {tmp_path}/beam/{tag}")
+        assert trained in made.needs and made.outputs == (tmp_path / "beam" / tag,)
+        assert "--load" in found[f"generate-{tag}-greedy"].line
+    mle = {"steps": 20, "batch": 1, "lr": 1e-4}
+    path = recipe(mle=mle, evaluate={"decode": "beam"})
+    found = {s.name: s for s in stages(read_recipe(path), tmp_path)}
+    assert found["generate-reference"].needs == ("beam-reference",)
+    assert f" --input {tmp_path}/mle " in found["beam-reference"].line
+
+
+def test_flags_win_over_keys_and_those_of_a_way_over_those_of_all(recipe, tmp_path):
+    """Of a flag that is there twice, argparse takes the last."""
+    ways = {"short": "--decode greedy --max-new-tokens 8", "long": "--decode sample --seed 2"}
+    flags = "--max-new-tokens 64 --seed 1 --limit 7"
+    evaluate = {"decode": ways, "flags": flags, "max_new_tokens": 32, "limit": 9}
+    found = {s.name: s for s in stages(read_recipe(recipe(evaluate=evaluate)), tmp_path)}
+    parser = argparse.ArgumentParser()
+    for flag in ("--max-new-tokens", "--seed", "--limit"):
+        parser.add_argument(flag, type=int)
+    for way, expected in (("short", (8, 1, 7)), ("long", (64, 2, 7))):
+        args, _ = parser.parse_known_args(shlex.split(found[f"generate-reference-{way}"].line))
+        assert (args.max_new_tokens, args.seed, args.limit) == expected
+
+
+def test_words_of_flags_are_those_that_were_written(recipe, tmp_path):
+    """White space in quotes is the word's own; flags over several lines are one command."""
+    flags = """--prompt-template 'Q:  {instruction}
+    it"s\t' --x \\
+      a\\ b
+    "c  \\"d" 'e  f'
+    """
+    data = {"train": "train.jsonl", "test": "test.jsonl", "max_length": 64, "flags": flags}
+    built = next(s for s in stages(read_recipe(recipe(data=data)), tmp_path) if "build" in s.name)
+    show = 'megatron-cpo() { printf "%s\\0" "$@"; }; ' + built.line
+    said = subprocess.run(["bash", "-c", show], check=True, capture_output=True, text=True).stdout
+    template = 'Q:  {instruction}\n    it"s\t'
+    words = ["--prompt-template", template, "--x", "a b", 'c  "d', "e  f", "--load"]
+    assert "\0".join(words) in said
 
 
 def test_a_variants_own_alphas_and_rows_and_seeds_in_turn(recipe, tmp_path):
@@ -216,6 +326,19 @@ def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):
     path.write_text(path.read_text().replace("model: model", "model: small"))
     with pytest.raises(ValueError, match=rf"tokenize makes {tmp_path}/text\.\*, and the recipe"):
         stages(read_recipe(path), tmp_path)
+    assert stages(read_recipe(path), tmp_path / "out")
+
+
+def test_quoted_flags_of_a_model_are_refused(recipe, tmp_path):
+    """Their quotes would have been parts of the words, in the first stage that reads them."""
+    path = recipe(model="ck")
+    (tmp_path / "ck").mkdir()
+    flags = tmp_path / "ck" / "megatron_flags.txt"
+    for bad in ("--tokenizer-model '/a b/x'", "--num-layers 2 \\\n--x", '--x "y"'):
+        flags.write_text(bad)
+        with pytest.raises(ValueError, match=rf"model: {flags}: bash takes each word of it as it"):
+            stages(read_recipe(path), tmp_path / "out")
+    flags.write_text("--num-layers 2\n--x\n")
     assert stages(read_recipe(path), tmp_path / "out")
 
 
@@ -330,6 +453,21 @@ def test_a_failure_names_its_log_and_is_not_taken_for_done(folder):
     assert run_stages(copies(folder), folder) == ["first", "second", "third"]
 
 
+def test_a_failed_training_says_why_and_not_how_torchrun_ends(folder):
+    """Its report ends in a rule of `=`, which was all that a run said."""
+    script = folder / "train.py"
+    script.write_text(
+        "import sys, time\n"
+        "sys.stderr.write('ValueError: --cpo-k 7: groups of 5\\n')\n"
+        "print('a warning', flush=True)\n"
+        "time.sleep(0.2)\n"
+        "sys.exit(3)\n"
+    )
+    line = f"torchrun --standalone --nproc-per-node 2 {script}"
+    with pytest.raises(ValueError, match=r"status 1: ValueError: --cpo-k 7: groups of 5; all of"):
+        run_stages([Stage("train", line)], folder)
+
+
 def test_a_stage_that_makes_nothing_is_a_failure(folder):
     with pytest.raises(ValueError, match=r"ended well but did not make .*x"):
         run_stages([Stage("idle", "true", outputs=(folder / "x",))], folder)
@@ -351,25 +489,58 @@ bash "${@: -1}" > /dev/null && echo "$(wc -l < "$(dirname "$0")/given");cluster"
 """
 
 
+def submit(folder, plan):
+    """Write jobs, and submit them."""
+    (folder / "slurm").mkdir(exist_ok=True)
+    for name, content in slurm(plan, folder).items():
+        (folder / "slurm" / name).write_text(content)
+    (folder / "sbatch").write_text(SBATCH)
+    (folder / "sbatch").chmod(0o755)
+    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", folder / "slurm" / "submit.sh", "--gpus=8"], check=False,
+                          env=os.environ | path, capture_output=True, text=True)  # fmt: skip
+
+
 def test_slurms_jobs_make_the_same_files_and_wait_for_what_they_need(folder):
     plan = copies(folder)
     run_stages(plan, folder)
     made = {path.name: path.read_bytes() for path in folder.glob("*.txt")}
     for name in made:
         (folder / name).unlink()
-    (folder / "slurm").mkdir()
-    for name, content in slurm(plan, folder).items():
-        (folder / "slurm" / name).write_text(content)
-    (folder / "sbatch").write_text(SBATCH)
-    (folder / "sbatch").chmod(0o755)
-    path = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", folder / "slurm" / "submit.sh", "--gpus=8"], check=True,
-                          env=os.environ | path, capture_output=True, text=True)  # fmt: skip
+    done = submit(folder, plan)
     assert done.stdout == "submitted 3 jobs\n"
     assert {path.name: path.read_bytes() for path in folder.glob("*.txt")} == made
     first, second, third = (folder / "given").read_text().splitlines()
     assert "--dependency=afterok:1 " in second and "--gpus=8" in second
     assert "--dependency" not in first + third
+
+
+def test_slurms_jobs_go_on_where_they_were(folder):
+    """Most of our commands refuse an output that is there, so the first job of a second submission
+    failed and Slurm cancelled the others."""
+
+    def plan(word, fails="true"):
+        once = (
+            f"bash -c 'test ! -e {folder}/x && echo x >> {folder}/ran && echo {word} > {folder}/x'"
+        )
+        more = f"bash -c 'echo y >> {folder}/ran; echo {word} >> {folder}/y.0; {fails}'"
+        return [Stage("x", once, outputs=(folder / "x",)),
+                Stage("y", more, needs=("x",), outputs=(folder / "y.",), resumes=True)]  # fmt: skip
+
+    def ran(*words):
+        (folder / "ran").write_text("")
+        done = submit(folder, plan(*words))
+        return done.returncode == 0, "".join((folder / "ran").read_text().split())
+
+    assert ran("one", f"test -e {folder}/in2") == (False, "xy")
+    (folder / "in2").touch()
+    assert ran("one", f"test -e {folder}/in2") == (True, "y")
+    assert (folder / "y.0").read_text() == "one\none\n", "it goes on with what was begun"
+    assert ran("one", f"test -e {folder}/in2") == (True, "")
+    assert ran("two") == (True, "xy")
+    assert (folder / "y.0").read_text() == "two\n", "another command begins anew"
+    (folder / "y.0").unlink()
+    assert ran("two") == (True, "y")
 
 
 RUN = """

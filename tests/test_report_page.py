@@ -109,6 +109,7 @@ def test_curves_of_training(tmp_path):
     assert page.tags["img"] == 0 and "a <b>run</b>" in page.text
     assert page.text.count("Training: ") == 1 and "Training: <img src=z>" in page.text
     assert "Dashed: 1.609" in page.text
+    assert f"{plain}: no CPO loss in a [cpo] line of it" in page.text
     labels = [value for name, value in page.attributes if name == "aria-label"]
     assert any("1.750 at iteration 1, 1.000 at 4" in label for label in labels)
     (line,) = re.findall(r'"curve" d="M([^L"]+L[^L"]+L[^L"]+)"', (tmp_path / "r.html").read_text())

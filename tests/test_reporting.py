@@ -56,7 +56,8 @@ def random_scores(alphas=(0.0, 0.3, 1.0), seed=0):
 
 def test_names():
     for model in (Model("cpo", "MixN", 0.3), Model("cpo", "", 1.0), Model("a@b", "BN4"),
-                  Model("org/Llama-3.1"), Model("x@y", "", 0.05)):  # fmt: skip
+                  Model("org/Llama-3.1"), Model("x@y", "", 0.05),
+                  Model("cpo", "bn=3,mn=5,tn=3", 0.3), Model("cpo", "bn=4")):  # fmt: skip
         assert read_name(str(model)) == model
     for plain in ("m@alpha", "@alpha=0.3", "m@", "m@alpha=0.3,negatives=x"):
         assert read_name(plain) == Model(plain)
@@ -358,9 +359,29 @@ def test_scores_are_read_and_stale_ones_refused(tmp_path):
     assert row == {"figure": "words", "a": Estimate(**figure), "the truths": truth}
     assert "\n- words: of a text\n" in render_markdown(report)
     assert "<dt>words</dt><dd>of a text</dd>" in render_page(report, read_folder(tmp_path), 1)
+    scores["files"][0]["digest"] = results.digest
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    assert contents(read_folder(tmp_path)).tables == report.tables
+    write_model(tmp_path, "a", "a", texts_of("a", IDS, lambda id: f"{id} anew"))
+    refused(tmp_path, r"scores.json has figures of other texts than .*a.json has now: measure it")
     scores["files"][0]["made"] = vars(replace(results.made, checkpoint="old"))
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     refused(tmp_path, "measure it again, megatron-cpo evaluate score")
+
+
+def test_scores_under_two_models_are_not_put_into_one_row(tmp_path):
+    """The one of the file that comes last was shown of the texts that both have."""
+    figure = {"value": 0.25, "low": 0.2, "high": 0.3, "prompts": 60, "method": "x"}
+    for name, kind, digest in (("a", "external", "1"), ("b", "external", "2")):
+        results = write_model(tmp_path, name, name, ids=IDS)
+        row = {"path": f"{name}.json", "generator": name, "made": vars(results.made),
+               "digest": results.digest, "counts": {}, "figures": {"nll": figure}}  # fmt: skip
+        content = {"files": [row], kind: {"name": name, "digest": digest}, "tool": MADE.tool}
+        (tmp_path / f"scores-{name}.json").write_text(json.dumps(content))
+    refused(tmp_path, r"scores-a.json and .*scores-b.json asked other models by --external: .*'1'")
+    path = tmp_path / "scores-b.json"
+    path.write_text(path.read_text().replace('"2"', '"1"'))
+    assert read_folder(tmp_path).scores.keys() == {"a.json", "b.json"}, "a name is not a model"
 
 
 # ---- written

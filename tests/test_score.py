@@ -164,6 +164,10 @@ def test_against_the_truth(files):
     assert {c.baseline for c in found.compared} == {"reference"}
     other = score_files(files[:1], baseline=str(files[1]))
     assert {(c.candidate, c.baseline) for c in other.compared} == {(str(files[0]), str(files[1]))}
+    spelt = files[1].parent / ".." / files[1].parent.name / files[1].name
+    again = score_files(files, baseline=str(spelt))
+    assert len(again.files) == 2, "the same file, whose difference to itself says nothing"
+    assert {(c.candidate, c.baseline) for c in again.compared} == {(str(files[0]), str(files[1]))}
 
 
 def test_empty_texts_are_counted_and_not_read(external, tmp_path):

@@ -9,7 +9,7 @@ import yaml
 
 from harness.ranks import ROOT
 from megatron_cpo.evaluation.mauve_size import ENOUGH
-from megatron_cpo.recipes.schema import read_recipe
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.shell import script, slurm
 from megatron_cpo.recipes.stages import stages
 from tests.paper_recipes import RECIPES

@@ -7,7 +7,7 @@ import yaml
 
 from harness.ranks import ROOT
 from megatron_cpo.host.compat import megatron_parser
-from megatron_cpo.recipes.schema import read_recipe
+from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.stages import FLAGS, stages
 from megatron_cpo.training.config import add_cpo_args
 from tests.conversions import CONFIGS, to_megatron, write_model

@@ -171,6 +171,7 @@ def test_what_a_config_refuses(tmp_path):
         ({"baseline": "mle"}, "add 1 to --alpha"),
         ({"name": "a/b"}, "without / and @"),
         ({"negatives": "a@b"}, "without / and @"),
+        ({"negatives": "a/b"}, "without / and @"),
     ]:
         with pytest.raises(ValueError, match=match):
             config(**options)

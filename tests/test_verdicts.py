@@ -26,6 +26,11 @@ A, B, TIE = Verdict.A, Verdict.B, Verdict.TIE
         ("Comparison: A is short, B is right.\nMore helpful: B", B),
         ("I think [[B]] because of its detail", B),
         ("The answer is A", A),
+        ("**Response A:** right.\n**Response B:** wrong.\n\n**A**\n\nThat is all.", A),
+        ("**Response A**\nIs right.\n**Response B**\nIs wrong.\n\nI choose A", A),
+        ("<think>\nMaybe\nB\nor both.\n</think>\n\nThe better answer: A", A),
+        ("B\n\nor rather not.</think>A", A), ("B\n\n<think>\nA\n", B),
+        ("# Response A\nIs wrong.\n# Response B\nIs right.\n# Verdict\nB", B),
     ],
 )  # fmt: skip
 def test_a_clear_reply(reply, verdict):
@@ -38,6 +43,10 @@ def test_a_clear_reply(reply, verdict):
         "", "   \n", "I cannot decide between A and B.", "A better answer would cite sources.",
         "As an AI model I do not judge.", "C", "[[A]] or [[B]]", "1", "Better: A. Better: B.",
         "{}", "ABBA", "The better A-level answers say more",
+        "**Response A:**\nShort.\n\n**Response B:**\nLong.\n\nOverall, Response A is more helpful.",
+        "<think>\nIt may be\nB\nbut I have to", "<think>\nA\n</think>\n\n", "Is it\nA\n?</think>",
+        "### Response B\nLong.\n\nThe other one is right.",
+        "**A**\nShort.\n**B**\nLong. So the first.",
     ],
 )  # fmt: skip
 def test_a_reply_that_says_nothing(reply):

@@ -49,8 +49,8 @@ def main() -> None:
     from megatron_cpo.files import make_folder, write_whole
     from megatron_cpo.quiet import say
     from megatron_cpo.recipes.outcome import outcome
+    from megatron_cpo.recipes.reading import check_plain, read_recipe
     from megatron_cpo.recipes.runner import run_stages
-    from megatron_cpo.recipes.schema import check_plain, read_recipe
     from megatron_cpo.recipes.shell import script, slurm
     from megatron_cpo.recipes.stages import stages
 

@@ -70,9 +70,17 @@ def open_pair(candidate: Path, baseline: str) -> tuple[Results, Results]:
     """A candidate's texts and the baseline's, which can be compared.
 
     Raises:
-        ValueError: a file cannot be read, or they are of other records or decoded otherwise.
+        ValueError: a file cannot be read, or they are of other records or decoded otherwise; or
+            the records' own answers would be called as a file beside the candidate is.
     """
     ours = read_results(candidate)
+    beside = candidate.with_name(f"{REFERENCE}.json")
+    if baseline == REFERENCE and beside.exists():
+        raise ValueError(
+            f"--baseline {REFERENCE}: the records' own answers, but {beside} is called so, and "
+            f"verdicts of both would be one file; give --baseline {beside} for its texts, or copy "
+            f"{candidate} into another folder for the records' own"
+        )
     theirs = ours.truths() if baseline == REFERENCE else read_results(Path(baseline))
     check_comparable([ours, theirs])
     return ours, theirs
@@ -205,10 +213,12 @@ def judge_files(candidate: Path, baseline: str, judge: JudgeOptions) -> tuple[Wi
         candidate, baseline: see `open_pair`.
 
     Raises:
-        ValueError: as `open_pair` and `judge_pairs`, or fewer than two prompts have a verdict; the
-            file of verdicts is there then.
+        ValueError: as `open_pair` and `judge_pairs`; there is one prompt alone; or fewer than two
+            have a verdict: the file of verdicts is there then.
     """
     ours, theirs = open_pair(candidate, baseline)
+    if len({text.id for text in ours.texts}) < 2:
+        raise ValueError(f"{candidate}: texts of one prompt; a win rate needs at least 2")
     pairs = judge_pairs(ours, theirs, judge, candidate.parent / "judge-replies.jsonl")
     verdicts = verdicts_of(candidate, baseline)
     write_verdicts(verdicts, pairs)

@@ -9,9 +9,10 @@ model of features and of like numbers of texts only.
 It writes `mauve.json`, an object with
 
     mauve      a list: {"candidate", "baseline": path or "reference", "generator", "made",
-               "value", "sd": null of one seed, "values": one a seed, "seeds", "buckets": clusters,
-               "texts", "baseline_texts": how many had a feature, "empty", "baseline_empty": how
-               many had none, "mauve_star", "frontier_integral": means of JMLR 24 (2023)'s}
+               "digest": of the candidate's texts, "value", "sd": null of one seed, "values": one
+               a seed, "seeds", "buckets": clusters, "texts", "baseline_texts": how many had a
+               feature, "empty", "baseline_empty": how many had none, "mauve_star",
+               "frontier_integral": means of JMLR 24 (2023)'s}
     features   the model: {"name", "digest" or "sha256", ...}
     definition what the figure is
     tool       this package and its version
@@ -175,6 +176,7 @@ def write_mauve(path: Path, found: Sequence[Mauve], features: Features) -> None:
             "baseline": each.baseline,
             "generator": each.candidate.generator,
             "made": asdict(each.candidate.made),
+            "digest": each.candidate.digest,
             "value": each.value,
             "sd": each.sd,
             "values": each.values,

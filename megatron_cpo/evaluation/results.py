@@ -16,10 +16,12 @@ A file of another tool needs the first three only; its instructions then are its
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_cpo.files import encodable, make_folder, write_json
+from megatron_cpo.kept import digest
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class Results:
     def generator(self) -> str:
         """The model's name, which is that of the first text."""
         return self.texts[0].generator
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the texts themselves: prompts, outputs and truths, by record and sample."""
+        texts = sorted((t.id, t.sample, t.instruction, t.output, t.truth or "") for t in self.texts)
+        return digest(texts)[:16]
 
     def truths(self) -> "Results":
         """The records' own continuations in the place of the texts, to compare with.

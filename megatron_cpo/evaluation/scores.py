@@ -3,8 +3,9 @@
 It writes `scores.json`, an object with
 
     files         a list, in the order given: {"path", "generator", "made": {"checkpoint",
-                  "decoding", "data", "tool"}, "counts": {"texts", "empty", "unread", "cut"},
-                  "figures": {NAME: {"value", "low", "high", "prompts", "method"}}}
+                  "decoding", "data", "tool"}, "digest": of the texts, "counts": {"texts", "empty",
+                  "unread", "cut"}, "figures": {NAME: {"value", "low", "high", "prompts",
+                  "method"}}}
     truth         the same of the records' own continuations, or null: what is to be reached
     differences   of each file to the baseline on the same prompts: {"candidate", "baseline",
                   "figure", "value", "low", "high", "p", "prompts", "method"}; value is the
@@ -91,8 +92,11 @@ def score_files(
     results = [read_results(path) for path in paths if path not in left_out]
     if not results:
         raise ValueError(f"{', '.join(map(str, paths))}: no file of texts among them")
-    if baseline not in (None, REFERENCE) and Path(baseline) not in {r.path for r in results}:
-        results.append(read_results(Path(baseline)))
+    if baseline is not None and baseline != REFERENCE:
+        there = {each.path.resolve(): str(each.path) for each in results}
+        if (named := there.get(Path(baseline).resolve())) is None:
+            results.append(read_results(Path(baseline)))
+        baseline = named or baseline  # one file, however its path is written
     check_comparable(results)
     kept = None
     if external is not None:
@@ -238,6 +242,7 @@ def _file(each: Scored) -> dict[str, Any]:
         "path": str(each.results.path),
         "generator": each.results.generator,
         "made": asdict(each.results.made),
+        "digest": each.results.digest,
         "counts": each.counts,
         "figures": figure_rows(each.estimates),
     }

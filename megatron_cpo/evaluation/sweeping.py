@@ -69,7 +69,7 @@ class SweepConfig:
             raise ValueError(f"--baseline {self.baseline}: give {REFERENCE} or {MLE}")
         if self.baseline == MLE and 1.0 not in self.alphas:
             raise ValueError("--baseline mle: it is the model at alpha 1; add 1 to --alpha")
-        if "/" in self.name or "@" in f"{self.name}{self.negatives}":
+        if {"/", "@"} & {*self.name, *self.negatives}:
             raise ValueError(
                 f"--name {self.name}, --negatives {self.negatives}: they become parts of file and "
                 "generator names, so without / and @"
@@ -244,10 +244,8 @@ def _scored(output: Path, paths: list[Path], external: ExternalModel | None) -> 
         return False
     content = json.loads(output.read_text(encoding="utf-8"))
     results = [read_results(path) for path in paths]
-    ours = [(str(r.path), r.generator, asdict(r.made), len(r.texts)) for r in results]
-    theirs = [
-        (f["path"], f["generator"], f["made"], f["counts"]["texts"]) for f in content["files"]
-    ]
+    ours = [(str(r.path), r.generator, asdict(r.made), r.digest) for r in results]
+    theirs = [(f["path"], f["generator"], f["made"], f.get("digest")) for f in content["files"]]
     identity = external.identity if external else None
     return ours == theirs and content["external"] == identity and content["tool"] == TOOL
 

@@ -87,6 +87,10 @@ def check_template(template: str) -> None:
         )
 
 
+# The first <think> may be the end of the prompt, as chat templates have it.
+_THOUGHTS = re.compile(r"^.*</think(?:ing)?>|<think(?:ing)?>.*$", re.DOTALL)
+_PUNCTUATION = re.compile(r"[*_`#>\"'.:!\s]+")
+_HEADING = re.compile(r"^\s*#|:[*_\s]*$")
 _NAME = r"(?:the\s+)?(?:(?:response|answer|continuation|output|option|assistant|text)\s*)?"
 _CHOICE = re.compile(rf"{_NAME}\(?\[{{0,2}}([ab]|tie|both|equal|neither)\]{{0,2}}\)?", re.I)
 _ANNOUNCED = re.compile(
@@ -105,23 +109,34 @@ _STATED = re.compile(
 def read_verdict(reply: str) -> Verdict | None:
     """The verdict of a reply, or None if it has none that is clear.
 
-    A reply that is a choice and nothing else, else its last line that is one, else a choice in
-    double brackets, else the one that is stated ("better: B") if all that are stated agree. A
-    sentence that merely mentions A and B says nothing.
+    A reply that is a choice and nothing else, else its last line if it is one, else the lines that
+    are one if all of them agree, else a choice in double brackets, else the one that is stated
+    ("better: B") if all that are stated agree. A sentence that merely mentions A and B says
+    nothing, and neither does a heading over what is said of an answer ("Response A:") or what a
+    model thinks before it answers, between `<think>` and `</think>`; without the latter it was cut.
 
     >>> [read_verdict(r) for r in ("A.", "Response B", "**A**", "I like A, and B too.")]
     [<Verdict.A: 'A'>, <Verdict.B: 'B'>, <Verdict.A: 'A'>, None]
     """
-    lines = [re.sub(r"[*_`#>\"'.:!\s]+", " ", line).strip() for line in reply.splitlines()]
-    for line in reversed([line for line in lines if line]):
-        line = _ANNOUNCED.sub("", line)
-        if found := _CHOICE.fullmatch(line):
-            return _verdict(found.group(1))
+    reply = _THOUGHTS.sub("", reply)
+    lines = [line for line in reply.splitlines() if _PUNCTUATION.sub("", line)]
+    if lines and (last := _choice(lines[-1])):
+        return last
+    named = {_choice(line) for line in lines if not _HEADING.search(line)} - {None}
+    if len(named) == 1:
+        return named.pop()
     for pattern in (_MARKED, _STATED):
         named = {_verdict(name) for name in pattern.findall(reply)}
         if len(named) == 1:
             return named.pop()
     return None
+
+
+def _choice(line: str) -> Verdict | None:
+    """What a line that is a choice and nothing else says."""
+    line = _ANNOUNCED.sub("", _PUNCTUATION.sub(" ", line).strip())
+    found = _CHOICE.fullmatch(line)
+    return _verdict(found.group(1)) if found else None
 
 
 def _verdict(name: str) -> Verdict:

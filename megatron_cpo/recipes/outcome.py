@@ -90,11 +90,16 @@ def _ranking(folder: Folder) -> list[str]:
 
 
 def _shown_models(folder: Folder, report: Report) -> list[Results]:
-    """The reference, then of each curve the chosen model; without a curve, all models."""
+    """The reference, then of each curve the chosen model, then all models without a curve."""
     chosen = [_of(folder, choice) for choice in report.choices]
-    others = [each for each in folder.results if each.generator != REFERENCE]
+    swept = {(choice.curve.family, choice.curve.decoding) for choice in report.choices}
     first = [each for each in folder.results if each.generator == REFERENCE]
-    return [*first, *(chosen or others)]
+    others = [
+        each
+        for each in folder.results
+        if each.generator != REFERENCE and (model_of(each).family, each.made.decoding) not in swept
+    ]
+    return [*first, *chosen, *others]
 
 
 def _of(folder: Folder, choice: Choice) -> Results:
@@ -110,7 +115,10 @@ def _of(folder: Folder, choice: Choice) -> Results:
 def _texts(folder: Folder, models: list[Results]) -> Iterable[str]:
     generators = list(dict.fromkeys(each.generator for each in models))
     names = ["figure", *generators[:MODELS], "the truths"]
-    for table in scores(folder):
+    tables = scores(folder)
+    for table in tables:
+        if len(tables) > 1:
+            yield f"  {table.title}"
         at = [table.columns.index(name) for name in names if name in table.columns]
         rows = [[row[i] for i in at] for row in table.rows]
         yield from aligned(Table("", "", tuple(table.columns[i] for i in at), rows))

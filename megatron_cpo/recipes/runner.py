@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,10 @@ from megatron_cpo.quiet import say
 from megatron_cpo.recipes.code import our_code
 from megatron_cpo.recipes.stages import Stage
 from megatron_cpo.work.locking import only_process
+
+_TORCHRUNS = re.compile(r"^.*(?:failed \(exitcode|closing signal)", re.MULTILINE)
+"""The first line of torchrun's report."""
+_ERROR = re.compile(r"(?:Error|Exception|error): ")
 
 
 def run_stages(plan: list[Stage], folder: Path, whole: Sequence[Stage] = ()) -> list[str]:
@@ -115,11 +120,22 @@ def _execute(stage: Stage, log: Path) -> None:
             env=environment, preexec_fn=_end_with_parent, check=False,
         ).returncode  # fmt: skip
     if status:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise ValueError(f"{stage.name}: exit status {status}: {lines[-1]}; all of it: {log}")
+        why = _reason(log.read_text(errors="replace"))
+        raise ValueError(f"{stage.name}: exit status {status}: {why}; all of it: {log}")
     missing = [str(path) for path in stage.outputs if not _made(path)]
     if missing:
         raise ValueError(f"{stage.name}: ended well but did not make {missing[0]}; see {log}")
+
+
+def _reason(said: str) -> str:
+    """The line of a failed command's output that says why: the last one.
+
+    Behind those of training stands a report of torchrun's, which ends in a rule.
+    """
+    before, *report = _TORCHRUNS.split(said, maxsplit=1)
+    lines = before.strip().splitlines()
+    errors = [line for line in lines if _ERROR.search(line)] if report else []
+    return (errors or lines)[-1]
 
 
 def _end_with_parent() -> None:

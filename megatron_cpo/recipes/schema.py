@@ -1,20 +1,21 @@
 """What a recipe may say, checked before anything runs."""
 
-import argparse
-import difflib
-import os
-import shlex
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from megatron_cpo.checkpoints.merging.alphas import check_alphas
-from megatron_cpo.evaluation.mauve_size import check_records
 from megatron_cpo.negatives.from_records import parse_mix
 from megatron_cpo.objective import OBJECTIVES, PSS
 from megatron_cpo.policies.writer import KIND
-from megatron_cpo.records.source import add_source_arguments, source_from_args
 
 
 class Part(BaseModel):
@@ -147,7 +148,8 @@ class Evaluation(Part):
     decode: str | dict[str, str] = "greedy"
     """One way to decode, or flags of `evaluate generate` by the name of each of several ways."""
     max_new_tokens: int = Field(default=256, ge=1)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=2)
+    """Of the test records; of one alone nothing has an interval."""
     external: str | None = None
     """`hf:PATH`: a model that says how likely the texts are."""
     similarity: str | None = None
@@ -190,6 +192,12 @@ class Recipe(Part):
     evaluate: Evaluation = Evaluation()
     export: Literal["none", "all"] = "none"
     """Whether trained models become Hugging Face folders as well."""
+    _named: set[Path] = PrivateAttr(default_factory=set)
+
+    @property
+    def named(self) -> set[Path]:
+        """Files, and folders after `hf:`, that flags name."""
+        return self._named
 
     @field_validator("alphas")
     @classmethod
@@ -227,100 +235,3 @@ class Recipe(Part):
                 "writer: {url: http://localhost:8000/v1, model: NAME}"
             )
         return self
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of a YAML file; its paths are relative to the file.
-
-    Raises:
-        ValueError: it is not YAML, a key or value is wrong, or what it names is not there.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe is a mapping that begins with model:, not {content!r}")
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_first_mistake(error)}") from error
-    return _found(recipe, path)
-
-
-def check_plain(path: Path, what: str) -> None:
-    """That bash and Slurm read a path as it is, without quotes.
-
-    Raises:
-        ValueError: a character of it means something there.
-    """
-    wrong = next((c for c in str(path) if not (c.isalnum() or c in "/._-+=:,@~")), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{what}: {wrong!r} in {str(path)!r}: shells read it otherwise; choose another path"
-        )
-
-
-def _first_mistake(error: ValidationError) -> str:
-    mistakes = error.errors()
-    first: Any = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
-    where = ".".join(map(str, first["loc"]))
-    if first["type"] != "extra_forbidden":
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    known = list(_fields(first["loc"][:-1]))
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.4)
-    meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    return f"{where}: no such key; {meant}"
-
-
-def _fields(location: tuple[int | str, ...]) -> dict[str, Any]:
-    parts: dict[str, type[Part]] = {
-        "data": Data, "layout": Layout, "mle": Optimization, "variants": Variant,
-        "evaluate": Evaluation, "judge": Judge, "writer": Writer,
-    }  # fmt: skip
-    names = [name for name in location if name in parts]
-    return (parts[str(names[-1])] if names else Recipe).model_fields
-
-
-def _place(folder: Path, path: Path | str) -> Path:
-    return Path(os.path.normpath(folder / path))
-
-
-def _found(recipe: Recipe, path: Path) -> Recipe:
-    folder = path.resolve().parent
-    recipe.model = _place(folder, recipe.model)
-    recipe.data.train = _place(folder, recipe.data.train)
-    recipe.data.test = _place(folder, recipe.data.test)
-    named = {"model": recipe.model, "data.train": recipe.data.train, "data.test": recipe.data.test}
-    if recipe.evaluate.external:
-        external = _place(folder, recipe.evaluate.external.removeprefix("hf:"))
-        recipe.evaluate.external = f"hf:{external}"
-        named["evaluate.external"] = external
-    # What is no folder here is a name, of which sentence-transformers knows more.
-    similar = _place(folder, recipe.evaluate.similarity or "minilm")
-    if recipe.evaluate.similarity not in (None, "minilm") and similar.exists():
-        recipe.evaluate.similarity = str(similar)
-        named["evaluate.similarity"] = similar
-    for key, place in named.items():
-        if not place.exists():
-            raise ValueError(f"{path}: {key}: {place} is not there")
-        check_plain(place, f"{path}: {key}")
-    if recipe.evaluate.mauve:
-        _check_mauve(recipe, path)
-    return recipe
-
-
-def _check_mauve(recipe: Recipe, path: Path) -> None:
-    """Refuse MAUVE of too few texts, which its stage would only find out after all training."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_source_arguments(parser).add_argument("--limit", type=int)
-    data, how = recipe.data, recipe.evaluate
-    words = [f"--max-length={data.max_length}", *shlex.split(f"{data.flags} {how.flags}")]
-    words += [f"--limit={how.limit}"] if how.limit else []
-    try:
-        args, _ = parser.parse_known_args([*words, "--input", str(data.test)])
-        check_records(source_from_args(args), args.limit)
-    except (ValueError, argparse.ArgumentError) as error:
-        raise ValueError(f"{path}: evaluate.mauve: {error}") from error

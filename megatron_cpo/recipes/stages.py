@@ -1,5 +1,6 @@
 """A recipe's stages: each is one command, what it reads and what it makes."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from megatron_cpo.policies.writer import KIND
 from megatron_cpo.recipes.schema import Judge, Optimization, Recipe, Variant
 
 FLAGS = "megatron_flags.txt"
+_DECODE = re.compile(r"--decode[ =](\S+)")
+_QUOTED_OR_SPACE = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\[^\n])|(?:\s|\\\n)+""", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,11 @@ class _Plan:
 
     def _add(self, name: str, line: str, *outputs: Path, inputs: tuple[Path, ...] = (),
              needs: tuple[str, ...] = (), resumes: bool = False) -> str:  # fmt: skip
-        stage = Stage(name, " ".join(line.split()), inputs, needs, outputs, resumes)
+        line = _one_space(line)
+        words = {word.rpartition("=")[2].removeprefix("hf:") for word in line.split()}
+        named = sorted(path for path in self.recipe.named if shlex.quote(str(path)) in words)
+        inputs += tuple(path for path in named if path not in inputs)
+        stage = Stage(name, line, inputs, needs, outputs, resumes)
         if self.found.setdefault(name, stage) != stage:
             raise ValueError(
                 f"variants: two of them have a stage {name}: a variant's seeds and rounds are "
@@ -115,6 +122,8 @@ class _Plan:
                 f"model: {model} is no Hugging Face folder, and a Megatron checkpoint needs its "
                 f"model and tokenizer flags beside it, in {model / FLAGS}"
             )
+        else:
+            _check_flags(model / FLAGS)
         self.flags = f"$(cat {model / FLAGS})"
         if recipe.mle is None:
             return model, need
@@ -153,7 +162,7 @@ class _Plan:
         )
         for stage in (*self.found.values(), *self.known):
             prefix = str(next(iter(stage.outputs))).removesuffix(".")
-            if stage.line == " ".join(f"{line} --output-prefix {prefix}".split()):
+            if stage.line == _one_space(f"{line} --output-prefix {prefix}"):
                 self.found.setdefault(stage.name, stage)
                 return stage.name, Path(prefix)
         output = self.folder / "groups" / f"{tag}-{part}"
@@ -221,16 +230,33 @@ class _Plan:
             name = f"{tag}-{way}" if way else tag
             output = self.folder / "results" / f"{name}.json"
             limit = f"--limit {how.limit}" if how.limit else ""
+            which = (
+                f"--load {model} {self.flags} {self.split} "
+                f"--seq-length {self.recipe.data.max_length}"
+            )
+            needs, inputs = need, self.inputs
+            if _DECODE.findall(f"{how.flags} {flags}")[-1:] == ["beam"]:
+                folder, needs, inputs = self._in_transformers(tag, model, need)
+                which = f"--policy hf:{folder}"
             line = (
-                f"{self.verb} evaluate generate --data {self.recipe.data.test} --load {model} "
-                f"{self.flags} {self.split} --seq-length {self.recipe.data.max_length} "
-                f"{self.records} {flags} {how.flags} --max-new-tokens {how.max_new_tokens} {limit} "
+                f"{self.verb} evaluate generate --data {self.recipe.data.test} {which} "
+                f"{self.records} --max-new-tokens {how.max_new_tokens} {limit} {how.flags} {flags} "
                 f"--generator {shlex.quote(generator)} --output {output}"
             )
             made = self._add(f"generate-{name}", line, output,
-                             inputs=(self.recipe.data.test, *self.inputs), needs=need,
+                             inputs=(self.recipe.data.test, *inputs), needs=needs,
                              resumes=True)  # fmt: skip
             self.texts.setdefault(way, {})[output] = made
+
+    def _in_transformers(
+        self, tag: str, model: Path, need: tuple[str, ...]
+    ) -> tuple[Path, tuple[str, ...], tuple[Path, ...]]:
+        """A model as beam search needs it, which is transformers': folder, stages, inputs."""
+        if tag == "reference" and self.recipe.mle is None and need:
+            return self.recipe.model, (), (self.recipe.model,)  # what was converted
+        output = self.folder / "beam" / tag
+        line = f"megatron-cpo convert --from megatron --to hf --input {model} --output {output}"
+        return output, (self._add(f"beam-{tag}", line, output, inputs=self.inputs, needs=need),), ()
 
     def _judge(self, judge: Judge, texts: dict[Path, str]) -> list[str]:
         """Each model's texts against the reference's, which are the first."""
@@ -268,6 +294,28 @@ class _Plan:
         table = self.folder / "report.md"
         self._add("report", f"{line} --markdown {table}", page, table,
                   needs=(*texts, *self.rankings, *made))  # fmt: skip
+
+
+def _check_flags(file: Path) -> None:
+    """Refuse flags of a model that `$(cat ...)` would not read as they are meant.
+
+    Raises:
+        ValueError: something is quoted, such as a path with a space.
+    """
+    text = file.read_text()
+    if any(sign in text for sign in "'\"\\"):
+        raise ValueError(
+            f"model: {file}: bash takes each word of it as it is, quotes and backslashes too, so a "
+            "recipe needs it without them; give what is quoted a path without white space"
+        )
+
+
+def _one_space(line: str) -> str:
+    """A line with one space between words, whose flags may have been written on several lines.
+
+    White space in quotes is a word's own, such as a template's.
+    """
+    return _QUOTED_OR_SPACE.sub(lambda found: found[1] or " ", line).strip()
 
 
 def _check_apart(plan: Sequence[Stage], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What is in a folder of results, and whether it belongs together."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def read_folder(path: Path) -> Folder:
             notes.append(f"{file.name}: a file of texts that it names is not here")
     folder = Folder(path, results, judged, read_leaderboard(path / "leaderboard.csv"), {}, {}, {},
                     [], [], [], notes)  # fmt: skip
+    _check_models(objects)
     for file, content in objects.items():
         _take(folder, file, content)
     if missing := [each.path.name for each in results if each.path.name not in folder.scores]:
@@ -140,6 +141,30 @@ def check_together(results: Iterable[Results]) -> None:
                 )
 
 
+def _check_models(objects: Mapping[Path, dict[str, Any]]) -> None:
+    """Refuse scores of texts decoded alike under other models: they would stand in one row.
+
+    Raises:
+        ValueError: names both files and both models.
+    """
+    seen: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    for file, content in objects.items():
+        if not is_ours(content) or not isinstance(content.get("files"), list):
+            continue
+        for kind in ("external", "similarity"):
+            for decoding in {row["made"]["decoding"] for row in content["files"]}:
+                if not (model := content.get(kind)):
+                    continue
+                first, other = seen.setdefault((kind, decoding), (file, model))
+                if any(
+                    model.get(key, said) != said for key, said in other.items() if key != "name"
+                ):
+                    raise ValueError(
+                        f"{first} and {file} asked other models by --{kind}: {other} and {model}; "
+                        "keep one of both in the folder, or measure all texts by one model"
+                    )
+
+
 def _take(folder: Folder, file: Path, content: dict[str, Any]) -> None:
     """Put a JSON object where it belongs."""
     if not is_ours(content):  # other tools know the same words
@@ -189,12 +214,14 @@ def _described(
         folder.notes.append(f"{file.name}: figures of {Path(path).name}, which is not here")
         return None
     made = asdict(found[0].made)
+    again = f"measure it again, megatron-cpo evaluate {subject} --candidate {found[0].path} ..."
     if row["made"] != made or row["generator"] != found[0].generator:
         raise ValueError(
             f"{file} has figures of {path} as made by {row['generator']}, {row['made']}; it is of "
-            f"{found[0].generator}, {made} now: measure it again, megatron-cpo evaluate {subject} "
-            f"--candidate {found[0].path} ..."
+            f"{found[0].generator}, {made} now: {again}"
         )
+    if row.get("digest") not in (None, found[0].digest):  # earlier releases wrote none
+        raise ValueError(f"{file} has figures of other texts than {found[0].path} has now: {again}")
     return found[0]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from megatron_cpo.checkpoints.merging.alphas import alpha_name
 
 _NAMED = re.compile(
-    r"(?P<method>.+?)@(?:negatives=(?P<negatives>[^,@=]+))?,?(?:alpha=(?P<alpha>[^,@=]+))?"
+    r"(?P<method>.+?)@(?:negatives=(?P<negatives>[^@]+?)(?:,|$))?(?:alpha=(?P<alpha>[^,@=]+))?"
 )
 
 
@@ -21,7 +21,7 @@ class Model:
 
     method: str
     negatives: str = ""
-    """Such as `MixN`; empty: not said."""
+    """Such as `MixN` or `bn=3,tn=8`; empty: not said."""
     alpha: float | None = None
     """In theta = alpha * theta_MLE + (1 - alpha) * theta_CPO."""
 
@@ -46,6 +46,8 @@ def read_name(generator: str) -> Model:
 
     >>> read_name("cpo@negatives=MixN,alpha=0.3")
     Model(method='cpo', negatives='MixN', alpha=0.3)
+    >>> read_name("cpo@negatives=bn=3,tn=8,alpha=0.3").negatives
+    'bn=3,tn=8'
     >>> read_name("org/name@main").method
     'org/name@main'
 

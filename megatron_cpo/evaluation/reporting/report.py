@@ -49,8 +49,15 @@ def write_report(
             refuse_inputs(flag, output, [*logs, *folder.glob("*.json*")])
     found = read_folder(folder)
     report = contents(found, choose_by, seed)
-    curves = [curve for log in logs if (curve := read_training(log))]
-    report = replace(report, name=title or report.name, training=curves)
+    curves = {log: read_training(log) for log in logs}
+    drawn_not = [f"{log}: no CPO loss in a [cpo] line of it, so no curve of training"
+                 for log, curve in curves.items() if curve is None]  # fmt: skip
+    report = replace(
+        report,
+        name=title or report.name,
+        training=[curve for curve in curves.values() if curve],
+        notes=[*report.notes, *drawn_not],
+    )
     said = [*describe(report)]
     drawn = draw(report.plots, figures) if figures else []
     said += [f"{path}" for path in drawn]

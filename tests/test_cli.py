@@ -237,12 +237,13 @@ def test_one_process_does_what_one_can(tmp_path) -> None:
     assert done.stderr == "megatron-cpo summarize: one process does it, rank 0 of 2\n"
 
 
-def test_ranks_of_nobody_are_one_process(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("words", ["summarize --log", "evaluate mauve --candidate"])
+def test_ranks_of_nobody_are_one_process(words, tmp_path, monkeypatch, capsys) -> None:
     """A job's own RANK, without torchrun, does not leave the work to another."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert run_command(monkeypatch, "summarize", "--log", str(tmp_path / "none")) == 1
-    assert "no such file" in capsys.readouterr().err
+    assert run_command(monkeypatch, *words.split(), str(tmp_path / "none.json")) == 1
+    assert re.search(r"none\.json: (no such file|cannot be read)", capsys.readouterr().err)
 
 
 def test_a_recipe_is_not_run_by_ranks(tmp_path, monkeypatch, capsys) -> None:

@@ -46,8 +46,6 @@ def main() -> None:
         help="(default: mauve.json beside the first file)",
     )
     args = parser.parse_args()
-    if os.environ.get("RANK", "0") != "0":
-        return  # one process does it
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # weights load in a second
 
     with hidden_chatter():

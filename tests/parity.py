@@ -202,13 +202,14 @@ CASES = [
     Case(HYBRID_EXPERTS, 4, f"{TP} 2 {SP} {EP} 2 {ETP} 1"),
     Case(HYBRID_EXPERTS, 8, f"{TP} 2 {SP} {PP} 2 {CP} 2 {EP} 2 {ETP} 1 {OVERLAP}"),
 ]
+RANKING_NCE = "--cpo-objective ranking-nce --cpo-beta 1"
 LOSSES = (
     "--cpo-objective pss --cpo-mle-weight 0 --cpo-candidates 4",
     "--cpo-objective best --cpo-dpop-lambda 3 --cpo-candidates 3 --cpo-mle-average group",
     "--cpo-objective nce --cpo-beta 1 --cpo-mle-average group",
     "--cpo-objective ranked --cpo-beta 2 --cpo-dpop-lambda 2 --cpo-length-normalise",
+    RANKING_NCE,
 )
-RANKING_NCE = "--cpo-objective ranking-nce --cpo-beta 1"
 CASES += [Case(GQA, 2, f"{layout} 2", objective=loss) for loss in LOSSES for layout in (TP, CP, PP)]
 CASES.append(Case(TIED, 4, f"{CP} 2 {PER_TOKEN}", objective=RANKING_NCE))
 

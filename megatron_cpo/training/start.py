@@ -46,13 +46,12 @@ def check_start(args: Any, config: CPOConfig, manifest: dict[str, Any]) -> str |
     Raises:
         ValueError: says --finetune; or `--load` has no Megatron checkpoint, but another model.
     """
-    iteration = _goes_on_at(args)
-    _check_restart(args, store_digest(manifest))
+    iteration, digest = _goes_on_at(args), store_digest(manifest)
+    _check_restart(args, digest)
     folder = checkpoint_folder(args.load, args.ckpt_step)
     if folder is None and args.load is not None:
         refuse_other_models(args.load)
     saved = saved_arguments(folder) if folder is not None else {}
-    digest = store_digest(manifest)
     if iteration is None or not saved:
         return None
     if not saved.get("cpo_aux_loss"):

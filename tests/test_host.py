@@ -166,20 +166,27 @@ def test_flags_that_megatron_drops_are_refused() -> None:
 
 
 def test_the_model_is_hooked_whichever_way_it_is_built() -> None:
-    config = SimpleNamespace(pre_wrap_hooks=[])
+    """What all ranks do together comes before a function of the script builds the first chunk."""
+    config, done = SimpleNamespace(pre_wrap_hooks=[]), []
 
     def provider(pre_process: bool = True) -> str:
+        done.append("built")
         return f"model, pre_process={pre_process}"
 
     def hook(chunks: list[Any]) -> list[Any]:
         return [f"hooked {chunk}" for chunk in chunks]
 
+    def before() -> None:
+        done.append("met")
+
     by_config = {"cfg_container": SimpleNamespace(model=config)}
-    assert compat.hook_pretrain(by_config, hook) == by_config
-    assert config.pre_wrap_hooks == [hook]
+    assert compat.hook_pretrain(by_config, hook, before) == by_config
+    [when_built] = config.pre_wrap_hooks
+    assert when_built(["chunk"]) == ["hooked chunk"] and done == ["met"]
     by_function = {"cfg_container": SimpleNamespace(model=None), "model_provider": provider}
-    hooked = compat.hook_pretrain(by_function, hook)["model_provider"]
+    hooked = compat.hook_pretrain(by_function, hook, before)["model_provider"]
     assert hooked(pre_process=False) == "hooked model, pre_process=False"
+    assert done[1:] == ["met", "built"]
     assert hooked.__wrapped__ is provider
     assert by_function["model_provider"] is provider, "the caller's arguments stay as they are"
 

@@ -132,14 +132,24 @@ def skip_compiled_helpers() -> None:
         utils.compile_helpers = lambda: None
 
 
-def hooked(provider: Callable, hook: Callable[[list[Any]], list[Any]]) -> Callable:
+def hooked(
+    provider: Callable,
+    hook: Callable[[list[Any]], list[Any]],
+    before: Callable[[], None] = lambda: None,
+) -> Callable:
     """A model provider whose chunks pass through a `pre_wrap_hooks` function.
 
     Up to 0.18 a function of the script builds a GPT, and there is no config to hang hooks on.
+
+    Args:
+        before: called before each chunk, by all ranks before their first. Between two chunks no
+            rank may wait for all: others may be within one, where tied embeddings of the first and
+            the last stage are summed.
     """
 
     @functools.wraps(provider)
     def build(*args: Any, **kwargs: Any) -> Any:
+        before()
         return hook([provider(*args, **kwargs)])[0]
 
     return build
@@ -173,20 +183,30 @@ def _allow_context_parallelism() -> None:
 
 
 def hook_pretrain(
-    arguments: dict[str, Any], hook: Callable[[list[Any]], list[Any]]
+    arguments: dict[str, Any],
+    hook: Callable[[list[Any]], list[Any]],
+    before: Callable[[], None],
 ) -> dict[str, Any]:
     """`pretrain`'s arguments, by name, with a hook in whatever will build the model.
 
     0.19 builds from the config's `model` if there is one, else by `model_provider`; 0.18 always by
     the latter, and pretrain_hybrid.py passes both. So both are hooked, and one of them is used.
+
+    Args:
+        before: called once or more on each rank while the model is built, see `hooked`.
     """
     _allow_context_parallelism()
     model_config = getattr(arguments["cfg_container"], "model", None)
     if model_config is not None:
-        model_config.pre_wrap_hooks.append(hook)
+
+        def when_built(chunks: list[Any]) -> list[Any]:
+            before()
+            return hook(chunks)
+
+        model_config.pre_wrap_hooks.append(when_built)
     provider = arguments.get("model_provider")
     if provider is not None:
-        arguments = arguments | {"model_provider": hooked(provider, hook)}
+        arguments = arguments | {"model_provider": hooked(provider, hook, before)}
     return arguments
 
 

@@ -241,20 +241,19 @@ def _bind(arguments: dict[str, Any], config: CPOConfig, args: Any) -> StepZeroGa
     ):
         print(line, flush=True)
 
-    def prepare(chunks: list[Any]) -> list[Any]:
+    def begin() -> None:
         """Runs while the model is built: ranks are there to be told what one of them has read."""
         if not gate.begun:
             start = on_first_rank(lambda: start_identity(args, gate.reference))
             check_reference(args, config, gate.reference, start)
             if (reason := gate.begin(start)) and args.rank == 0:
                 print(reason, flush=True)
-        return attach_tree_attention(chunks)
 
     skip_on_every_rank()
     kinds = [kind for kind in KINDS if kind in manifest["kinds"]]
     arguments["train_valid_test_dataset_provider"] = CPODatasets(config)
     arguments["forward_step_func"] = CPOStep(config, vocabulary_size(get_tokenizer()), kinds, gate)
-    arguments.update(compat.hook_pretrain(arguments, prepare))
+    arguments.update(compat.hook_pretrain(arguments, attach_tree_attention, begin))
     if args.rank == 0:
         print(
             "megatron_cpo: CPO data, step and tree attention in place of the script's; "

@@ -21,7 +21,9 @@ from megatron_cpo.checkpoints.conversion.families.model import (
     difference,
     model_of_arguments,
 )
+from megatron_cpo.checkpoints.formats import new_torch_dist
 from megatron_cpo.checkpoints.formats.beside import FLAGS
+from megatron_cpo.checkpoints.formats.opening import open_checkpoint
 from tests.checkpoints import Trap, digest_of_folder, read_model, read_torch_dist
 from tests.commands import assert_one_line_error, assert_quick, run_python, run_tool, run_tool_here
 from tests.conversions import (
@@ -45,6 +47,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 # ---- bits
+
+
+def test_an_older_megatrons_layout_is_the_same_checkpoint(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.18 wants its arguments in a file of their own; both say the same, and merge."""
+    folders = []
+    for version in ((0, 19), (0, 18)):
+        monkeypatch.setattr(new_torch_dist, "core_version", lambda version=version: version)
+        folders.append(to_megatron(models.hugging_face("gpt2"), tmp_path / f"0.{version[1]}"))
+        assert (folders[-1] / "release" / "common.pt").exists() == (version == (0, 18))
+    new, old = map(open_checkpoint, folders)
+    assert old.args["num_layers"] == new.args["num_layers"] and old.args.keys() == new.args.keys()
+    assert old.identity()["digest"] == new.identity()["digest"]
+    for number, (mle, cpo) in enumerate((folders, folders[::-1])):
+        merge(mle, cpo, 0.5, tmp_path / f"merged{number}")
+        merged = open_checkpoint(tmp_path / f"merged{number}")
+        assert merged.identity()["digest"] == new.identity()["digest"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

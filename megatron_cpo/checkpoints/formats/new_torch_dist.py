@@ -27,7 +27,11 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_cpo.checkpoints.folders import TRACKER
 from megatron_cpo.checkpoints.formats.archive import frame
 from megatron_cpo.checkpoints.formats.stored import Piece, Shape, StoredTensor
+from megatron_cpo.host.installed import core_version
 
+COMMON_IS_STORED = (0, 19)
+"""The first Megatron-Core that has its arguments among the stored objects; those before know a file
+beside them alone, and later ones read it, too, with a warning."""
 LAYERS = "decoder.layers."
 """What tensors that are stacks of layers are called."""
 _LINEAR = (
@@ -52,6 +56,7 @@ class NewTorchDist:
         self._folder.mkdir()
         self._entries: dict[str, Any] = {}
         self._stored: dict[MetadataIndex, _StorageInfo] = {}
+        self._beside: dict[str, Any] | None = None  # common state in a file of its own
         self._files = 0
         self._end = math.inf  # of the last file: so the first byte begins one
 
@@ -81,7 +86,10 @@ class NewTorchDist:
         return added
 
     def add_states(self, args: dict[str, Any], layers: int) -> None:
-        """What Megatron wants beside the weights: its arguments, and states that are empty."""
+        """What Megatron wants beside the weights: its arguments, and states that are empty.
+
+        The arguments are where the installed Megatron-Core keeps them.
+        """
         for layer in range(layers):
             for module in _LINEAR + _TRANSFORMER_ENGINE:
                 self._add_object(f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}", None)
@@ -92,7 +100,11 @@ class NewTorchDist:
             "iteration": 0,
             "num_floating_point_operations_so_far": 0,
         }
-        self._add_object("common_state/shard_0_1", common)
+        version = core_version()
+        if version is not None and version < COMMON_IS_STORED:
+            self._beside = common
+        else:
+            self._add_object("common_state/shard_0_1", common)
 
     def complete(self) -> None:
         """Make it a checkpoint, once its values are on the disk; the tracker comes last."""
@@ -102,6 +114,8 @@ class NewTorchDist:
             storage_meta=StorageMeta(),
         )
         (self._folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        if self._beside is not None:
+            torch.save(self._beside, self._folder / "common.pt")
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / "metadata.json").write_text(json.dumps(backend))
         (self._output / TRACKER).write_text("release")

@@ -15,6 +15,7 @@ import torch
 
 from harness.ranks import parse_losses, run_pretrain, run_ranks
 from megatron_cpo.host import cpu as cpu_host
+from tests.commands import run_python
 from tests.corpora import write_corpus
 
 LAYERS, HEADS, HIDDEN, TOKENS, VOCAB = 4, 4, 32, 16, 60
@@ -242,3 +243,22 @@ def test_harness_says_where_ranks_hang():
     with pytest.raises(TimeoutError, match="rank0 of 1 ranks still ran") as caught:
         run_ranks(time.sleep, 1, 60, timeout=1)
     assert "_rank_main" in caught.value.__notes__[0]
+
+
+def test_the_compiler_is_not_imported():
+    """It took each process a second; what is decorated with it runs as written, imported or not."""
+    code = """
+import sys, torch
+before = torch.compile(abs) if sys.argv[1:] else None
+from megatron_cpo import install
+install()
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+assert ("torch._inductor.compile_fx" in sys.modules) == bool(before), sys.argv
+@torch.compile(dynamic=True)
+def twice(x):
+    return 2 * x
+print(float(twice(torch.tensor(2.0))), tuple(swiglu(torch.ones(1, 4)).shape))
+"""
+    for words in ([], ["first"]):
+        done = run_python("-c", code, *words)
+        assert done.stdout.splitlines()[-1:] == ["4.0 (1, 2)"], done.stderr

@@ -3,17 +3,26 @@
 import argparse
 import json
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
 
-from harness.ranks import run_pretrain
+from harness.ranks import run_pretrain, run_ranks
 from harness.stores import VOCAB_SIZE, null_tokenizer, write_store
-from megatron_cpo.evaluation.group_scores import score_store, under_folder, write_group_scores
+from megatron_cpo.evaluation.group_scores import (
+    score_store,
+    under_checkpoint,
+    under_folder,
+    write_group_scores,
+)
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.inspection.tokenizer import add_tokenizer_arguments
 from megatron_cpo.policies.hugging_face import HuggingFacePolicy
+from megatron_cpo.policies.megatron import MegatronPolicy
+from megatron_cpo.work.job import BLOCK_RECORDS
 from tests.commands import run_command
 from tests.tiny_models import GPT_FLAGS, save_hugging_face, train_megatron
 
@@ -113,6 +122,42 @@ def test_under_a_checkpoint(tmp_path):
         assert figures[f"logp_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-4)
     assert not [name for name in figures if name.startswith("reward")]
     assert content["reference"]["digest"] == content["model"]["digest"]
+
+
+def ranked(flags, store, fails=None):
+    """The figures on a rank, and how many groups its model was asked for."""
+    from megatron_cpo import install
+    from megatron_cpo.host.loading import score_args
+
+    install()
+    sys.argv = ["score", *flags]
+    asked, original = [], MegatronPolicy.logps
+
+    def counted(self, prefixes, candidates):
+        if int(os.environ["RANK"]) == fails:
+            raise ValueError("no such thing")
+        asked.append(len(prefixes))
+        return original(self, prefixes, candidates)
+
+    MegatronPolicy.logps = counted
+    try:
+        found = under_checkpoint(store, score_args(), 32, BETA)
+    except ValueError as error:
+        return str(error)
+    return {name: each.value for name, each in found.estimates.items()}, asked
+
+
+def test_replicas_share_the_groups(tmp_path):
+    """Each did all of them, so that more ranks took as long; a rank's error is that of all."""
+    store = write_store(tmp_path / "heldout", 2 * BLOCK_RECORDS + 9, 3, seed=7)
+    flags = [*GPT_FLAGS, "--load", train_megatron(tmp_path, GPT_FLAGS)]
+    flags += ["--micro-batch-size", "1"]
+    [(alone, asked)] = run_ranks(ranked, 1, flags, store)
+    assert asked == [BLOCK_RECORDS, BLOCK_RECORDS, 9]
+    (first, asked), (second, others) = run_ranks(ranked, 2, flags, store)
+    assert (asked, others) == ([BLOCK_RECORDS, 9], [BLOCK_RECORDS])
+    assert alone == first == second
+    assert run_ranks(ranked, 2, flags, store, 1) == ["no such thing"] * 2
 
 
 def test_bad_input(policy, tmp_path):

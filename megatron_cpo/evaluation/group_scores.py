@@ -38,6 +38,7 @@ from megatron_cpo.files import make_folder, write_json
 from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
 from megatron_cpo.groups.store import Group, GroupReader
+from megatron_cpo.host.waiting import leave_together
 from megatron_cpo.policies.policy import Policy
 from megatron_cpo.progress import progress
 from megatron_cpo.records.vocabulary import vocabulary_size
@@ -72,7 +73,28 @@ class GroupScores:
         return {name: figure.estimate() for name, figure in self.figures.items()}
 
 
-def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -> GroupScores:
+@dataclass(frozen=True)
+class Replicas:
+    """Copies of a model on data-parallel ranks, which share the groups out."""
+
+    own: int = 0
+    """Which one this rank has a part of."""
+    count: int = 1
+    group: Any = None
+    """The process group of the ranks that hold the same part; None: one replica."""
+
+    def gathered[T](self, found: T) -> list[T]:
+        """What each replica has found."""
+        if self.group is None:
+            return [found]
+        parts: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(parts, found, group=self.group)
+        return parts
+
+
+def score_store(
+    path_prefix: str, policy: Policy, tokenizer: Any, beta: float, replicas: Replicas | None = None
+) -> GroupScores:
     """Ask a model for the log-probs of all candidates of a store, and compare them.
 
     Args:
@@ -80,6 +102,7 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
         policy: the model; on all ranks that hold it.
         tokenizer: Megatron's, of the store and the model.
         beta: of the rewards; it scales their margins.
+        replicas: of the model, which share the groups out. None: one.
 
     Raises:
         ValueError: no store, of another tokenizer, of fewer than two groups, or with longer groups
@@ -87,26 +110,12 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
     """
     if not 0 < beta < math.inf:
         raise ValueError(f"--beta {beta}: needs a number above 0, and finite")
-    reader = GroupReader(path_prefix)
+    reader, replicas = GroupReader(path_prefix), replicas or Replicas()
     require_tokenizer(path_prefix, reader.manifest, tokenizer)
     if len(reader) < 2:
         raise ValueError(f"{path_prefix}: {len(reader)} group; an interval needs at least 2")
     require_positions(path_prefix, reader.manifest, policy.positions, model_name(policy.identity))
-    size = vocabulary_size(tokenizer)
-    groups: list[Group] = []
-    logps: list[NDArray[np.float32]] = []
-    with progress(None, model_name(policy.identity), "groups", len(reader)) as bar:
-        for first in range(0, len(reader), BLOCK_RECORDS):
-            indices = range(first, min(first + BLOCK_RECORDS, len(reader)))
-            block = [reader[index] for index in indices]
-            for index, group in zip(indices, block, strict=True):
-                require_tokens(group.tokens, size, f"group {index} of {path_prefix}")
-            found = policy.logps([g.prefix for g in block], [g.candidates for g in block])
-            for index, scores in zip(indices, found, strict=True):
-                require_finite(scores, f"group {index}", "log-prob", model_name(policy.identity))
-            groups += block
-            logps += found
-            bar.update(len(block))
+    groups, logps = _scored(reader, policy, vocabulary_size(tokenizer), replicas)
     figures, definitions = _truth_figures(groups, logps)
     reference = reader.manifest["reference"]
     lengths = [np.array([len(c) for c in group.candidates], dtype=np.float32) for group in groups]
@@ -126,6 +135,40 @@ def score_store(path_prefix: str, policy: Policy, tokenizer: Any, beta: float) -
         figures, definitions = figures | more, definitions | what
     identity = policy.identity
     return GroupScores(path_prefix, len(groups), beta, identity, reference, figures, definitions)
+
+
+def _scored(
+    reader: GroupReader, policy: Policy, vocab_size: int, replicas: Replicas
+) -> tuple[list[Group], list[NDArray[np.float32]]]:
+    """All groups and their candidates' log-probs, [K] each, on every rank.
+
+    A block of groups is the same whatever the number of replicas, and so are its log-probs.
+    """
+    starts = range(0, len(reader), BLOCK_RECORDS)
+    blocks = [range(at, min(at + BLOCK_RECORDS, len(reader))) for at in starts]
+    name, mine = model_name(policy.identity), {}
+    with leave_together(), progress(None, name, "groups", len(reader)) as bar:
+        for first in range(0, len(blocks), replicas.count):
+            dealt = blocks[first : first + replicas.count]
+            for block in dealt[replicas.own : replicas.own + 1]:
+                groups = [reader[index] for index in block]
+                for index, group in zip(block, groups, strict=True):
+                    where = f"group {index} of {reader.path_prefix}"
+                    require_tokens(group.tokens, vocab_size, where)
+                mine[first] = policy.logps(
+                    [g.prefix for g in groups], [g.candidates for g in groups]
+                )
+            bar.update(sum(map(len, dealt)))
+    parts = replicas.gathered(mine)
+    logps = [
+        found
+        for first in range(0, len(blocks), replicas.count)
+        for part in parts
+        for found in part.get(first, [])
+    ]
+    for index, scores in enumerate(logps):
+        require_finite(scores, f"group {index}", "log-prob", name)
+    return [reader[index] for index in range(len(reader))], logps
 
 
 def under_folder(
@@ -151,7 +194,7 @@ def under_folder(
 
 
 def under_checkpoint(path_prefix: str, args: Any, batch: int, beta: float) -> GroupScores:
-    """`score_store` under a Megatron checkpoint, on all ranks that hold it.
+    """`score_store` under a Megatron checkpoint, on all ranks together.
 
     Args:
         args: Megatron's parsed and validated arguments, see `host.loading.score_args`.
@@ -159,11 +202,19 @@ def under_checkpoint(path_prefix: str, args: Any, batch: int, beta: float) -> Gr
     Raises:
         ValueError: as `score_store`, or there is no such checkpoint.
     """
+    from megatron.core import mpu
+
     from megatron_cpo.host.loading import open_tokenizer
     from megatron_cpo.policies.megatron import MegatronPolicy
 
     tokenizer = open_tokenizer(args)
-    return score_store(path_prefix, MegatronPolicy.load(args, tokenizer, batch), tokenizer, beta)
+    policy = MegatronPolicy.load(args, tokenizer, batch)
+    replicas = Replicas(
+        mpu.get_data_parallel_rank(),
+        mpu.get_data_parallel_world_size(),
+        mpu.get_data_parallel_group(),
+    )
+    return score_store(path_prefix, policy, tokenizer, beta, replicas)
 
 
 def write_group_scores(path: Path, found: GroupScores) -> None:

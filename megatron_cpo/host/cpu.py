@@ -22,7 +22,14 @@ import torch
 from megatron_cpo.host import compat
 from megatron_cpo.host import without_transformer_engine as plain_torch
 from megatron_cpo.host.cpu_gloo import adapt_gloo
-from megatron_cpo.host.cpu_torch import adapt_torch, get_rng_state, put, set_rng_state, wrap
+from megatron_cpo.host.cpu_torch import (
+    adapt_torch,
+    get_rng_state,
+    leave_uncompiled,
+    put,
+    set_rng_state,
+    wrap,
+)
 from megatron_cpo.processes import end_with_parent
 
 CPU_FLAGS: dict[str, Any] = {
@@ -81,6 +88,7 @@ def enable() -> None:
 
 @functools.cache
 def _adapt() -> None:
+    leave_uncompiled()
     adapt_torch()
     adapt_gloo()
     _adapt_megatron()

@@ -7,6 +7,7 @@ and nobody counts memory, so every call has an honest answer; the tables below l
 
 import functools
 import importlib
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -191,6 +192,22 @@ _RANDOM: dict[str, Any] = {
 # ---- 5. Putting it in place
 
 
+def leave_uncompiled() -> None:
+    """Let what Megatron fuses with torch.compile run as written: compiling would cost minutes here.
+
+    Called before Megatron is imported, this leaves torch's compiler out as well, which every
+    process would import for a second and more.
+    """
+    if "torch._dynamo" in sys.modules:  # some functions may be wrapped by now
+        torch.compiler.set_stance("force_eager")
+    put(torch, {"compile": _as_written})
+
+
+def _as_written(model: Callable | None = None, **_: Any) -> Callable:
+    """`torch.compile` as a function and, with settings alone, as a decorator."""
+    return (lambda function: function) if model is None else model
+
+
 def adapt_torch() -> None:
     """Change torch for the whole process."""
     # `with torch.device(...)` knows factories by identity, from its first use on: the originals,
@@ -204,8 +221,6 @@ def adapt_torch() -> None:
     put(torch.Tensor, {"record_stream": answer(None)})
     wrap(torch.utils.data.DataLoader, ("__init__",), _own_generator)
     put(torch.cuda, _ORDER | _QUERIES | _RANDOM)
-    # What Megatron fuses with torch.compile runs as written: compiling would cost minutes here.
-    torch.compiler.set_stance("force_eager")
 
 
 def put(owner: Any, table: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from megatron_cpo.host import compat
 from megatron_cpo.host.help import readable
+from megatron_cpo.host.importing import without_collections
 from megatron_cpo.objective import NOISE_CONTRASTIVE, loss_at_reference
 from megatron_cpo.processes import leave_dead_ranks
 from megatron_cpo.quiet import ignore_import_warnings
@@ -46,11 +47,15 @@ def install() -> None:
 
     ignore_import_warnings()
     leave_dead_ranks()
-    compat.check_host()
-    if torch.cuda.is_available():
-        compat.skip_compiled_helpers()
-    else:
+    without_cuda = not torch.cuda.is_available()
+    if without_cuda:
+        cpu_host.leave_uncompiled()  # before the check, which imports Megatron
+    with without_collections():
+        compat.check_host()
+    if without_cuda:
         cpu_host.enable()
+    else:
+        compat.skip_compiled_helpers()
     _replace("megatron.training.arguments:parse_and_validate_args", _parse_and_validate_args)
     _replace("megatron.training.arguments:validate_args", _validate_args)
     log, norms = MetricLog(), GradientNorms()

@@ -23,6 +23,12 @@ def parser() -> argparse.ArgumentParser:
     return add_cpo_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
+def knows(parser: argparse.ArgumentParser, argv: str) -> bool:
+    """Whether this version of Megatron has the flags."""
+    given = {word for word in argv.split() if word.startswith("--")}
+    return given <= parser._option_string_actions.keys()
+
+
 def test_without_a_flag_there_is_no_config(parser: argparse.ArgumentParser) -> None:
     assert cpo_config(parser.parse_args([])) is None
 
@@ -300,20 +306,26 @@ def test_what_cpo_cannot_honour_is_refused(
     parser: argparse.ArgumentParser, argv: str, message: str
 ) -> None:
     """One setting flipped on top of a supported run."""
+    if not knows(parser, argv):
+        pytest.skip("of another version")
     args = parser.parse_args([*SUPPORTED, *argv.split()])
     with pytest.raises(ValueError, match=f"^--cpo-aux-loss with {message}"):
         check_supported(args)
 
 
 def test_every_refusal_has_a_case_of_its_own(parser: argparse.ArgumentParser) -> None:
-    """Each case triggers exactly one row, and together they trigger all."""
+    """Each case triggers exactly one row, and together they trigger all.
+
+    A row may be of flags that the installed Megatron does not know, and so are its cases then."""
     triggered = set()
-    for argv, _ in REFUSED:
+    known = [argv for argv, _ in REFUSED if knows(parser, argv)]
+    for argv in known:
         args = parser.parse_args([*SUPPORTED, *argv.split()])
         settings = [setting for setting, is_set, _ in _REFUSED if is_set(args)]
         assert len(settings) == 1, argv
         triggered.add(settings[0])
-    assert triggered == {setting for setting, _, _ in _REFUSED}
+    rows = {setting for setting, _, _ in _REFUSED}
+    assert triggered == rows if len(known) == len(REFUSED) else triggered < rows
 
 
 @pytest.mark.parametrize(

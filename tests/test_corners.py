@@ -14,6 +14,7 @@ from harness.ranks import run_pretrain, run_ranks
 from harness.stores import write_store
 from megatron_cpo.groups.plan import pack
 from megatron_cpo.groups.store import GroupReader
+from megatron_cpo.training.resuming import _rates_of_groups
 from tests.corpora import write_corpus
 from tests.padded import padded_step, settings_of
 from tests.runs import CPO, MODEL, cpo_curves, signalled, weights
@@ -148,6 +149,8 @@ def test_a_schedule_is_kept_where_that_is_asked(store: str, folder: Path, whole:
     load = ["--load", folder / "whole", "--ckpt-step", 2, *BATCH, *LENGTH]
     flags = ["--lr-decay-iters", 50, "--use-checkpoint-opt_param-scheduler"]
     assert train(store, *load, *flags)["cpo_loss"] == whole["cpo_loss"][2:]
+    if not _rates_of_groups():  # 0.18's takes the rate that is given
+        return
     with pytest.raises(ValueError, match=r"^--lr 0\.3: the run of .* had 0\.01, which this Megatr"):
         train(store, *load, *flags, "--lr", 0.3)
 

@@ -14,6 +14,7 @@ import torch
 
 from harness.ranks import run_ranks
 from harness.stores import VOCAB_SIZE, null_tokenizer, random_group
+from megatron_cpo.host.installed import core_version
 from megatron_cpo.model.stages import StagedModel
 from megatron_cpo.negatives.from_records import group_rng
 from megatron_cpo.policies.megatron import MegatronPolicy
@@ -222,6 +223,8 @@ def test_answers_do_not_depend_on_the_layout(flags, one_process, layout):
     """The same tokens and identity, log-probs within 1e-5, on every rank."""
     ranks, extra = LAYOUTS[layout]
     if layout == "VPP=2" and "--hybrid-layer-pattern" in flags:
+        if core_version() == (0, 18):
+            pytest.skip("0.18 refuses hybrid models in virtual stages")
         extra = "--pipeline-model-parallel-size 2 --hybrid-layer-pattern *|-|*|-"
     for found in run_ranks(answers, ranks, flags, extra):
         assert found[0] == one_process[0]

@@ -166,6 +166,7 @@ def test_evaluation_has_a_batch_of_its_own(store: str, folder: Path, whole: Curv
     valid = ["--cpo-valid-data-path", store, "--eval-interval", "3"]
     flags = flags_of(store, *BATCH, *LENGTH, *valid)
     expected = run_pretrain([*flags, "--eval-iters", "4"], 1)[0]
+    assert f"cpo valid data: {store} holds the groups that are trained on, so nothing" in expected
     assert len(validations(expected)) == 3  # at 3, at 6, and once more at the end
     ways = ["--eval-global-batch-size 4 --eval-iters 2",
             "--eval-global-batch-size 8 --eval-micro-batch-size 2 --eval-iters 1"]  # fmt: skip

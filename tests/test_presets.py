@@ -84,6 +84,9 @@ def test_a_short_run_and_one_in_samples_have_a_warmup_that_ends() -> None:
     args, _ = completed(run=in_samples)
     assert (args.lr_warmup_samples, args.lr_warmup_iters) == (320, 0)
     assert completed("--cpo-no-warmup")[0].lr_warmup_iters == 0
+    args, line = completed("--lr-warmup-iters 0")
+    assert (args.lr_warmup_iters, args.lr_warmup_samples) == (0, 0), "asked for, and refused later"
+    assert line.endswith("; given by hand: --lr-warmup-iters 0")
 
 
 def test_a_batch_of_parts_of_groups_and_of_plain_rows_has_as_many_groups(tmp_path) -> None:

@@ -19,6 +19,7 @@ from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.training.config import CPOConfig
 from megatron_cpo.training.noise import check_noise
 from megatron_cpo.training.resuming import rows_to_read
+from megatron_cpo.training.start import store_digest
 
 
 def check_store(reader: GroupReader, config: CPOConfig, tokenizer: Any, positions: int) -> None:
@@ -120,6 +121,13 @@ class CPODatasets:
                 " > cpo valid data: batch negatives of these groups are true continuations of "
                 "groups that --split trains on, so held-out metrics look worse than they are; "
                 "build a store of other records for --cpo-valid-data-path"
+            )
+        digests = [store_digest(each.manifest) for each in (reader, valid_reader)]
+        if valid_reader is not reader and digests[0] == digests[1]:
+            print_rank_0(
+                f" > cpo valid data: {self.config.valid_data_path} holds the groups that are "
+                "trained on, so nothing is held out; build a store of other records for "
+                "--cpo-valid-data-path"
             )
         ours, theirs = reader.manifest["reference"], valid_reader.manifest["reference"]
         if self.config.objective != PSS and not same_checkpoint(ours, theirs):

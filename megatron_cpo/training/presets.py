@@ -40,13 +40,18 @@ PRESETS = {
 says what ours is measured on. Its top-k of 50 is the default of `megatron-cpo build`."""
 
 
+_WARMUPS = ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples")
+
+
 def set_preset_defaults(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Make the flags of the preset that a command line names the defaults of a parser."""
     asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     asked.add_argument("--cpo-preset")
     name = asked.parse_known_args(list(words))[0].cpo_preset
     if name in PRESETS:
-        parser.set_defaults(**PRESETS[name].flags)
+        # Megatron's default, 0, is what somebody may have asked for by name.
+        unsaid = dict.fromkeys(_WARMUPS)
+        parser.set_defaults(**PRESETS[name].flags, **unsaid)
 
 
 def complete_preset(args: Any, groups_per_row: float) -> str:
@@ -63,9 +68,10 @@ def complete_preset(args: Any, groups_per_row: float) -> str:
         args.global_batch_size = chosen["global_batch_size"] = _rows(args, preset, groups_per_row)
     else:
         by_hand["global_batch_size"] = args.global_batch_size
-    words = ("lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples")
-    given = [name for name in words if getattr(args, name)]
-    by_hand |= {name: getattr(args, name) for name in given}
+    given = {name: getattr(args, name) for name in _WARMUPS if getattr(args, name) is not None}
+    by_hand |= given
+    for name in ("lr_warmup_iters", "lr_warmup_samples"):
+        setattr(args, name, given.get(name, 0))
     if not given and not args.cpo_no_warmup:
         name, value = _warmup(args, preset)
         setattr(args, name, value)

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 unset PYTHONDONTWRITEBYTECODE
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+export OMP_NUM_THREADS=1 # two ranks, one core each
 command -v megatron-cpo >/dev/null || {
     echo "smollm2: megatron_cpo is not installed; run: make setup && source .venv/bin/activate" >&2
     exit 1

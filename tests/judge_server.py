@@ -3,11 +3,11 @@
     python -m tests.judge_server [KEY]
 
 prints its port. The model's name says how it judges: `longer` prefers the longer answer, `first`
-always says A, `rude` answers without a verdict, `empty` without a word, `partly`
-gives no verdict on the third question, `narrow` refuses it and `strict` all, `busy` is overloaded
-every second time (429 with Retry-After, and 500), `slow` takes 50 ms, `latent` 200, `web` answers
-with a page. With a
-KEY, requests without it get 401. `/v1/asked` counts the requests of each model.
+always says A, `rude` answers without a verdict, `empty` without a word, `partly` gives no verdict
+on the third question, `narrow` refuses it and `strict` all, `busy` is overloaded every second time
+(429 with Retry-After, and 500), `thinks` says 600 words first, `slow` takes 50 ms, `latent` 200,
+`web` answers with a page. With a KEY, requests without it get 401. `/v1/asked` counts the requests
+of each model.
 """
 
 import json
@@ -64,7 +64,13 @@ class Handler(BaseHTTPRequestHandler):
             "rude": "I would rather not.",
             "empty": None,
         }.get(model, f"One is longer.\n\n{'A' if len(a) > len(b) else 'B'}.")
-        self.answer(200, {"choices": [{"message": {"content": reply}}]})
+        finish = "stop"
+        if model == "thinks":
+            reply = f"<think>{'Hmm. ' * 600}</think>{reply}"
+            if len(reply.split()) > body["max_tokens"]:
+                reply, finish = " ".join(reply.split()[: body["max_tokens"]]), "length"
+        choice = {"message": {"content": reply}, "finish_reason": finish}
+        self.answer(200, {"choices": [choice]})
 
     def answer(self, status, value):
         """Send JSON, or a page."""

@@ -155,6 +155,18 @@ def test_some_replies_without_a_verdict(in_process):
     assert in_process("partly", "--max-unread", 0.1)[0] == 0
 
 
+def test_replies_that_are_cut_say_which_flag_helps(files, in_process):
+    """Of a judge that thinks first, at the usual 512 tokens; asked again with more, it answers."""
+    with pytest.raises(ValueError, match="replies of 11 pairs were cut: raise --judge-max-tokens"):
+        in_process("thinks")
+    rows = (files / "cpo-against-mle.verdicts.jsonl").read_text()
+    assert rows.count('"why": "cut"') == 11
+    status, result, _ = in_process("thinks", "--judge-max-tokens", 700)
+    assert (status, "win rate           0.958 [" in result) == (0, True)
+    with pytest.raises(ValueError, match="--judge-max-tokens 0: needs at least 1"):
+        in_process("thinks", "--judge-max-tokens", 0)
+
+
 def test_a_pair_that_the_server_refuses_is_one_without_a_verdict(files, url, in_process):
     """Also in a rerun, where the refused requests are the only ones."""
     said = "HTTP 400 stopped by the content filter"

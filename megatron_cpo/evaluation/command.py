@@ -7,7 +7,13 @@ from io import StringIO
 from pathlib import Path
 
 from megatron_cpo.evaluation.results import Results, check_comparable, read_results
-from megatron_cpo.evaluation.verdicts import TEMPLATES, NoReply, check_template
+from megatron_cpo.evaluation.verdicts import (
+    LIMIT_FLAG,
+    TEMPLATES,
+    CutReply,
+    NoReply,
+    check_template,
+)
 from megatron_cpo.evaluation.win_rate import (
     Pair,
     WinRate,
@@ -42,10 +48,13 @@ class JudgeOptions:
     """Most requests at a time."""
     key_variable: str | None = None
     """Environment variable of the key; None: OPENAI_API_KEY if it is set."""
+    max_tokens: int = 512
+    """Of a reply: room for the sentence that a template asks for."""
 
     def __post_init__(self) -> None:
-        if self.in_flight < 1:
-            raise ValueError(f"--in-flight {self.in_flight}: needs at least 1")
+        for flag, value in (("--in-flight", self.in_flight), (LIMIT_FLAG, self.max_tokens)):
+            if value < 1:
+                raise ValueError(f"{flag} {value}: needs at least 1")
 
 
 def read_template(name: str) -> str:
@@ -111,7 +120,7 @@ def judge_pairs(ours: Results, theirs: Results, judge: JudgeOptions, cache: Path
 
     prompts = _prompts(ours, theirs, judge)
     flat = [prompt for some in prompts for prompt in some]
-    found: list[str | NoReply] = []
+    found: list[str | CutReply | NoReply] = []
     if flat:
         endpoint = Endpoint(
             judge.url,
@@ -122,7 +131,7 @@ def judge_pairs(ours: Results, theirs: Results, judge: JudgeOptions, cache: Path
         )
         kept = ReplyCache(cache, ROW)
         try:
-            found = replies(endpoint, judge.model, flat, kept)
+            found = replies(endpoint, judge.model, flat, kept, judge.max_tokens)
         finally:
             kept.close()
     answers = iter(found)
@@ -199,6 +208,8 @@ def describe(found: WinRate) -> str:
         rows.append(("without a verdict", f"{found.unread} pairs, in no other number"))
     if found.refused:
         rows.append(("refused", f"{found.refused} of these, the first with {found.refusal}"))
+    if found.cut:
+        rows.append(("cut", f"{found.cut} of these, at {LIMIT_FLAG}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {value}" for name, value in rows]
     return "\n".join([f"{found.candidate} against {found.baseline}", *lines])

@@ -8,32 +8,30 @@ missing, and for what was under way when it died.
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpo.evaluation.verdicts import NoReply
+from megatron_cpo.evaluation.verdicts import CutReply, NoReply
 from megatron_cpo.kept import digest
 from megatron_cpo.policies.answers import Refused
 from megatron_cpo.policies.chat import Reply, ReplyCache, ask
 from megatron_cpo.policies.endpoint import Endpoint
 from megatron_cpo.progress import progress
 
-MAX_TOKENS = 512
-"""Of a reply: room for the sentence that a template asks for."""
 ROW = "a judge's reply"
 """What a row of the file of replies is called."""
 
 
-def request(model: str, prompt: str) -> dict[str, Any]:
+def request(model: str, prompt: str, max_tokens: int) -> dict[str, Any]:
     """The body of a request; temperature 0, so that asking again gives the same verdict."""
     return {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
-        "max_tokens": MAX_TOKENS,
+        "max_tokens": max_tokens,
     }
 
 
 def replies(
-    endpoint: Endpoint, model: str, prompts: Sequence[str], cache: ReplyCache
-) -> list[str | NoReply]:
+    endpoint: Endpoint, model: str, prompts: Sequence[str], cache: ReplyCache, max_tokens: int
+) -> list[str | CutReply | NoReply]:
     """The judge's reply to each prompt; "" where it says nothing.
 
     Equal prompts are asked once, and those in the cache not at all.
@@ -41,12 +39,17 @@ def replies(
     Args:
         endpoint: keeps its own number of requests in flight.
         model: its name there.
+        max_tokens: of a reply.
 
     Raises:
         ValueError: as `ask`; replies that are there are kept.
     """
+
+    def asked(prompt: str) -> dict[str, Any]:
+        return request(model, prompt, max_tokens)
+
     refused: dict[str, Refused] = {}
-    bodies = {digest(body): body for prompt in prompts if (body := request(model, prompt))}
+    bodies = {digest(body): body for prompt in prompts if (body := asked(prompt))}
     missing = {key: body for key, body in bodies.items() if cache.find(key) is None}
     if missing:
         with progress(None, "judge", "replies", len(bodies)) as bar:
@@ -58,8 +61,11 @@ def replies(
                 bar.update(1)
 
             refused = ask([endpoint], missing, keep, answered=len(missing) < len(bodies))
-    keys = [digest(request(model, prompt)) for prompt in prompts]
     return [
-        NoReply(refused[key].said) if (reply := cache.find(key)) is None else reply.text
-        for key in keys
+        NoReply(refused[key].said) if (reply := cache.find(key)) is None else _said(reply)
+        for key in (digest(asked(prompt)) for prompt in prompts)
     ]
+
+
+def _said(reply: Reply) -> str | CutReply:
+    return CutReply(reply.text) if reply.finish == "length" else reply.text

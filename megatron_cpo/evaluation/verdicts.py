@@ -35,6 +35,8 @@ the two in one sentence. Then, on a line of its own, write only "A" or "B" for t
 TEMPLATES = {"instruction": INSTRUCTION, "continuation": CONTINUATION}
 """By the two tasks of the paper, instruction following and open-ended continuation."""
 
+LIMIT_FLAG = "--judge-max-tokens"
+
 
 class Verdict(StrEnum):
     """What a judge says of a pair."""
@@ -54,6 +56,14 @@ class NoReply:
 
     said: str
     """The server's words, with the status."""
+
+
+@dataclass(frozen=True)
+class CutReply:
+    """A judge's reply that ends where its tokens were used up."""
+
+    said: str
+    """What there is of it."""
 
 
 @dataclass(frozen=True)

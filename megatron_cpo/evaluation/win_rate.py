@@ -13,7 +13,14 @@ import numpy as np
 from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import Estimate, by_prompt, length_controlled, mean, rate
 from megatron_cpo.evaluation.text_metrics import words
-from megatron_cpo.evaluation.verdicts import Comparison, NoReply, Verdict, read_verdict
+from megatron_cpo.evaluation.verdicts import (
+    LIMIT_FLAG,
+    Comparison,
+    CutReply,
+    NoReply,
+    Verdict,
+    read_verdict,
+)
 from megatron_cpo.kept import digest
 
 
@@ -29,7 +36,8 @@ class Pair:
     """1: the candidate wins, 1/2: tie, 0: it loses; None: there is no verdict."""
     why: str
     """`judged`, `identical` (a tie without a request), `empty` (an empty text loses to any other,
-    without a request), `unread` (a reply without a clear verdict) or `refused` (a request was)."""
+    without a request), `unread` (a reply without a clear verdict), `cut` (one that ends before its
+    verdict) or `refused` (a request was)."""
     verdicts: tuple[Verdict | None, ...] = ()
     """As if the candidate were A in each order."""
     replies: tuple[str, ...] = ()
@@ -53,6 +61,8 @@ class WinRate:
     """Of them, those of which a request was refused."""
     refusal: str
     """The server's words to the first of these, or empty."""
+    cut: int
+    """Of the pairs without a verdict, those of which a reply was cut before it."""
     identical: int
     empty: int
     order_bias: float
@@ -88,7 +98,9 @@ def orders(pair: Comparison, both: bool = True) -> list[Comparison]:
     return [pair, pair.swap()] if both else [pair]
 
 
-def judged(id: str, sample: int, pair: Comparison, replies: Sequence[str | NoReply]) -> Pair:
+def judged(
+    id: str, sample: int, pair: Comparison, replies: Sequence[str | CutReply | NoReply]
+) -> Pair:
     """The pair with its score.
 
     Args:
@@ -99,13 +111,17 @@ def judged(id: str, sample: int, pair: Comparison, replies: Sequence[str | NoRep
         return Pair(id, sample, pair, score, why)
     if refused := tuple(reply.said for reply in replies if isinstance(reply, NoReply)):
         return Pair(id, sample, pair, None, "refused", (), refused)
-    said = tuple(reply for reply in replies if isinstance(reply, str))
+    said = tuple(reply if isinstance(reply, str) else reply.said for reply in replies)
     verdicts = tuple(
         verdict.swap() if verdict and place else verdict
         for place, verdict in enumerate(map(read_verdict, said))
     )
     if None in verdicts:
-        return Pair(id, sample, pair, None, "unread", verdicts, said)
+        cut = any(
+            verdict is None and isinstance(reply, CutReply)
+            for verdict, reply in zip(verdicts, replies, strict=True)
+        )
+        return Pair(id, sample, pair, None, "cut" if cut else "unread", verdicts, said)
     score = 0.5  # a tie, or the other answer in the other order
     if set(verdicts) in ({Verdict.A}, {Verdict.B}):
         score = float(verdicts[0] is Verdict.A)
@@ -120,10 +136,12 @@ def win_rate(candidate: str, baseline: str, pairs: Sequence[Pair]) -> WinRate:
     """
     scored = [pair for pair in pairs if pair.score is not None]
     ids = [pair.id for pair in scored]
+    cut = sum(pair.why == "cut" for pair in pairs)
     if len(set(ids)) < 2:
+        more = f"; replies of {cut} pairs were cut: raise {LIMIT_FLAG}" if cut else ""
         raise ValueError(
             f"{len(set(ids))} of {len({pair.id for pair in pairs})} prompts have a verdict: a win "
-            "rate needs at least 2; look at the replies in the file of verdicts"
+            f"rate needs at least 2; look at the replies in the file of verdicts{more}"
         )
     scores = [float(pair.score) for pair in scored if pair.score is not None]
     lengths = np.array([_words(pair.comparison) for pair in scored], dtype=np.float64)
@@ -143,6 +161,7 @@ def win_rate(candidate: str, baseline: str, pairs: Sequence[Pair]) -> WinRate:
         unread=len(pairs) - len(scored),
         refused=len(refused),
         refusal=refused[0].replies[0] if refused else "",
+        cut=cut,
         identical=sum(pair.why == "identical" for pair in pairs),
         empty=sum(pair.why == "empty" for pair in pairs),
         order_bias=split / len(both) if both else 0.0,

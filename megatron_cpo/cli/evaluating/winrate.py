@@ -42,6 +42,9 @@ def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "result")  # fmt: skip
     add("--in-flight", type=int, default=16, metavar="N",
         help="most requests at a time (default: %(default)s)")  # fmt: skip
+    add("--judge-max-tokens", type=int, default=512, metavar="N",
+        help="of a reply; a judge that thinks before it answers needs thousands (default: "
+        "%(default)s)")  # fmt: skip
     add("--max-unread", type=float, default=0.05, metavar="SHARE",
         help="exit with 3 if more of the pairs have no verdict (default: %(default)s)")  # fmt: skip
 
@@ -57,17 +60,22 @@ def judge_from_args(args: argparse.Namespace) -> "JudgeOptions":
         both_orders=not args.one_order,
         in_flight=args.in_flight,
         key_variable=args.judge_key_env,
+        max_tokens=args.judge_max_tokens,
     )
 
 
 def check_unread(prog: str, found: "Sequence[WinRate]", most: float, where: str) -> None:
     """End with status 3 if more than a share of all pairs have no verdict."""
-    unread, refused = (sum(getattr(each, n) for each in found) for n in ("unread", "refused"))
+    names = ("unread", "refused", "cut")
+    unread, refused, cut = (sum(getattr(each, n) for each in found) for n in names)
     pairs = sum(each.wins + each.ties + each.losses + each.unread for each in found)
     if unread > most * pairs:
         said = next((each.refusal for each in found if each.refusal), "")
         parts = f" ({refused} of them refused: {said})" if refused else ""
         remedy = "a judge that takes these texts" if refused else "a --template that it follows"
+        if cut > refused:
+            parts = f" ({cut} of them were cut)"
+            remedy = "them a larger --judge-max-tokens"
         print(
             f"{prog}: {unread} of {pairs} pairs have no clear verdict{parts}, more than "
             f"--max-unread {most}; read the replies in {where}, and give {remedy}",

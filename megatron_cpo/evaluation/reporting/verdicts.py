@@ -73,7 +73,7 @@ def read_verdicts(path: Path, ours: Results, theirs: Results) -> Judged:
         said = judged[pair.id, pair.sample].get("texts")  # earlier releases wrote none
         if said not in (None, texts_digest(pair.comparison)):
             raise ValueError(f"{path}: {pair.id[:80]!r} has other texts than were judged; {again}")
-        asked = "judged" if pair.why in ("unread", "refused") else pair.why
+        asked = "judged" if pair.why in ("unread", "cut", "refused") else pair.why
         if (settled(pair.comparison) or "judged") != asked:
             raise ValueError(
                 f"{path}: {pair.id[:80]!r} was {pair.why} when it was judged, its texts are "

@@ -398,6 +398,17 @@ def test_a_stage_runs_again_only_when_something_has_changed(folder):
     assert (folder / "ran").read_text().split().count("third") == 2
 
 
+def test_a_training_without_its_log_says_what_to_do(folder):
+    """The report read it, and ended in "No such file"."""
+    plan = [Stage("train-a", f"bash -c 'echo > {folder}/a'", outputs=(folder / "a",))]
+    assert run_stages(plan, folder) == ["train-a"]
+    (folder / "logs" / "train-a.log").unlink()
+    with pytest.raises(ValueError, match=r"train-a\.log: it is gone, .* delete .*train-a\.json"):
+        run_stages(plan, folder)
+    (folder / "stages" / "train-a.json").unlink()
+    assert run_stages(plan, folder) == ["train-a"]
+
+
 def texts(folder, *names, line="echo {}"):
     """A stage for the results of each of some variants."""
     return [

@@ -17,7 +17,7 @@ from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.summary import RunLog, read_log
 from megatron_cpo.inspection.text import visible
-from megatron_cpo.recipes.stages import Stage
+from megatron_cpo.recipes.stages import TRAINING, Stage
 
 REFERENCE = "reference"
 """The generator of the model that training began with."""
@@ -55,7 +55,7 @@ def outcome(plan: list[Stage], folder: Path) -> str:
 
 def _training(plan: list[Stage], folder: Path) -> Iterable[str]:
     for stage in plan:
-        if stage.name.startswith("train-"):
+        if stage.name.startswith(TRAINING):
             with open(folder / "logs" / f"{stage.name}.log", errors="replace") as lines:
                 run = read_log(lines)
             yield f"  {stage.name.removeprefix('train-')}: {loss_line(run)}"

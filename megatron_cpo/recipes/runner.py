@@ -19,7 +19,7 @@ from megatron_cpo.processes import end_with_parent
 from megatron_cpo.progress import progress
 from megatron_cpo.quiet import say
 from megatron_cpo.recipes.code import our_code
-from megatron_cpo.recipes.stages import Stage
+from megatron_cpo.recipes.stages import TRAINING, Stage
 from megatron_cpo.work.locking import only_process
 
 _TORCHRUNS = re.compile(r"^.*(?:failed \(exitcode|closing signal)", re.MULTILINE)
@@ -81,13 +81,14 @@ def _run(plan: list[Stage], folder: Path, whole: Sequence[Stage]) -> list[str]:
     contents: dict[Path, str] = {}
     wanted, ran = digests(plan, contents), []
     _forget_results(digests(whole, contents), wanted, folder, records)
+    for stage in plan:
+        _require_log(stage, logs / f"{stage.name}.log", records, wanted)
     with progress(None, "stages", "stages", len(plan)) as bar:
         for number, stage in enumerate(plan, 1):
             bar.set_postfix_str(stage.name)
             record = records / f"{stage.name}.json"
-            before = json.loads(record.read_text()) if record.exists() else {}
-            same = before.get("digest") == wanted[stage.name]
-            if not (same and before["done"] and all(map(_made, stage.outputs))):
+            same, done = _state(stage, record, wanted[stage.name])
+            if not done:
                 if not (same and stage.resumes):
                     for output in stage.outputs:
                         _remove(output)
@@ -105,6 +106,29 @@ def _run(plan: list[Stage], folder: Path, whole: Sequence[Stage]) -> list[str]:
             bar.update()
     say(f"{folder}: {len(ran)} of {len(plan)} stages ran, the others were done")
     return ran
+
+
+def _state(stage: Stage, record: Path, wanted: str) -> tuple[bool, bool]:
+    """Whether a stage was begun as it is now, and whether it is done."""
+    before = json.loads(record.read_text()) if record.exists() else {}
+    same = before.get("digest") == wanted
+    return same, same and before["done"] and all(map(_made, stage.outputs))
+
+
+def _require_log(stage: Stage, log: Path, records: Path, wanted: dict[str, str]) -> None:
+    """Refuse a training that is done and has no log, which the report draws its curves from.
+
+    Raises:
+        ValueError: says what trains it again.
+    """
+    record = records / f"{stage.name}.json"
+    if not stage.name.startswith(TRAINING) or log.exists():
+        return
+    if _state(stage, record, wanted[stage.name])[1]:
+        raise ValueError(
+            f"{log}: it is gone, and the report shows the curves of training by it; put it back, "
+            f"or delete {record}, and the same command trains again"
+        )
 
 
 def _execute(stage: Stage, log: Path) -> None:
@@ -145,7 +169,7 @@ def _end_with_parent() -> None:
 
 def _made(output: Path) -> bool:
     prefix = output.name.endswith(".")
-    return any(output.parent.glob(f"{output.name}*")) if prefix else output.exists()
+    return any(output.parent.glob(f"{glob.escape(output.name)}*")) if prefix else output.exists()
 
 
 def _remove(output: Path) -> None:

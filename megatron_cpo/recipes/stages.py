@@ -16,6 +16,10 @@ _DECODE = re.compile(r"--decode[ =](\S+)")
 _QUOTED_OR_SPACE = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\[^\n])|(?:\s|\\\n)+""", re.DOTALL)
 
 
+TRAINING = "train-"
+"""How the names of stages that train a variant begin."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command.
@@ -199,7 +203,7 @@ class _Plan:
                 f"--load {model} --finetune --eval-iters 0 --seed {seed} "
                 f"{self._settings(variant, self._row(variant), output)}"
             )
-            trained = self._add(f"train-{tag}", line, output, inputs=self.inputs,
+            trained = self._add(f"{TRAINING}{tag}", line, output, inputs=self.inputs,
                                 needs=(*before, built))  # fmt: skip
             model, before = output, (*need, trained)
             self.trained.append(trained)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SmolLM2-135M-Instruct, a real model, learns by CPO from short answers of Dolly on two cores, and its
-# answers are compared with those before, and with MLE's for the same steps. Half an hour to an hour;
-# `make setup` first.
+# answers are compared with those before, and with MLE's for the same steps. Half an hour; `make setup`
+# first.
 # The same command goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."

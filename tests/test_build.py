@@ -18,7 +18,7 @@ from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.negatives.from_records import NEGATIVES, OWN_PROMPT
 from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.pair_files import write_lm_dataset
-from megatron_cpo.records.pairs import read_pairs
+from megatron_cpo.records.pairs import GLUED, UNUSED, read_pairs
 from megatron_cpo.records.source import Source
 from megatron_cpo.work.executors import run_stage
 from megatron_cpo.work.job import Run
@@ -155,6 +155,18 @@ def test_report_says_what_is_noted(tmp_path):
     lines = [line for line in str(report).splitlines() if line.startswith("noted: ")]
     assert [line.split("  ")[0].removeprefix("noted: ") for line in lines] == [*noted]
     assert lines[0].endswith(f"4, first {tmp_path}/r.jsonl:1")
+
+
+def test_prompts_that_run_into_their_answers_and_answers_nobody_uses_are_noted(tmp_path):
+    """Both were used without a word."""
+    rows = [
+        {"prompt": "5 1", "chosen": "2 3 4 5", "rejected": "4"},
+        {"prompt": "5 1", "chosen": " 2 3 4 5", "rejected": "4"},
+        {"prompt": "5 1 ", "completion": "2 3 4 5"},
+        {"prompt": "5 1+", "completion": "2 3 4 5"},
+    ]
+    report = build_groups(toy_config(tmp_path, *rows, negatives="tn=2"), ToyTokenizer())
+    assert report.manifest["notes"] == {UNUSED: 2, GLUED: 1}
 
 
 SUFFIXES = (".bin", ".idx", ".values.bin", ".values.idx", ".json")

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 import tarfile
 import tracemalloc
@@ -21,7 +23,9 @@ from megatron_cpo.records.columns import Columns
 from megatron_cpo.records.dropped import Dropped
 from megatron_cpo.records.inputs import expand, files_of, read_fields
 from megatron_cpo.records.lines import Unreadable
+from megatron_cpo.records.pairs import read_pairs
 from megatron_cpo.records.reading import read_records
+from megatron_cpo.records.remedies import FROM_CSV, FROM_TEXT
 from megatron_cpo.records.source import Source
 from tests.stored_records import CHAT, FORMATS, ROWS, arrow, lines, parquet, save_to_disk, zstd
 from tests.texts import ToyTokenizer, write_jsonl
@@ -278,6 +282,20 @@ def test_what_is_not_read_is_refused_by_its_name(tmp_path, content, match):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"--input .*rows\.jsonl.*{match}"):
         read(path)
+
+
+def test_plain_text_and_csv_are_told_what_makes_json_lines_of_them(tmp_path):
+    """And the command does."""
+    plain, table = tmp_path / "docs.txt", tmp_path / "qa.csv"
+    plain.write_text("One two three.\nFour five six.\n")
+    table.write_text('question,answer\n"What, red?"," A ""colour"".\nA line."\n')
+    for path in (plain, table):
+        said = f"; {FROM_TEXT} makes them of lines of plain text, {FROM_CSV} of CSV"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            list(read_pairs(Source((str(path),)), ToyTokenizer(), Dropped()))
+    command = FROM_CSV.replace("FILE", str(table)).replace("python3", sys.executable)
+    made = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(made.stdout) == {"question": "What, red?", "answer": ' A "colour".\nA line.'}
 
 
 def test_a_parquet_file_that_is_cut_or_damaged(tmp_path):

@@ -86,7 +86,9 @@ def test_every_variant_and_way_to_decode_is_told_apart(said, tmp_path):
                  "figures": {"words": figure}} for each in files]  # fmt: skip
         content = {"files": rows, "tool": MADE.tool}
         (results / f"scores-{decoding[:4]}.json").write_text(json.dumps(content))
-    found = outcome([Stage("train-cpo", "true")], tmp_path)
+    (tmp_path / "logs" / "build-a.log").write_text("warning: 66% were cut\n")
+    found = outcome([Stage("build-a", "true"), Stage("train-cpo", "true")], tmp_path)
+    assert "\nWarnings\n  build-a: 66% were cut\n" in found
     first, second = found.partition("before (reference) and after")[2].split("Without a judge")[1:]
     assert first.startswith(f": {MADE.decoding}\n") and second.startswith(": sampled\n")
     assert re.search(r"figure +reference +cpo@alpha=0\.\d +other@alpha=0.0\n", first)

@@ -316,7 +316,7 @@ def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):
     with pytest.raises(ValueError, match=rf"makes .*/model/runs/model, .* reads {tmp_path}/model,"):
         stages(read_recipe(path), tmp_path / "model" / "runs")
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(ValueError, match=r"convert makes .*/link/model, and the recipe reads "):
+    with pytest.raises(ValueError, match=rf"convert makes {tmp_path}/model, and the recipe reads "):
         stages(read_recipe(path), tmp_path / "link")
     data = yaml.safe_load(path.read_text())["data"]
     (tmp_path / "train.jsonl").rename(tmp_path / "text.jsonl")
@@ -326,7 +326,9 @@ def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):
     path.write_text(path.read_text().replace("model: model", "model: small"))
     with pytest.raises(ValueError, match=rf"tokenize makes {tmp_path}/text\.\*, and the recipe"):
         stages(read_recipe(path), tmp_path)
-    assert stages(read_recipe(path), tmp_path / "out")
+    plan = stages(read_recipe(path), tmp_path / "out")
+    for spelt in (tmp_path / "link" / "out", tmp_path / "x" / ".." / "out"):
+        assert stages(read_recipe(path), spelt) == plan, "another spelling ran everything again"
 
 
 def test_quoted_flags_of_a_model_are_refused(recipe, tmp_path):
@@ -455,6 +457,15 @@ def test_verdicts_are_what_a_judges_stage_makes(recipe, tmp_path):
     results = tmp_path / "results"
     assert judged.outputs == (results / "b-0.5-against-reference.verdicts.jsonl",)
     assert judged.line.endswith(f"--max-unread 0.2 --candidate {results / 'b-0.5.json'}")
+
+
+def test_what_a_stage_warns_of_is_said(folder, capsys):
+    """It stood in a log that nobody reads."""
+    line = f"bash -c 'echo warning: 66% were cut; echo more; echo > {folder}/a'"
+    run_stages([Stage("build-a", line, outputs=(folder / "a",))], folder)
+    assert "build-a" in (said := capsys.readouterr().out)
+    assert "\n          warning: 66% were cut\n" in said
+    assert "more" not in said
 
 
 def test_a_failure_names_its_log_and_is_not_taken_for_done(folder):

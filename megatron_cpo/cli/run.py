@@ -54,7 +54,7 @@ def main() -> None:
     from megatron_cpo.recipes.shell import script, slurm
     from megatron_cpo.recipes.stages import stages
 
-    output = args.output.absolute()
+    output = args.output.resolve()  # one folder is one run, however it is spelt
     check_plain(output, "--output")
     recipe = read_recipe(args.recipe)
     plan = stages(recipe, output, args.variants)

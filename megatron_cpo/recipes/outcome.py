@@ -17,6 +17,7 @@ from megatron_cpo.evaluation.results import Results
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.evaluation.summary import RunLog, read_log
 from megatron_cpo.inspection.text import visible
+from megatron_cpo.recipes.runner import warnings_of
 from megatron_cpo.recipes.stages import TRAINING, Stage
 
 REFERENCE = "reference"
@@ -39,7 +40,13 @@ def outcome(plan: list[Stage], folder: Path) -> str:
     found = read_folder(folder / "results")
     report = contents(found)
     models = _shown_models(found, report)
+    warned = [
+        f"  {stage.name}: {line.removeprefix('warning: ')}"
+        for stage in plan
+        for line in warnings_of(folder / "logs" / f"{stage.name}.log")
+    ]
     parts = [
+        *([["Warnings", *warned]] if warned else []),
         ["Training", *_training(plan, folder)],
         [
             "Rank-1 accuracy on held-out groups by kind (0 before training)",

@@ -103,6 +103,8 @@ def _run(plan: list[Stage], folder: Path, whole: Sequence[Stage]) -> list[str]:
                 bar.clear()
                 took = time.monotonic() - began
                 say(f"{number:>3} of {len(plan)}  {stage.name:<28} {took:4.0f} s")
+                for line in warnings_of(logs / f"{stage.name}.log"):
+                    say(f"          {line}")
             bar.update()
     say(f"{folder}: {len(ran)} of {len(plan)} stages ran, the others were done")
     return ran
@@ -162,6 +164,14 @@ def _reason(said: str) -> str:
     return (errors or lines)[-1]
 
 
+def warnings_of(log: Path) -> list[str]:
+    """What a stage warned of, a line each; nothing of one without a log."""
+    if not log.exists():
+        return []
+    lines = log.read_text(errors="replace").splitlines()
+    return [line for line in lines if line.startswith("warning: ")]
+
+
 def _end_with_parent() -> None:
     """Nothing of a runner that is killed goes on to write beside the next one."""
     end_with_parent(signal.SIGTERM)
@@ -204,6 +214,6 @@ def _forget_results(
         if whole.get(record.stem) == before["digest"]:
             continue
         for output in map(Path, before["outputs"]):
-            if output.parent == folder.absolute() / "results":
+            if output.parent == folder.resolve() / "results":
                 _remove(output)
                 record.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ HEAD = (
 
 def script(plan: list[Stage], folder: Path) -> str:
     """A script that makes the same files in an empty folder, and stops at the first failure."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     lines = [*HEAD, _places(plan, folder)]
     for stage in plan:
         log = shlex.quote(str(folder / "logs" / f"{stage.name}.log"))
@@ -32,7 +32,7 @@ def slurm(plan: list[Stage], folder: Path) -> dict[str, str]:
     Returns:
         Contents by the name of the file.
     """
-    folder = folder.absolute()
+    folder = folder.resolve()
     files, submit = {}, [*HEAD, "declare -A job", _places(plan, folder)]
     wanted = digests(plan)
     for stage in plan:

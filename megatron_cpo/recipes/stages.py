@@ -50,7 +50,7 @@ def stages(recipe: Recipe, folder: Path, variants: Sequence[str] = ()) -> list[S
         ValueError: no such variant, two whose names meet, the model is not usable, or an input
             would be removed with an output of that name.
     """
-    every = _Plan(recipe, folder.absolute()).all()
+    every = _Plan(recipe, folder.resolve()).all()
     if not variants:
         return every
     for name in variants:
@@ -60,7 +60,7 @@ def stages(recipe: Recipe, folder: Path, variants: Sequence[str] = ()) -> list[S
             )
     chosen = {name: it for name, it in recipe.variants.items() if name in variants}
     some = recipe.model_copy(update={"variants": chosen})
-    return _Plan(some, folder.absolute(), every).all()
+    return _Plan(some, folder.resolve(), every).all()
 
 
 class _Plan:

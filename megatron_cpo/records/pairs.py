@@ -1,5 +1,6 @@
 """Records to pairs of prefix and continuation, as token ids, streaming."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,14 @@ from megatron_cpo.records.lines import Advance
 from megatron_cpo.records.reading import read_records
 from megatron_cpo.records.source import Source
 from megatron_cpo.tree import Ints
+
+UNUSED = "rejected answers that no kind of negative uses; given=1 does"
+GLUED = (
+    "no white space between prompt and answer; put it there, or read them as instructions: "
+    "--instruction-field, --response-field"
+)
+_GLUED = re.compile(r"[A-Za-z0-9.?!:;]\0[A-Za-z0-9]")
+"""The last character of a prompt and the first of an answer that read as one word."""
 
 
 def read_pairs(
@@ -99,7 +108,12 @@ def _pairs_of_records(
         else:
             own = (record.prefix, record.continuation)
             said = None if rendered else record.texts or own
-            yield replace(pair, texts=said), record.source
+            notes = [*pair.notes, *([UNUSED] if record.rejected and not rejected else [])]
+            if not as_rendered and _GLUED.search(
+                f"{record.prefix[-1:]}\0{record.continuation[:1]}"
+            ):
+                notes.append(GLUED)
+            yield replace(pair, texts=said, notes=tuple(notes)), record.source
 
 
 def _pairs_of_datasets(

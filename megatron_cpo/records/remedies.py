@@ -5,6 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SETS = "prompt+completion, prompt+chosen, chosen+rejected, instruction+response, messages or text"
+FROM_TEXT = "jq -R '{text: .}' FILE"
+FROM_CSV = (
+    "python3 -c 'import csv, json, sys; [print(json.dumps(row)) for row in "
+    "csv.DictReader(sys.stdin)]' < FILE"
+)
 _REMEDIES = (
     (r"name it prompt$", "name that field with --prompt-field"),
     (
@@ -27,7 +32,12 @@ _REMEDIES = (
     (r"tokens to split", "give texts of at least two tokens"),
     (r"not UTF-8", "write the file anew as UTF-8, by iconv -t UTF-8"),
     (r"^no field", "name the fields that the data has"),
-    (r"^not JSON|^not a JSON|MiB$", f"each line must be a JSON object with {SETS}"),
+    (
+        r"^not JSON",
+        f"each line must be a JSON object with {SETS}; {FROM_TEXT} makes them of lines of plain "
+        f"text, {FROM_CSV} of CSV with a header",
+    ),
+    (r"^not a JSON|MiB$", f"each line must be a JSON object with {SETS}"),
     (r"^earlier turns", "give chats as messages"),
     (r"needs? a chat template", "use a tokenizer that has one, or give it one by --chat-template"),
     (

@@ -28,7 +28,7 @@ from megatron_cpo.training.gate import TOLERANCE, TOLERANCE_16_BIT, StepZeroGate
 from megatron_cpo.training.gradients import BOUND, TRAIN_STEP, GradientNorms, check_grad_norms
 from megatron_cpo.training.log import MetricLog, format_diagnosis
 from megatron_cpo.training.presets import complete_preset, set_preset_defaults
-from megatron_cpo.training.support import check_supported
+from megatron_cpo.training.support import check_given, check_supported
 from megatron_cpo.training.warmup import check_warmup
 
 USAGE = "%(prog)s [Megatron's flags] [--cpo-aux-loss --cpo-data-path PREFIX --cpo-...]"
@@ -158,6 +158,8 @@ def _validate_args(original: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
     positions = args.max_position_embeddings
     if positions is not None and args.seq_length is not None:
         args.max_position_embeddings = max(positions, args.seq_length)
+    if config is not None:
+        check_given(args)
     if config is not None and config.preset is not None:
         line = complete_preset(args, config.fraction * _groups_per_row(config, args))
         if args.rank == 0:

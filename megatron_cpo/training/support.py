@@ -135,6 +135,20 @@ _TRAINING: tuple[Check, ...] = (
 _REFUSED = _MODEL + _TRAINING
 
 
+def check_given(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag that Megatron needs and asserts without a word."""
+    if args.micro_batch_size is None:
+        raise ValueError(
+            "--micro-batch-size is not given: rows that a rank computes at a time; give 1, and as "
+            "many groups as fit into --seq-length are in it"
+        )
+    if args.save is not None and args.save_interval is None:
+        raise ValueError(
+            f"--save {args.save} without --save-interval: Megatron needs it; --save-interval "
+            f"{args.train_iters or 'N'} saves once, at the end"
+        )
+
+
 def check_supported(args: argparse.Namespace, training: bool = True) -> None:
     """Raise ValueError for a Megatron setting that cannot be honoured.
 

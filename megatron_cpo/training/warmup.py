@@ -47,12 +47,15 @@ def check_warmup(args: Any, config: CPOConfig) -> None:
     trains = bool(args.lr) and config.weight > 0 and not args.skip_train
     if not trains or not starts_whole or config.no_warmup or args.optimizer == "sgd":
         return
+    suggested = min(
+        SUGGESTED_ITERATIONS, max((args.train_iters or 2 * SUGGESTED_ITERATIONS) // 2, 1)
+    )
     raise ValueError(
         f"--optimizer {args.optimizer} with no learning-rate warm-up (--lr-warmup-iters "
         f"{args.lr_warmup_iters}, --lr-warmup-init {args.lr_warmup_init}): its first steps have "
         f"the size of --lr {args.lr} whatever the gradient, and at --cpo-beta {config.beta} they "
         f"can take the CPO loss far above its first value; pass --lr-warmup-iters "
-        f"{SUGGESTED_ITERATIONS}, or --cpo-no-warmup to train without one"
+        f"{suggested}, or --cpo-no-warmup to train without one"
     )
 
 

@@ -10,7 +10,7 @@ from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.objective import OBJECTIVES, PSS
 from megatron_cpo.training.config import CPOConfig, add_cpo_args, cpo_config
 from megatron_cpo.training.data import check_store
-from megatron_cpo.training.support import _REFUSED, check_supported
+from megatron_cpo.training.support import _REFUSED, check_given, check_supported
 
 CPO = ["--cpo-aux-loss", "--cpo-data-path", "data/groups", "--cpo-k", "12"]
 SUPPORTED = CPO
@@ -311,6 +311,19 @@ def test_what_cpo_cannot_honour_is_refused(
     args = parser.parse_args([*SUPPORTED, *argv.split()])
     with pytest.raises(ValueError, match=f"^--cpo-aux-loss with {message}"):
         check_supported(args)
+
+
+def test_what_megatron_asserts_without_a_word_is_asked_for(parser: argparse.ArgumentParser) -> None:
+    """`assert args.micro_batch_size is not None` was all that a newcomer saw."""
+    for flags, message in (
+        ("", "^--micro-batch-size is not given: rows that a rank computes at a time; give 1, and"),
+        ("--micro-batch-size 1 --save a --train-iters 30",
+         "^--save a without --save-interval: Megatron needs it; --save-interval 30 saves once"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            check_given(parser.parse_args([*SUPPORTED, *flags.split()]))
+    given = "--micro-batch-size 1 --save a --save-interval 5"
+    check_given(parser.parse_args([*SUPPORTED, *given.split()]))
 
 
 def test_every_refusal_has_a_case_of_its_own(parser: argparse.ArgumentParser) -> None:

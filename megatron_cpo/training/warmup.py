@@ -47,9 +47,8 @@ def check_warmup(args: Any, config: CPOConfig) -> None:
     trains = bool(args.lr) and config.weight > 0 and not args.skip_train
     if not trains or not starts_whole or config.no_warmup or args.optimizer == "sgd":
         return
-    suggested = min(
-        SUGGESTED_ITERATIONS, max((args.train_iters or 2 * SUGGESTED_ITERATIONS) // 2, 1)
-    )
+    half = (args.train_iters or 2 * SUGGESTED_ITERATIONS) // 2
+    suggested = min(SUGGESTED_ITERATIONS, max(half, 1))
     raise ValueError(
         f"--optimizer {args.optimizer} with no learning-rate warm-up (--lr-warmup-iters "
         f"{args.lr_warmup_iters}, --lr-warmup-init {args.lr_warmup_init}): its first steps have "

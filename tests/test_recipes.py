@@ -6,12 +6,14 @@ The commands here are bash's own: the runner runs whatever line a stage has.
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -19,6 +21,7 @@ import yaml
 from harness.ranks import ROOT
 from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.runner import digests, run_stages
+from megatron_cpo.recipes.schema import Part, Recipe
 from megatron_cpo.recipes.shell import script, slurm
 from megatron_cpo.recipes.stages import Stage, stages
 from tests.commands import run_python
@@ -305,6 +308,31 @@ def test_some_variants_are_what_they_are_among_all(recipe, tmp_path):
     assert set(some["score"].needs) == {n for n in same if n.startswith("generate")}
     with pytest.raises(ValueError, match="--variants c: no such variant; the recipe has a, b"):
         stages(said, tmp_path, ["a", "c"])
+
+
+def keys(part, prefix=""):
+    """Every key below a part of a recipe, with how the page writes its default."""
+    for name, field in part.model_fields.items():
+        inner = [t for t in (field.annotation, *get_args(field.annotation)) if isinstance(t, type)]
+        parts = [t for t in inner if issubclass(t, Part)]
+        path = f"{prefix}{name}.NAME." if name == "variants" else f"{prefix}{name}."
+        if not parts or (field.default is None and name == "judge"):
+            default = '`""`' if field.default == "" else f"`{field.default}`"
+            yield prefix + name, "" if field.is_required() else default
+        for inside in parts:
+            yield from keys(inside, path)
+
+
+def test_every_key_is_on_the_page():
+    """With its default, where that is not what stands in for it."""
+    table = (ROOT / "docs" / "recipes.md").read_text().split("\n## Keys\n")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    said = {key: row[2] for row in rows for key in re.findall("`([^`]+)`", row[1])}
+    found = dict(keys(Recipe))
+    assert said.keys() == found.keys()
+    for key, default in found.items():
+        words = {"`None`": ("none", "all", "from the mix", "the recipe's")}
+        assert said[key].strip() in words.get(default, (default,)), key
 
 
 def test_an_output_that_would_be_an_input_is_refused(recipe, tmp_path):

@@ -18,9 +18,9 @@ checkpoint, at any layout; --score does it under --policy hf:, --score-only does
 
 Killed, or out of disk? The same command goes on where it was: finished blocks are kept in
 PREFIX.build until the store is whole. The same command always writes the same bytes, whatever the
-number of --workers, ranks and shards and whoever executes them; but an negatives from a server may
-differ from run to run, and a model may round otherwise on other hardware. Another command over the
-same output is refused.
+number of --workers, ranks and shards and whoever executes them; but `an` negatives from a server
+may differ from run to run, and a model may round otherwise on other hardware. Another command over
+the same output is refused.
 --shard 0/8 .. 7/8 spread the work over machines that share a file system, torchrun over ranks,
 --executor ray over a cluster (extra [ray]). Megatron's own flags are understood too:
 --tokenizer-*, --seed, --max-position-embeddings.

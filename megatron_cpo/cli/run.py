@@ -7,16 +7,18 @@
 
 A recipe, in YAML, with paths relative to its file:
 
-  model: gpt2                   # a Hugging Face folder, or a Megatron checkpoint
+  model: models/gpt2            # a Hugging Face folder, or a Megatron checkpoint
   data: {train: train.jsonl, test: test.jsonl, max_length: 512}
   row_length: 4096              # tokens of a row of groups
   layout: {ranks: 2, tp: 2}
   variants:
     mixn: {negatives: MixN, beta: 0.5, lr: 1.0e-4, steps: 80, batch: 8, seeds: [1, 2, 3]}
   alphas: [0, 0.3, 0.5]
-  evaluate: {decode: greedy, external: hf:SmolLM2-135M}
+  evaluate: {decode: greedy, external: hf:models/SmolLM2-135M}
+  export: all                   # trained models as Hugging Face folders, too
 
 Each stage is one of our commands; its output is in OUTPUT/logs. Killed? The same command goes on.
+All keys and their defaults: docs/recipes.md.
 A stage runs again when its command, its inputs, a stage before it or our code for it has changed.
 """
 

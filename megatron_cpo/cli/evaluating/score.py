@@ -1,6 +1,6 @@
 """What can be said of texts without a judge, each figure with its interval.
 
-  megatron-cpo evaluate score --candidate results/*.json --external hf:SmolLM2-135M
+  megatron-cpo evaluate score --candidate results/*.json --external hf:models/SmolLM2-135M
   megatron-cpo evaluate score --groups runs/heldout --policy hf:better
   megatron-cpo --nproc-per-node 2 evaluate score --groups runs/heldout --load runs/cpo \\
       $(cat runs/mle/megatron_flags.txt) --seq-length 4096

@@ -1,7 +1,7 @@
 """Which alpha is best: merge two checkpoints at several, generate, measure and report.
 
   megatron-cpo evaluate sweep --mle base --cpo better --alpha 0 0.1 0.3 0.5 0.7 0.9 1 \\
-      --data test.jsonl --output results --external hf:SmolLM2-135M
+      --data test.jsonl --output results --external hf:models/SmolLM2-135M
   megatron-cpo --nproc-per-node 2 evaluate sweep --mle runs/mle --cpo runs/cpo \\
       --alpha 0 0.5 1 --data test.jsonl --output results --tensor-model-parallel-size 2 \\
       $(cat runs/mle/megatron_flags.txt) --judge http://localhost:8000/v1 --judge-model NAME

@@ -4,15 +4,17 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from harness.stores import VOCAB_SIZE, random_group
+from harness.stores import VOCAB_SIZE, random_group, write_store
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import GroupReader
 from megatron_cpo.inspection import statistics
 from megatron_cpo.inspection.facts import describe_store
+from megatron_cpo.inspection.plots import kind_table
 from megatron_cpo.inspection.statistics import (
     BINS,
     Histogram,
@@ -60,6 +62,17 @@ def test_histogram_counts_what_numpy_counts(values):
     for q in (0.0, 0.05, 0.5, 0.95, 1.0):
         exact = np.quantile(sample, q, method="inverted_cdf")
         assert whole.quantile(q) == pytest.approx(exact, abs=whole.width)
+
+
+def test_what_a_limit_cut_is_shown_as_the_build_counted_it(tmp_path):
+    """An end was put there, so the column of missing ends had 0 where two of three were cut."""
+    reader = GroupReader(write_store(tmp_path / "groups", 12, 6, kinds=("an", "bn")))
+    assert measure(reader, ENDINGS).kinds["an"].cut == 0
+    reader.manifest["statistics"] = {"cut": {"an --max-new-tokens": 2, "an --max-length": 1}}
+    found = measure(reader, ENDINGS)
+    assert {name: kind.cut for name, kind in found.kinds.items() if kind.cut} == {"an": 3}
+    of_all = f"{300 / found.kinds['an'].candidates:.1f}%"
+    assert f"<td>{of_all}</td></tr>" in kind_table(found)
 
 
 def test_histograms_side_by_side():
@@ -138,6 +151,8 @@ def test_memory_does_not_grow_with_the_store(monkeypatch):
     group = random_group(np.random.default_rng(0), 12)
 
     class Repeating:
+        manifest: ClassVar = {}
+
         def __init__(self, groups):
             self.groups = groups
 
@@ -240,6 +255,7 @@ def test_kinds_of_later_releases(tmp_path):
     later = replace(group, kinds=np.array([0, len(KINDS) + 1]))
 
     class Later:
+        manifest: ClassVar = {}
         tree_sizes = reader.tree_sizes
 
         def __len__(self):

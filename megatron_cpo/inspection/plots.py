@@ -136,7 +136,7 @@ def kind_table(found: StoreStatistics) -> str:
     """The numbers of the plots by kind, as an HTML table."""
     head = ["kind", "candidates", "similarity", "tokens", "log-prob", "per token",
             "likelier than y_1", "… per token", "repeat another", "equal y_1", "empty",
-            "no end"]  # fmt: skip
+            "no end", "cut"]  # fmt: skip
     rows = []
     for name, kind in found.kinds.items():
         scored = kind.candidates - kind.unscored
@@ -153,7 +153,7 @@ def kind_table(found: StoreStatistics) -> str:
             "" if truth else share(kind.likelier, scored),
             "" if truth else share(kind.likelier_per_token, scored),
             f"{kind.duplicates:,}", "" if truth else f"{kind.equal_to_truth:,}",
-            f"{kind.empty:,}", f"{kind.without_eod:,}",
+            f"{kind.empty:,}", f"{kind.without_eod:,}", share(kind.cut, kind.candidates),
         ]  # fmt: skip
         badge = f'<th scope="row"><span class="badge {kind_class(name)}">{escape(name)}</span></th>'
         rows.append(f"<tr>{badge}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")

@@ -137,6 +137,8 @@ class KindStatistics:
     equal_to_truth: int = 0
     empty: int = 0
     without_eod: int = 0
+    cut: int = 0
+    """Candidates that a limit ended, and got an end for that: what the build counted."""
     likelier: int = 0
     """Candidates with a higher summed log-prob than y_1."""
     likelier_per_token: int = 0
@@ -197,6 +199,10 @@ def measure(
         _add_groups(found, groups, sizes[indices[0] : indices[-1] + 1])
         _add_candidates(codes, groups, list(chain.from_iterable(earlier)), endings)
     found.kinds = {kind_name(code): codes[code] for code in sorted(codes)}
+    for name, number in reader.manifest.get("statistics", {}).get("cut", {}).items():
+        kind, _ = name.split()  # and the flag of the limit
+        if kind in found.kinds:
+            found.kinds[kind].cut += number
     return found
 
 

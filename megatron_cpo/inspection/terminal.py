@@ -183,6 +183,8 @@ def _kind_table(found: StoreStatistics, sparks: bool) -> Table:
     columns.append(("> y_1", [_likelier(name, kind) for name, kind in found.kinds.items()]))
     columns.append(("repeat", [f"{kind.duplicates:,}" for kind in kinds]))
     columns.append(("no end", [f"{kind.without_eod:,}" for kind in kinds]))
+    if any(kind.cut for kind in kinds):
+        columns.append(("cut", [share(kind.cut, kind.candidates) for kind in kinds]))
     for header, _ in columns:
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for at, name in enumerate(found.kinds):

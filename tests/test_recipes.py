@@ -128,6 +128,20 @@ def test_mauve_of_too_few_texts_is_refused_before_anything_runs(recipe, tmp_path
     assert read_recipe(recipe(**asked)).evaluate.mauve
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        ({"decode": "gredy"}, "evaluate.decode: --decode gredy: unknown; give one of greedy, "),
+        ({"decode": {"a": "--decode greedy --samples 2"}}, r"evaluate.decode.a: --samples 2"),
+        ({"flags": "--top-p 7"}, r"evaluate.decode: .*top.p"),
+        ({"decode": {"a": "--decode beam --beams x"}}, r"evaluate.decode.a: argument --beams"),
+    ],
+)  # fmt: skip
+def test_a_way_to_decode_that_is_none_is_refused_before_anything_runs(recipe, evaluate, said):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: {said}"):
+        read_recipe(recipe(evaluate=evaluate))
+
+
 def test_a_path_that_a_shell_reads_otherwise_is_refused(recipe):
     for name in ("a b", "it's", "a$b", "a%j", "a;b", "a(1)"):
         path = recipe(model=name)

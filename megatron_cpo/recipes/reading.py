@@ -11,7 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_cpo.evaluation.decoding import Decoding
 from megatron_cpo.evaluation.mauve_size import check_records
+from megatron_cpo.policies.flags import add_decoding_arguments, sampling_from_args
 from megatron_cpo.recipes.schema import (
     Data,
     Evaluation,
@@ -147,6 +149,7 @@ def _found(recipe: Recipe, path: Path) -> Recipe:
     if isinstance(ways := recipe.evaluate.decode, dict):
         for way in ways:
             ways[way] = _absolute(ways[way], folder, recipe.named)
+    _check_decoding(recipe, path)
     if recipe.evaluate.mauve:
         _check_mauve(recipe, path)
     return recipe
@@ -178,6 +181,23 @@ def _absolute(flags: str, folder: Path, named: set[Path]) -> str:
         return f"{prefix}{shlex.quote(str(path))}"
 
     return _WORD.sub(place, flags)
+
+
+def _check_decoding(recipe: Recipe, path: Path) -> None:
+    """Refuse a way to decode that is none, which the first texts would only find out."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add = add_decoding_arguments(parser).add_argument
+    add("--decode", default="greedy")
+    for name in ("seed", "samples", "beams"):
+        add(f"--{name}", type=int, default=getattr(Decoding, name))
+    for name, flags in recipe.evaluate.decodings.items():
+        try:
+            args, _ = parser.parse_known_args(shlex.split(f"{recipe.evaluate.flags} {flags}"))
+            sampling = sampling_from_args(args)
+            Decoding(args.decode, sampling, args.seed, args.samples, args.beams)
+        except (ValueError, argparse.ArgumentError) as error:
+            key = f"evaluate.decode.{name}" if name else "evaluate.decode"
+            raise ValueError(f"{path}: {key}: {error}") from error
 
 
 def _check_mauve(recipe: Recipe, path: Path) -> None:

@@ -3,9 +3,11 @@
 import argparse
 import importlib
 import logging
+import os
 import re
 import runpy
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -98,6 +100,21 @@ def test_unknown_verb_names_the_nearest(typed, meant, monkeypatch, capsys) -> No
     hint = f"did you mean {meant}? " if meant else ""
     said = f"megatron-cpo: {typed}: no such verb; {hint}megatron-cpo --help lists them\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_launch_of_nothing_asks_for_a_verb(monkeypatch, capsys) -> None:
+    assert run_command(monkeypatch, "--nproc-per-node", "2") == 2
+    assert capsys.readouterr().err.endswith("the following arguments are required: VERB\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
+    """`megatron-cpo | head` ended in a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megatron_cpo"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_missing_script_is_named(monkeypatch, capsys) -> None:

@@ -5,6 +5,8 @@ A new verb is a module with a `main()` that reads `sys.argv`, and a line in `STE
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -55,6 +57,15 @@ first; or torchrun --nproc-per-node 8 -m megatron_cpo VERB [flags]. `{COMMAND} -
 
 def main() -> None:
     """Run a verb, a training script, or either of them on several processes."""
+    try:
+        _main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _main() -> None:
     words = sys.argv[1:]
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):
@@ -97,6 +108,8 @@ def run_verb(verb: str, command: str | None = None) -> None:
         return
     try:
         importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         fail(f"{command}: {error}", error)
     except KeyboardInterrupt:

@@ -26,6 +26,11 @@ def launch(argv: list[str]) -> None:
 
     parser = get_args_parser()
     parser.prog, parser.usage = "megatron-cpo", "%(prog)s [torchrun's flags] VERB [flags]"
+    for action in parser._actions:  # as our usage calls them
+        if action.dest == "training_script":
+            action.metavar = "VERB"
+        elif action.dest == "training_script_args":
+            action.required = False
     ours, words = _split(parser, argv)
     args = parser.parse_args(ours)
     args.training_script_args = [args.training_script, *words]

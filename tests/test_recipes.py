@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from harness.ranks import ROOT
+from megatron_cpo.cli.recipe_flags import check_flags
 from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.runner import digests, run_stages
 from megatron_cpo.recipes.schema import Part, Recipe
@@ -140,6 +141,42 @@ def test_mauve_of_too_few_texts_is_refused_before_anything_runs(recipe, tmp_path
 def test_a_way_to_decode_that_is_none_is_refused_before_anything_runs(recipe, evaluate, said):
     with pytest.raises(ValueError, match=rf"recipe\.yaml: {said}"):
         read_recipe(recipe(evaluate=evaluate))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": {"flags": "--formt text"}}, r"data.flags: --formt: .*did you mean --format\?"),
+        ({"mle": {"steps": 20, "batch": 1, "lr": 1e-4, "flags": "--lr-decay-styl=cosine"}},
+         r"mle.flags: --lr-decay-styl: .*did you mean --lr-decay-style\?"),
+        ({"variants": {"a": {"flags": "--cpo-bta 5"}}}, r"variants.a.flags: --cpo-bta: "),
+        ({"variants": {"a": {"build_flags": "--rnk minilm"}}}, r"variants.a.build_flags: --rnk: "),
+        ({"evaluate": {"flags": "--smples 2"}}, r"evaluate.flags: --smples: .*mean --samples\?"),
+        ({"evaluate": {"decode": {"x": "--decode greedy --zzzzzzzzzz"}}},
+         r"evaluate.decode.x: --zzzzzzzzzz: .* see megatron-cpo evaluate generate --help"),
+        ({"evaluate": {"judge": {"url": "http://h/v1", "model": "m", "flags": "--max-unrd 1"}}},
+         r"evaluate.judge.flags: --max-unrd: .*mean --max-unread\?"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_no_command_has_is_refused_before_anything_runs(recipe, changes, said):
+    """It stopped the first stage that read it, after hours of others."""
+    whole = yaml.safe_load(recipe().read_text())
+    for key, part in changes.items():
+        for name, values in part.items() if key == "variants" else ((None, part),):
+            into = whole.setdefault(key, {})
+            (into[name] if name else into).update(values)
+    path = recipe(**whole)
+    with pytest.raises(ValueError, match=rf"recipe\.yaml: {said}"):
+        check_flags(read_recipe(path), path)
+
+
+def test_flags_of_all_sorts_are_known(recipe):
+    """Megatron's, ours, and the beginning of a judge's."""
+    path = recipe(evaluate={
+        "flags": "--policy-batch 8 --micro-batch-size=2",
+        "judge": {"url": "http://h/v1", "model": "m", "flags": "--max-unr 0.2 --one-order"},
+    })  # fmt: skip
+    check_flags(read_recipe(path), path)
 
 
 def test_a_path_that_a_shell_reads_otherwise_is_refused(recipe):

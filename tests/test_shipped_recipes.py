@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from harness.ranks import ROOT
+from megatron_cpo.cli.recipe_flags import check_flags
 from megatron_cpo.host.compat import megatron_parser
 from megatron_cpo.recipes.reading import read_recipe
 from megatron_cpo.recipes.stages import FLAGS, stages
@@ -38,6 +39,7 @@ def shipped(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_megatron_parses_what_a_recipe_trains_with(shipped, path, tmp_path):
     recipe = shipped(path)
+    check_flags(recipe, path)
     to_megatron(recipe.model, tmp_path / "run" / "model")
     flags = (tmp_path / "run" / "model" / FLAGS).read_text()
     trainings = [

@@ -48,6 +48,7 @@ def main() -> None:
             "layout says; run it without a launcher"
         )
 
+    from megatron_cpo.cli.recipe_flags import check_flags
     from megatron_cpo.files import make_folder, write_whole
     from megatron_cpo.quiet import say
     from megatron_cpo.recipes.outcome import outcome
@@ -59,6 +60,7 @@ def main() -> None:
     output = args.output.resolve()  # one folder is one run, however it is spelt
     check_plain(output, "--output")
     recipe = read_recipe(args.recipe)
+    check_flags(recipe, args.recipe)
     plan = stages(recipe, output, args.variants)
     if args.show:
         print(script(plan, output), end="")

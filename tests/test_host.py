@@ -339,7 +339,8 @@ def validate(args): raise Validated
 for flags in ([], ["--cpo-aux-loss", "--cpo-k", "5", "--cpo-data-path", "x"]):
     args = add_cpo_args(argparse.ArgumentParser()).parse_args(flags)
     args.hybrid_layer_pattern, args.spec = "*-*-", None
-    args.max_position_embeddings = args.seq_length = None
+    args.max_position_embeddings = args.seq_length = args.save = None
+    args.micro_batch_size = 1
     try:
         _validate_args(validate, args)
     except Validated:

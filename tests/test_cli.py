@@ -117,6 +117,17 @@ def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys) -> None:
+    """Such as a server's; standard output is read."""
+
+    def main() -> None:
+        raise BrokenPipeError(32, "pipe")
+
+    monkeypatch.setattr("megatron_cpo.cli.inspect.main", main)
+    assert run_command(monkeypatch, "inspect", "x") == 1
+    assert capsys.readouterr().err == "megatron-cpo inspect: [Errno 32] pipe\n"
+
+
 def test_missing_script_is_named(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "pretrain_gtp.py", "--cpo-aux-loss") == 1
     assert capsys.readouterr().err.startswith("megatron-cpo: pretrain_gtp.py: no such script;")

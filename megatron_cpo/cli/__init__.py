@@ -6,6 +6,7 @@ A new verb is a module with a `main()` that reads `sys.argv`, and a line in `STE
 import difflib
 import importlib
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_cpo.cli.ranks import is_left_to_another
 
 COMMAND = "megatron-cpo"
 TRAIN = "(train)"
+STDOUT = 1
 STEPS = (
     ("train-tokenizer", "a SentencePiece tokenizer from the records, if there is none yet"),
     ("tokenize", "the records as a Megatron dataset, to train a reference on"),
@@ -60,9 +62,18 @@ def main() -> None:
     try:
         _main()
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # or Python flushes there once more
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _reader_has_left() -> bool:
+    """Whether nobody reads what is printed any more: `| head` has seen enough."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _main() -> None:
@@ -108,9 +119,9 @@ def run_verb(verb: str, command: str | None = None) -> None:
         return
     try:
         importlib.import_module(f"{__name__}.{verb.replace('-', '_')}").main()
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            raise
         fail(f"{command}: {error}", error)
     except KeyboardInterrupt:
         fail(f"{command}: interrupted", status=130)

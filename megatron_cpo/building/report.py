@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_cpo.groups.endings import cut_counts
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import read_manifest
 from megatron_cpo.policies.writer import LIMIT_FLAG
@@ -82,9 +83,8 @@ class BuildReport:
 
     def _cut(self, kind: str) -> dict[str, float]:
         """Share of a kind that was cut, by the flag whose limit it reached."""
-        counted = ([*name.split(), n] for name, n in self._statistics.get("cut", {}).items())
-        count = self.manifest["kinds"].get(kind)
-        return {flag: n / count for of, flag, n in counted if of == kind}
+        cut = cut_counts(self.manifest).get(kind, {})
+        return {flag: n / self.manifest["kinds"][kind] for flag, n in cut.items()}
 
     def _end(self, kind: str) -> str:
         """How a kind ends; nothing where all candidates end by themselves."""

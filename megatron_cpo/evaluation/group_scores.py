@@ -32,17 +32,19 @@ from numpy.typing import NDArray
 
 from megatron_cpo.checkpoints.identity import same_checkpoint
 from megatron_cpo.evaluation.figures import Figure, PerText, Pooled
-from megatron_cpo.evaluation.replicas import Replicas, scored_groups
 from megatron_cpo.evaluation.scores import TOOL, definition_rows, figure_rows
 from megatron_cpo.evaluation.statistics import Estimate
 from megatron_cpo.files import make_folder, write_json
-from megatron_cpo.groups.finite import model_name, require_finite
+from megatron_cpo.groups.finite import model_name, require_finite, require_tokens
 from megatron_cpo.groups.kinds import KINDS, REGISTRY
 from megatron_cpo.groups.store import Group, GroupReader
+from megatron_cpo.host.waiting import leave_together
 from megatron_cpo.policies.policy import Policy
+from megatron_cpo.progress import progress
 from megatron_cpo.records.vocabulary import vocabulary_size
 from megatron_cpo.scoring.folder import require_positions, require_tokenizer
 from megatron_cpo.training.metrics import margins
+from megatron_cpo.work.job import BLOCK_RECORDS
 
 SCORES = {
     "logp": "log-prob, nats, summed over tokens",
@@ -72,7 +74,7 @@ class GroupScores:
 
 
 def score_store(
-    path_prefix: str, policy: Policy, tokenizer: Any, beta: float, replicas: Replicas | None = None
+    path_prefix: str, policy: Policy, tokenizer: Any, beta: float, replicas: Any = None
 ) -> GroupScores:
     """Ask a model for the log-probs of all candidates of a store, and compare them.
 
@@ -81,7 +83,8 @@ def score_store(
         policy: the model; on all ranks that hold it.
         tokenizer: Megatron's, of the store and the model.
         beta: of the rewards; it scales their margins.
-        replicas: of the model, which share the groups out. None: one.
+        replicas: the process group of the ranks that hold the same part of the model's
+            data-parallel copies, which share the groups out. None: there is one copy.
 
     Raises:
         ValueError: no store, of another tokenizer, of fewer than two groups, or with longer groups
@@ -89,12 +92,15 @@ def score_store(
     """
     if not 0 < beta < math.inf:
         raise ValueError(f"--beta {beta}: needs a number above 0, and finite")
-    reader, replicas = GroupReader(path_prefix), replicas or Replicas()
+    reader = GroupReader(path_prefix)
     require_tokenizer(path_prefix, reader.manifest, tokenizer)
     if len(reader) < 2:
         raise ValueError(f"{path_prefix}: {len(reader)} group; an interval needs at least 2")
     require_positions(path_prefix, reader.manifest, policy.positions, model_name(policy.identity))
-    groups, logps = scored_groups(reader, policy, vocabulary_size(tokenizer), replicas)
+    groups, size = [reader[index] for index in range(len(reader))], vocabulary_size(tokenizer)
+    for index, group in enumerate(groups):
+        require_tokens(group.tokens, size, f"group {index} of {path_prefix}")
+    logps = _logps(groups, policy, replicas)
     figures, definitions = _truth_figures(groups, logps)
     reference = reader.manifest["reference"]
     lengths = [np.array([len(c) for c in group.candidates], dtype=np.float32) for group in groups]
@@ -114,6 +120,32 @@ def score_store(
         figures, definitions = figures | more, definitions | what
     identity = policy.identity
     return GroupScores(path_prefix, len(groups), beta, identity, reference, figures, definitions)
+
+
+def _logps(groups: Sequence[Group], policy: Policy, replicas: Any) -> list[NDArray[np.float32]]:
+    """log pi(y_k | x) of the candidates of each group, [K] float32, nats, summed over tokens.
+
+    A block of groups is the same whatever the number of replicas, and so are its log-probs.
+
+    Raises:
+        ValueError: one is not finite, or another rank has failed; on all ranks.
+    """
+    own, count = (replicas.rank(), replicas.size()) if replicas is not None else (0, 1)
+    starts = range(0, len(groups), BLOCK_RECORDS)
+    name, mine = model_name(policy.identity), {}
+    with leave_together(), progress(None, name, "groups", len(groups)) as bar:
+        for start in starts[own::count]:
+            block = groups[start : start + BLOCK_RECORDS]
+            mine[start] = policy.logps([g.prefix for g in block], [g.candidates for g in block])
+            bar.update(min(count * BLOCK_RECORDS, len(groups) - start))  # the others do as many
+    parts: list[Any] = [mine] * count
+    if replicas is not None:
+        torch.distributed.all_gather_object(parts, mine, group=replicas)
+    by_start = {start: logps for part in parts for start, logps in part.items()}
+    found = [logps for start in starts for logps in by_start[start]]
+    for index, logps in enumerate(found):
+        require_finite(logps, f"group {index}", "log-prob", name)
+    return found
 
 
 def under_folder(
@@ -154,12 +186,7 @@ def under_checkpoint(path_prefix: str, args: Any, batch: int, beta: float) -> Gr
 
     tokenizer = open_tokenizer(args)
     policy = MegatronPolicy.load(args, tokenizer, batch)
-    replicas = Replicas(
-        mpu.get_data_parallel_rank(),
-        mpu.get_data_parallel_world_size(),
-        mpu.get_data_parallel_group(),
-    )
-    return score_store(path_prefix, policy, tokenizer, beta, replicas)
+    return score_store(path_prefix, policy, tokenizer, beta, mpu.get_data_parallel_group())
 
 
 def write_group_scores(path: Path, found: GroupScores) -> None:

@@ -36,6 +36,7 @@ TEMPLATES = {"instruction": INSTRUCTION, "continuation": CONTINUATION}
 """By the two tasks of the paper, instruction following and open-ended continuation."""
 
 LIMIT_FLAG = "--judge-max-tokens"
+"""Of the tokens of a reply."""
 
 
 class Verdict(StrEnum):

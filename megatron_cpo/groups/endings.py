@@ -20,6 +20,18 @@ def endings_of(manifest: Mapping[str, Any]) -> Endings:
     return longest_first(found)
 
 
+def cut_counts(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Candidates of a store that a limit of tokens cut: how many, by kind and by the limit's flag.
+
+    Nothing of stores of earlier releases, which do not say.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name, count in manifest.get("statistics", {}).get("cut", {}).items():
+        kind, flag = name.split()
+        found.setdefault(kind, {})[flag] = count
+    return found
+
+
 def longest_first(endings: Iterable[tuple[int, ...]]) -> Endings:
     """Each once, the longest first."""
     return tuple(sorted(set(endings), key=lambda ending: (-len(ending), ending)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_cpo.groups.endings import Endings, ending_length
+from megatron_cpo.groups.endings import Endings, cut_counts, ending_length
 from megatron_cpo.groups.kinds import KINDS
 from megatron_cpo.groups.store import Group, GroupReader
 
@@ -199,10 +199,9 @@ def measure(
         _add_groups(found, groups, sizes[indices[0] : indices[-1] + 1])
         _add_candidates(codes, groups, list(chain.from_iterable(earlier)), endings)
     found.kinds = {kind_name(code): codes[code] for code in sorted(codes)}
-    for name, number in reader.manifest.get("statistics", {}).get("cut", {}).items():
-        kind, _ = name.split()  # and the flag of the limit
+    for kind, cut in cut_counts(reader.manifest).items():
         if kind in found.kinds:
-            found.kinds[kind].cut += number
+            found.kinds[kind].cut = sum(cut.values())
     return found
 
 

@@ -5,15 +5,13 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_cpo.evaluation.decoding import Decoding
 from megatron_cpo.evaluation.mauve_size import check_records
-from megatron_cpo.policies.flags import add_decoding_arguments, sampling_from_args
+from megatron_cpo.recipes.flags import flags_of
 from megatron_cpo.recipes.schema import (
     Data,
     Evaluation,
@@ -144,23 +142,11 @@ def _found(recipe: Recipe, path: Path) -> Recipe:
         if not place.exists():
             raise ValueError(f"{path}: {key}: {place} is not there")
         check_plain(place, f"{path}: {key}")
-    for part, name in _flags_of(recipe):
-        setattr(part, name, _absolute(getattr(part, name), folder, recipe.named))
-    if isinstance(ways := recipe.evaluate.decode, dict):
-        for way in ways:
-            ways[way] = _absolute(ways[way], folder, recipe.named)
-    _check_decoding(recipe, path)
+    for flags in flags_of(recipe):
+        flags.holder[flags.name] = _absolute(flags.holder[flags.name], folder, recipe.named)
     if recipe.evaluate.mauve:
         _check_mauve(recipe, path)
     return recipe
-
-
-def _flags_of(recipe: Recipe) -> Iterator[tuple[Part, str]]:
-    """Parts of a recipe with the names of their fields that are flags."""
-    how = recipe.evaluate
-    yield from ((variant, "build_flags") for variant in recipe.variants.values())
-    parts = [recipe.data, recipe.mle, *recipe.variants.values(), recipe.writer, how, how.judge]
-    yield from ((part, "flags") for part in parts if part)
 
 
 def _absolute(flags: str, folder: Path, named: set[Path]) -> str:
@@ -181,23 +167,6 @@ def _absolute(flags: str, folder: Path, named: set[Path]) -> str:
         return f"{prefix}{shlex.quote(str(path))}"
 
     return _WORD.sub(place, flags)
-
-
-def _check_decoding(recipe: Recipe, path: Path) -> None:
-    """Refuse a way to decode that is none, which the first texts would only find out."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add = add_decoding_arguments(parser).add_argument
-    add("--decode", default="greedy")
-    for name in ("seed", "samples", "beams"):
-        add(f"--{name}", type=int, default=getattr(Decoding, name))
-    for name, flags in recipe.evaluate.decodings.items():
-        try:
-            args, _ = parser.parse_known_args(shlex.split(f"{recipe.evaluate.flags} {flags}"))
-            sampling = sampling_from_args(args)
-            Decoding(args.decode, sampling, args.seed, args.samples, args.beams)
-        except (ValueError, argparse.ArgumentError) as error:
-            key = f"evaluate.decode.{name}" if name else "evaluate.decode"
-            raise ValueError(f"{path}: {key}: {error}") from error
 
 
 def _check_mauve(recipe: Recipe, path: Path) -> None:

@@ -82,7 +82,11 @@ def _run(plan: list[Stage], folder: Path, whole: Sequence[Stage]) -> list[str]:
     wanted, ran = digests(plan, contents), []
     _forget_results(digests(whole, contents), wanted, folder, records)
     for stage in plan:
-        _require_log(stage, logs / f"{stage.name}.log", records, wanted)
+        if stage.name.startswith(TRAINING):
+            record = records / f"{stage.name}.json"
+            _, done = _state(stage, record, wanted[stage.name])
+            if done:
+                _require_log(logs / f"{stage.name}.log", record)
     with progress(None, "stages", "stages", len(plan)) as bar:
         for number, stage in enumerate(plan, 1):
             bar.set_postfix_str(stage.name)
@@ -117,16 +121,13 @@ def _state(stage: Stage, record: Path, wanted: str) -> tuple[bool, bool]:
     return same, same and before["done"] and all(map(_made, stage.outputs))
 
 
-def _require_log(stage: Stage, log: Path, records: Path, wanted: dict[str, str]) -> None:
+def _require_log(log: Path, record: Path) -> None:
     """Refuse a training that is done and has no log, which the report draws its curves from.
 
     Raises:
         ValueError: says what trains it again.
     """
-    record = records / f"{stage.name}.json"
-    if not stage.name.startswith(TRAINING) or log.exists():
-        return
-    if _state(stage, record, wanted[stage.name])[1]:
+    if not log.exists():
         raise ValueError(
             f"{log}: it is gone, and the report shows the curves of training by it; put it back, "
             f"or delete {record}, and the same command trains again"
@@ -178,19 +179,24 @@ def _end_with_parent() -> None:
 
 
 def _made(output: Path) -> bool:
-    prefix = output.name.endswith(".")
-    return any(output.parent.glob(f"{glob.escape(output.name)}*")) if prefix else output.exists()
+    return any(map(Path.exists, _files_of(output)))
+
+
+def _files_of(output: Path) -> list[Path]:
+    """A file or folder itself, or the files of a prefix that ends in a dot."""
+    if output.name.endswith("."):
+        return [*output.parent.glob(f"{glob.escape(output.name)}*")]
+    return [output]
 
 
 def _remove(output: Path) -> None:
-    """Remove a file, a folder, or the files of a prefix that ends in a dot.
+    """Remove an output, and what a command that was killed has left beside it.
 
-    And what a command that was killed has left beside it: blocks of texts, and what was not whole.
+    That is blocks of texts, and what was not whole.
     """
-    if output.name.endswith("."):
-        paths = [*output.parent.glob(f"{glob.escape(output.name)}*")]
-    else:
-        paths = [output, output.with_name(f"{output.name}.generate"), *asides(output)]
+    paths = _files_of(output)
+    if not output.name.endswith("."):
+        paths += [output.with_name(f"{output.name}.generate"), *asides(output)]
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -20,7 +20,7 @@ GLUED = (
     "no white space between prompt and answer; put it there, or read them as instructions: "
     "--instruction-field, --response-field"
 )
-_GLUED = re.compile(r"[A-Za-z0-9.?!:;]\0[A-Za-z0-9]")
+_ONE_WORD = re.compile(r"[A-Za-z0-9.?!:;][A-Za-z0-9]")
 """The last character of a prompt and the first of an answer that read as one word."""
 
 
@@ -109,9 +109,8 @@ def _pairs_of_records(
             own = (record.prefix, record.continuation)
             said = None if rendered else record.texts or own
             notes = [*pair.notes, *([UNUSED] if record.rejected and not rejected else [])]
-            if not as_rendered and _GLUED.search(
-                f"{record.prefix[-1:]}\0{record.continuation[:1]}"
-            ):
+            border = record.prefix[-1:] + record.continuation[:1]
+            if not as_rendered and _ONE_WORD.fullmatch(border):
                 notes.append(GLUED)
             yield replace(pair, texts=said, notes=tuple(notes)), record.source
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_cpo.cli.parsing import Parser
+from megatron_cpo.evaluation.verdicts import LIMIT_FLAG
 
 if TYPE_CHECKING:
     from megatron_cpo.evaluation.command import JudgeOptions
@@ -42,7 +43,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "result")  # fmt: skip
     add("--in-flight", type=int, default=16, metavar="N",
         help="most requests at a time (default: %(default)s)")  # fmt: skip
-    add("--judge-max-tokens", type=int, default=512, metavar="N",
+    add(LIMIT_FLAG, type=int, default=512, metavar="N",
         help="of a reply; a judge that thinks before it answers needs thousands (default: "
         "%(default)s)")  # fmt: skip
     add("--max-unread", type=float, default=0.05, metavar="SHARE",
@@ -75,7 +76,7 @@ def check_unread(prog: str, found: "Sequence[WinRate]", most: float, where: str)
         remedy = "a judge that takes these texts" if refused else "a --template that it follows"
         if cut > refused:
             parts = f" ({cut} of them were cut)"
-            remedy = "them a larger --judge-max-tokens"
+            remedy = f"them a larger {LIMIT_FLAG}"
         print(
             f"{prog}: {unread} of {pairs} pairs have no clear verdict{parts}, more than "
             f"--max-unread {most}; read the replies in {where}, and give {remedy}",
